@@ -1,0 +1,63 @@
+# make demo    set everything up and write images           make test   set everything up and run the tests
+# make bench   native against reference, a table of ratios   make gpu    build, test and measure on an NVIDIA GPU
+# Variables: PYTHON (the interpreter to start from), PYTEST_ARGS, FLEXVAR_CUDA=auto|on|off, CUDAARCHS.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup ext demo test bench gpu lint format clean
+
+# The virtual environment borrows the packages of the Python it starts from when that has a torch that fits, and installs
+# torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(v < (2, 10))' 2>/dev/null; then \
+	  $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth; \
+	  echo "using the torch of $(PYTHON)"; \
+	else \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q torch==2.13.0; \
+	fi
+
+$(VENV)/requirements: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check -q "setuptools>=70" wheel pybind11 ninja
+	command -v cmake >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -q cmake
+	touch $@
+
+$(VENV)/installed: $(VENV)/requirements CMakeLists.txt setup.py pyproject.toml $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[test]"
+	touch $@
+
+setup: $(VENV)/installed
+
+# Native libraries only, in place, for whatever PYTHON is.
+ext:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+demo: setup
+	mkdir -p out
+	$(BIN)/flexvar generate --num 24 --seed 0 --out out/demo.png
+	@echo "look at out/demo.png"
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks.report
+
+gpu: export FLEXVAR_CUDA = on
+gpu: setup
+	FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.report --require-cuda
+
+lint:
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]" --no-build-isolation
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format:
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build $(VENV) flexvar_ext/*.so *.egg-info

@@ -1,0 +1,54 @@
+#include "common/cpu_isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace flexvar {
+
+CpuIsa best_cpu_isa() {
+#ifdef FLEXVAR_X86
+  static const CpuIsa best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuIsa::avx512bf16;
+    if (avx512) return CpuIsa::avx512;
+    if (avx2) return CpuIsa::avx2;
+    return CpuIsa::baseline;
+  }();
+  return best;
+#else
+  return CpuIsa::baseline;
+#endif
+}
+
+const char* cpu_isa_name(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::avx512bf16:
+      return "avx512bf16";
+    case CpuIsa::avx512:
+      return "avx512";
+    case CpuIsa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+CpuIsa selected_cpu_isa() {
+  const CpuIsa best = best_cpu_isa();
+  const char* forced = std::getenv("FLEXVAR_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') return best;
+  for (int i = 0; i <= static_cast<int>(best); ++i) {
+    if (std::string(forced) == cpu_isa_name(static_cast<CpuIsa>(i))) return static_cast<CpuIsa>(i);
+  }
+  throw std::runtime_error(
+      std::string("FLEXVAR_CPU_ISA must be an instruction set of this CPU (up to ") +
+      cpu_isa_name(best) + "), got " + forced);
+}
+
+}  // namespace flexvar

@@ -1,0 +1,14 @@
+"""Exact, fast tensor ops of the FlexVAR family (arXiv 2502.20313) for CPU and CUDA.
+
+Plain functions on tensors of any supported device; ``flexvar_ext.reference.<same name>`` is the specification in plain
+PyTorch. Importing registers the native ops with torch and does nothing else.
+"""
+
+from flexvar_ext._loader import load_libraries
+
+HAS_CUDA_KERNELS: bool = load_libraries()  # before the op files: they attach to the ops that the libraries register
+
+from flexvar_ext import reference  # noqa: E402
+from flexvar_ext.vq_lookup import vq_lookup  # noqa: E402
+
+__all__ = ["HAS_CUDA_KERNELS", "reference", "vq_lookup"]

@@ -1,0 +1,53 @@
+"""Loads the native libraries, and says what to do when they do not load."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+OPS_LIBRARY = _FOLDER / "libflexvar_ops.so"
+CUDA_LIBRARY = _FOLDER / "libflexvar_ops_cuda.so"
+
+
+def load_libraries() -> bool:
+    """Registers the native ops with torch.
+
+    Returns: whether the CUDA kernels were registered: they are when this torch is a CUDA build and the library was built.
+    Raises: ImportError naming the library, the cause and the remedy.
+    """
+    if not OPS_LIBRARY.is_file():
+        raise ImportError(
+            f"flexvar_ext: {OPS_LIBRARY} is missing, so the native ops were not built for this checkout. "
+            "Run `pip install --no-build-isolation -e .` (or `make setup`) in the project's folder."
+        )
+    _load(OPS_LIBRARY)
+    if torch.version.cuda is None or not CUDA_LIBRARY.is_file():
+        return False
+    _load(CUDA_LIBRARY)
+    return True
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"flexvar_ext: {library.name} does not load under torch {torch.__version__}: {error}. Likely causes: a torch "
+            "older than 2.10, or a build made for another Python or libstdc++. Rebuild with "
+            "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+        ) from error
+
+
+def cuda_driver_version() -> str | None:
+    """The CUDA version the installed NVIDIA driver supports, as '13.0', or None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

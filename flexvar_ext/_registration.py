@@ -1,0 +1,37 @@
+"""What the op files share: autocast registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("flexvar", "FRAGMENT")
+
+
+def register_autocast(name: str, *, to: torch.dtype | None = None) -> None:
+    """Under torch.autocast, casts the floating tensor arguments of ``flexvar::name`` to ``to``, or to autocast's dtype.
+
+    torch.library.register_autocast fixes the dtype at registration and so cannot follow ``torch.autocast(dtype=…)``.
+    """
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(name, _autocast_kernel(name, device, key, to), key)
+
+
+def _autocast_kernel(name: str, device: str, key: str, to: torch.dtype | None) -> Callable[..., Any]:
+    packet = getattr(torch.ops.flexvar, name)
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = to or torch.get_autocast_dtype(device)
+
+        def cast(value: Any) -> Any:
+            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if eligible else value
+
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return packet(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+
+    return kernel

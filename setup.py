@@ -1,0 +1,32 @@
+"""Thin on purpose: CMakeLists.txt describes the build, pyproject.toml the package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds all native targets with CMake and Ninja into the package folder flexvar_ext."""
+
+    def run(self) -> None:
+        # In place (editable installs too): next to the Python files. Otherwise into the tree that becomes the wheel.
+        output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "flexvar_ext"
+        output.mkdir(parents=True, exist_ok=True)
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFLEXVAR_OUTPUT_DIR={output}"]
+        if "FLEXVAR_CUDA" in os.environ:  # otherwise a cached value would outlive the environment's
+            configure.append(f"-DFLEXVAR_CUDA={os.environ['FLEXVAR_CUDA']}")
+        else:
+            configure.append("-UFLEXVAR_CUDA")
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(ext_modules=[Extension("flexvar_ext._host", sources=[])], cmdclass={"build_ext": CMakeBuild})
