@@ -47,3 +47,41 @@ def check_size(op: str, name: str, value: object) -> tuple[int, int]:
         if side < 1:
             raise ValueError(f"{op}: {name} must be positive, got {tuple(value)}")
     return value[0], value[1]
+
+
+def check_integer(op: str, name: str, value: object, lowest: int, bound: int) -> None:
+    """An int in [lowest, bound)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if not lowest <= value < bound:
+        limit = f"2**{bound.bit_length() - 1}" if bound & (bound - 1) == 0 else str(bound)
+        raise ValueError(f"{op}: {name} must be in [{lowest}, {limit}), got {value}")
+
+
+def int64_per_image(
+    op: str, name: str, value: int | Sequence[int] | Tensor, batch: int, device: torch.device
+) -> Tensor:
+    """One unsigned 64-bit number per image as the bits of an int64 tensor [batch]; an int stands for every image.
+
+    A tensor is taken as it is, so that a CUDA one is not waited for: its bits are the numbers.
+    """
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: {name} must have dtype int64, got {str(value.dtype).removeprefix('torch.')}")
+        if value.shape != (batch,):
+            raise ValueError(f"{op}: {name} must have shape [B] with B = {batch}, got {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{op}: {name} must be on the device of the other tensors, {device}, got {value.device}")
+        return value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != batch:
+            raise ValueError(f"{op}: {name} must hold one number per image ({batch}), got {len(value)}")
+        for number in value:
+            check_integer(op, name, number, 0, 2**64)
+        return torch.tensor([_signed(number) for number in value], dtype=torch.int64, device=device)
+    check_integer(op, name, value, 0, 2**64)
+    return torch.full((batch,), _signed(value), dtype=torch.int64, device=device)
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexvar_ext._checks import int64_per_image
+
 __all__ = [
     "embed_resample",
     "guided_sample",
@@ -93,7 +95,83 @@ def scale_attention_step(
 ) -> Tensor:
     """[B, l, H, D], caches [B, L_max, H, D] -> [B, l, H, D]: attention to the first ``kv_length`` cached tokens."""
     k, v = k_cache[:, :kv_length], v_cache[:, :kv_length]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=softmax_scale
-    )
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=softmax_scale)
     return out.transpose(1, 2)
+
+
+# Sampling: a token's softmax weight is the integer floor(2**30 * 2**t), t = log2(e) * (logit - row maximum) rounded to
+# multiples of 2**-18. Integer sums do not depend on their order, so every backend finds the same cumulative sums.
+_LOG2_E = float.fromhex("0x1.715476p0")  # float32(log2(e))
+_EXP2_COEFFICIENTS = tuple(
+    map(float.fromhex, ("0x1.051a04p-1", "0x1.3f8132p-2", "0x1.553942p-3", "-0x1.168a3cp-9", "0x1.bb7ca8p-7"))
+)
+
+
+def _integer_weights(x: Tensor) -> Tensor:
+    """float32 [..., V] without NaN -> int64 [..., V], at most 2**30; 0 below 2**-30 of the largest, and at -inf.
+
+    The arithmetic of csrc/guided_sample/weights.h, in which ``fma`` rounds once: a product of two float32 is exact in
+    float64, and so are all the sums here up to roundings that a test over all 2**18 fractions shows to be harmless.
+    """
+    maximum = x.amax(-1, keepdim=True)
+    difference = torch.where(x == maximum, 0.0, x - maximum)  # inf - inf is 0 here
+    t = (difference.double() * (_LOG2_E * 2**18)).round().clamp(min=-31 * 2**18).long()  # in units of 2**-18
+    whole, fraction = t >> 18, t & (2**18 - 1)
+    g = 1 + fraction.double() * 2**-18
+    power = torch.full_like(g, _EXP2_COEFFICIENTS[-1])  # 2**(g - 1), in [1, 2)
+    for coefficient in reversed(_EXP2_COEFFICIENTS[:-1]):
+        power = (power * g + coefficient).float().double()
+    weights = (power * 2**30).long() >> -whole
+    return torch.where(x == -torch.inf, 0, weights)
+
+
+def _philox4x32(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four counter words and two key words to four random words (in int64)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    word = 2**32 - 1
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products, wrapped into the sign
+        c0, c1, c2, c3 = (p1 >> 32 & word) ^ c1 ^ k0, p1 & word, (p0 >> 32 & word) ^ c3 ^ k1, p0 & word
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    return [c0, c1, c2, c3]
+
+
+def _scaled_draw(low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+    """floor(r * total / 2**64) for the 64-bit number r = high * 2**32 + low and 0 <= total < 2**63."""
+    word = 2**32 - 1
+    total_low, total_high = total & word, total >> 32
+    middle = high * total_low  # 64 bits, wrapped into the sign
+    carry = (middle & word) + low * total_high + (low * total_low >> 32 & word)
+    return high * total_high + (middle >> 32 & word) + (carry >> 32)
+
+
+def guided_sample(
+    logits: Tensor,
+    *,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    seed: int | Sequence[int] | Tensor,
+    image_ids: Sequence[int] | Tensor,
+    step: int,
+) -> Tensor:
+    """[B, l, V] -> int64 [B, l]: one token a row from its top-k, top-p softmax; -1 for a row without mass."""
+    batch, length, _ = logits.shape
+    seeds = int64_per_image("guided_sample", "seed", seed, batch, logits.device)[:, None]
+    images = int64_per_image("guided_sample", "image_ids", image_ids, batch, logits.device)[:, None]
+    x = logits.float() + 0.0  # -0 ties with +0
+    values, tokens = torch.where(x.isnan(), -torch.inf, x).sort(dim=-1, descending=True, stable=True)
+    weights = _integer_weights(values)
+    if top_k > 0:
+        weights[..., top_k:] = 0
+    if top_p > 0:
+        limit = (weights.sum(-1, keepdim=True).double() * top_p).ceil().long()
+        weights[weights.cumsum(-1) - weights >= limit] = 0
+    sums = torch.zeros_like(weights).scatter_(-1, tokens, weights).cumsum(-1)
+    total = sums[..., -1]
+    positions = torch.arange(length, device=logits.device)
+    word = 2**32 - 1
+    counter = [positions, torch.full_like(positions, step), images & word, images >> 32 & word]
+    low, high, _, _ = _philox4x32(counter, (seeds & word, seeds >> 32 & word))
+    drawn = torch.searchsorted(sums, _scaled_draw(low, high, total)[..., None], right=True)[..., 0]
+    return torch.where(total > 0, drawn, -1)
