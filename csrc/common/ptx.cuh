@@ -1,0 +1,208 @@
+// Instructions that CUDA C++ has no name for, behind one interface: asynchronous copies, matrix
+// fragments and products, named barriers. Inline PTX under nvcc (with fallbacks below sm_80), the
+// same functions from csrc/testing/ptx_on_cpu.h elsewhere. Kernels hold no `asm` of their own.
+#pragma once
+
+#include "common/cuda.cuh"
+
+#ifndef __CUDACC__
+#include "testing/ptx_on_cpu.h"
+#else
+
+#include <type_traits>
+
+namespace flexvar::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// --- Asynchronous copies, global to shared
+// --------------------------------------------------------
+
+// `kBytes` (4, 8 or 16) from `global` to `shared`, both aligned to kBytes. With valid = false
+// writes zeros and does not touch `global`. Done for this thread after cp_async_wait, for others
+// after a barrier behind that.
+template <int kBytes = 16>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid = true) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+#if __CUDA_ARCH__ >= 800
+  const int source_bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(source_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "n"(kBytes), "r"(source_bytes)
+                 : "memory");
+  }
+#else
+  using Chunk =
+      std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t> >;
+  *static_cast<Chunk*>(shared) = valid ? *static_cast<const Chunk*>(global) : Chunk{};
+#endif
+}
+
+// Closes the group of copies that this thread issued since the last commit.
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+
+// Waits until at most the `kPending` latest groups of this thread are under way.
+template <int kPending = 0>
+__device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+// --- Fragments
+// ------------------------------------------------------------------------------------
+
+// Four 8 x 8 matrices of 16-bit elements. Lane i points at row i % 8 of matrix i / 8 (16 bytes,
+// 16-byte aligned). Lane i receives in r[j] elements 2 * (i % 4) and + 1 of row i / 4 of matrix j;
+// transposed: of column i / 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// Two matrices; the addresses are those of lanes 0 to 15.
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// --- Matrix products: d += a b, a 16 x K row-major, b K x 8 column-major, d 16 x 8 in fp32
+// --------- With g = lane / 4 and t = lane % 4, d[0], d[1] are (g, 2t), (g, 2t + 1) and d[2], d[3]
+// the same in row g + 8. 16-bit elements, K = 16: a[0] is (g, 2t..2t+1), a[1] (g + 8, 2t..), a[2]
+// (g, 2t + 8..), a[3] (g + 8, 2t + 8..); b[0] is (k = 2t..2t+1, n = g), b[1] (k = 2t + 8.., n = g).
+// tf32, K = 8: a[0] is (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4); b[0] (t, g),
+// b[1] (t + 4, g).
+
+// Without the instruction: every lane collects the rows of a and columns of b that it needs.
+// `kElements` per register: 2 (16-bit) or 1 (tf32); `decode(register, index)` yields the float.
+template <int kElements, class Decode>
+__device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2], Decode decode) {
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int source = 0; source < 4; ++source) {
+      const uint32_t low = __shfl_sync(0xffffffffu, a[2 * half], g * 4 + source);
+      const uint32_t high = __shfl_sync(0xffffffffu, a[2 * half + 1], g * 4 + source);
+      const uint32_t left = __shfl_sync(0xffffffffu, b[half], 2 * t * 4 + source);
+      const uint32_t right = __shfl_sync(0xffffffffu, b[half], (2 * t + 1) * 4 + source);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        d[0] = fmaf(decode(low, i), decode(left, i), d[0]);
+        d[1] = fmaf(decode(low, i), decode(right, i), d[1]);
+        d[2] = fmaf(decode(high, i), decode(left, i), d[2]);
+        d[3] = fmaf(decode(high, i), decode(right, i), d[3]);
+      }
+    }
+  }
+}
+
+// T: __half or __nv_bfloat16.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, __half>) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+          "{%0, %1, %2, %3};\n"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+#endif
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    mma_by_shuffles<2>(d, a, b, [](uint32_t bits, int i) {
+      return __uint_as_float(i == 0 ? bits << 16 : bits & 0xffff0000u);
+    });
+#endif
+  }
+}
+
+// fp32 to the nearest tf32 (ties away from zero), as fp32 bits.
+__device__ __forceinline__ uint32_t float_to_tf32(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
+  return bits;
+#else
+  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+#endif
+}
+
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  mma_by_shuffles<1>(d, a, b, [](uint32_t bits, int) { return __uint_as_float(bits); });
+#endif
+}
+
+// --- Named barriers and approximations
+// ------------------------------------------------------------
+
+// Waits for `threads` threads (a multiple of 32) at barrier `id` (1 to 15; 0 is __syncthreads).
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts this thread as arrived and goes on.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// 2^x to 2 ulp; -inf gives 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace flexvar::ptx
+
+#endif
