@@ -1,0 +1,178 @@
+"""The scale schedule: the (height, width) in tokens of every step of a generation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, overload
+
+Size = tuple[int, int]
+
+_MAX_SIDE = 1 << 15  # keeps h * w and every offset far inside 64 bits
+
+# Sides of the square grids of 256 px images (16 x 16 tokens) by number of steps. 6 to 14 are the paper's;
+# 1 to 5 continue them downwards and serve only for_image.
+_SIDES_OF_16: dict[int, tuple[int, ...]] = {
+    1: (16,),
+    2: (1, 16),
+    3: (1, 5, 16),
+    4: (1, 3, 7, 16),
+    5: (1, 2, 5, 9, 16),
+    6: (1, 2, 4, 6, 10, 16),
+    7: (1, 2, 3, 5, 8, 11, 16),
+    8: (1, 2, 3, 4, 6, 10, 13, 16),
+    9: (1, 2, 3, 4, 5, 7, 10, 13, 16),
+    10: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    11: (1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 16),
+    12: (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
+    13: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16),
+    14: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16),
+}
+_PRESETS: dict[int, dict[int, tuple[int, ...]]] = {
+    256: {steps: sides for steps, sides in _SIDES_OF_16.items() if steps >= 6},
+    384: {11: (*_SIDES_OF_16[10], 24)},
+    512: {12: (*_SIDES_OF_16[10], 23, 32), 15: (*_SIDES_OF_16[13], 23, 32)},
+}
+_CODE_VARIANT_8 = (1, 2, 3, 5, 7, 10, 13, 16)  # where the released code differs from the paper
+
+
+@dataclass(frozen=True, init=False)
+class ScaleSchedule:
+    """The (h, w) of every step, in tokens. Immutable and hashable.
+
+    Args:
+        sizes: one (h, w) pair, or one int for a square, per step. They need be neither square nor increasing.
+
+    Raises:
+        TypeError: ``sizes`` is not iterable, or a side is not an int.
+        ValueError: no step, a side below 1, or something that is not a pair.
+
+    >>> ScaleSchedule([1, (2, 4), (5, 9)]).sizes
+    ((1, 1), (2, 4), (5, 9))
+    """
+
+    sizes: tuple[Size, ...]
+
+    def __init__(self, sizes: Iterable[int | Iterable[int]]) -> None:
+        if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+            raise TypeError(f"ScaleSchedule: sizes must be a list of ints or (h, w) pairs, got {sizes!r}")
+        checked = tuple(_as_size(step, size) for step, size in enumerate(sizes))
+        if not checked:
+            raise ValueError("ScaleSchedule: sizes must hold at least one step, got none")
+        object.__setattr__(self, "sizes", checked)
+
+    @classmethod
+    def preset(cls, steps: int = 10, image_size: int = 256, *, variant: str = "paper") -> ScaleSchedule:
+        """The schedules of the paper (arXiv 2502.20313) and the released code, for patches of 16 px.
+
+        256 px: 6 to 14 steps; 384 px: 11; 512 px: 12 and 15. The paper and the released code differ only at 8 steps:
+        ``variant="paper"`` is 1 2 3 4 6 10 13 16 and ``variant="code"`` is 1 2 3 5 7 10 13 16.
+
+        Raises:
+            ValueError: there is no such preset; the text lists those there are.
+        """
+        if variant not in ("paper", "code"):
+            raise ValueError(f'ScaleSchedule.preset: variant must be "paper" or "code", got {variant!r}')
+        if image_size not in _PRESETS:
+            known = ", ".join(map(str, _PRESETS))
+            raise ValueError(f"ScaleSchedule.preset: image_size must be one of {known}, got {image_size!r}")
+        if steps not in _PRESETS[image_size]:
+            known = ", ".join(map(str, _PRESETS[image_size]))
+            raise ValueError(
+                f"ScaleSchedule.preset: steps must be one of {known} for image_size {image_size}, got {steps!r}"
+            )
+        if variant == "code" and (image_size, steps) == (256, 8):
+            return cls(_CODE_VARIANT_8)
+        return cls(_PRESETS[image_size][steps])
+
+    @classmethod
+    def for_image(cls, height: int, width: int, steps: int = 10, patch_size: int = 16) -> ScaleSchedule:
+        """A schedule of ``steps`` steps whose last size is the token grid of a ``height`` x ``width`` px image.
+
+        The sides s_i of the 16 x 16 preset with as many steps are stretched to the image's grid (h, w): step i is
+        (h * s_i // 16, w * s_i // 16), at least 1, which is the paper's rule for other aspect ratios. Above 14 steps
+        the s_i run evenly from 1 to 16; sizes repeat where the grid has fewer sides than there are steps.
+
+        Raises:
+            TypeError: an argument is not an int.
+            ValueError: an argument is below 1, or a side of the image is not a multiple of ``patch_size``.
+        """
+        arguments = {"height": height, "width": width, "steps": steps, "patch_size": patch_size}
+        for name, value in arguments.items():
+            if _as_int(value, f"ScaleSchedule.for_image: {name}") < 1:
+                raise ValueError(f"ScaleSchedule.for_image: {name} must be at least 1, got {value}")
+        for name in ("height", "width"):
+            if arguments[name] % patch_size:
+                raise ValueError(
+                    f"ScaleSchedule.for_image: {name} must be a multiple of patch_size = {patch_size}, "
+                    f"got {arguments[name]}"
+                )
+        grid_height, grid_width = height // patch_size, width // patch_size
+        # A side is numerator / denominator of the grid's: integers, so that the last step is exact.
+        if steps in _SIDES_OF_16:
+            numerators, denominator = list(_SIDES_OF_16[steps]), 16
+        else:
+            numerators, denominator = [(steps - 1) + 15 * step for step in range(steps)], 16 * (steps - 1)
+        return cls((max(1, grid_height * n // denominator), max(1, grid_width * n // denominator)) for n in numerators)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every step: h * w."""
+        return tuple(height * width for height, width in self.sizes)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Index of every step's first token in the sequence, and one entry more: :attr:`num_tokens`."""
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all steps together."""
+        return self.offsets[-1]
+
+    @property
+    def final_size(self) -> Size:
+        """(h, w) of the last step."""
+        return self.sizes[-1]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Size]:
+        return iter(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Size: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Size, ...]: ...
+    def __getitem__(self, index: int | slice) -> Size | tuple[Size, ...]:
+        return self.sizes[index]
+
+    def __str__(self) -> str:
+        return " ".join(f"{height}x{width}" for height, width in self.sizes)
+
+
+def _as_int(value: Any, name: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
+def _as_size(step: int, size: int | Iterable[int]) -> Size:
+    if isinstance(size, Iterable) and not isinstance(size, (str, bytes)):
+        sides = tuple(size)
+        if len(sides) != 2:
+            raise ValueError(f"ScaleSchedule: size of step {step} must be an int or an (h, w) pair, got {size!r}")
+        height, width = sides
+    else:
+        height = width = size  # type: ignore[assignment]
+    for side in (height, width):
+        if not 1 <= _as_int(side, f"ScaleSchedule: every side of step {step}") <= _MAX_SIDE:
+            raise ValueError(f"ScaleSchedule: every side of step {step} must be from 1 to {_MAX_SIDE}, got {size!r}")
+    return operator.index(height), operator.index(width)

@@ -1,0 +1,157 @@
+"""Convolutional encoder and decoder of the VQ autoencoder.
+
+The architecture of LlamaGen's VQ models (arXiv 2406.06525), which is VQGAN's (arXiv 2012.09841); module names are
+those of the published checkpoints. Feature maps are [B, channels, height, width].
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar.tokenizer.config import NORM_GROUPS, TokenizerConfig
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection (1x1 convolution where the channels change)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions, around a skip connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (self.q(h), self.k(h), self.v(h)))
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, channels], scale channels**-0.5
+        return x + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution: one row and column of zeros below and to the right, then a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where asked for, then a change of resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        *,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        channels = [in_channels] + [out_channels] * num_res_blocks
+        self.res = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(channels))
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) if attention else nn.Identity() for _ in self.res)
+        self.downsample = Downsample(out_channels) if downsample else nn.Identity()
+        self.upsample = Upsample(out_channels) if upsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for res, attn in zip(self.res, self.attn, strict=True):
+            x = attn(res(x))
+        return self.upsample(self.downsample(x))
+
+
+def _middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    """[B, 3, H, W] -> [B, z_channels, H / patch_size, W / patch_size]."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        channels = [config.base_channels * m for m in config.channel_multipliers]
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(a, b, config.num_res_blocks, attention=index == last, downsample=index != last)
+            for index, (a, b) in enumerate(pairwise([config.base_channels, *channels]))
+        )
+        self.mid = _middle(channels[-1])
+        self.norm_out = _norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """[B, z_channels, h, w] -> [B, 3, h * patch_size, w * patch_size]."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        channels = [config.base_channels * m for m in reversed(config.channel_multipliers)]
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, channels[0], 3, padding=1)
+        self.mid = _middle(channels[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(a, b, config.num_res_blocks + 1, attention=index == 0, upsample=index != last)
+            for index, (a, b) in enumerate(pairwise([channels[0], *channels]))
+        )
+        self.norm_out = _norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last convolution, whose gradient norm balances adversarial losses (VQGAN, eq. 7)."""
+        return cast(nn.Parameter, self.conv_out.weight)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,176 @@
+"""Blocks of the transformer. Token tensors are [B, L, width]; module names are those of the published checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar._backend import ops
+from flexvar.schedule import ScaleSchedule
+from flexvar.transformer.config import TransformerConfig
+from flexvar.transformer.kv_cache import KVCache
+
+_NORM_EPS = 1e-6
+_MAX_LOG_SCALE = math.log(100)  # bound of the learned log scale of normalised queries
+
+
+class Modulation(NamedTuple):
+    """What a block needs that does not depend on its tokens: computed once per image, used at every step.
+
+    gamma, scale and shift are [B, 1, width], index 1 for attention and 2 for the feed-forward network; 1 is already
+    added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads, 1], or None without QK normalisation.
+    """
+
+    gamma1: Tensor
+    gamma2: Tensor
+    scale1: Tensor
+    scale2: Tensor
+    shift1: Tensor
+    shift2: Tensor
+    qkv_bias: Tensor
+    q_scale: Tensor | None
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm(x) * scale + shift, the LayerNorm without affine parameters."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS), scale)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention whose tokens see their own scale and all scales before (block-causal)."""
+
+    def __init__(self, config: TransformerConfig, backend: str) -> None:
+        super().__init__()
+        width, heads = config.width, config.heads
+        self.heads = heads
+        self.backend = backend
+        self.qk_l2_norm = config.qk_l2_norm
+        self.softmax_scale = 1.0 if config.qk_l2_norm else 0.25 / math.sqrt(config.head_dim)
+        if config.qk_l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def constants(self) -> tuple[Tensor, Tensor | None]:
+        """``qkv_bias`` and ``q_scale`` of :class:`Modulation`."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        if not self.qk_l2_norm:
+            return bias, None
+        return bias, self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp().view(self.heads, 1)
+
+    def project(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, l, width] -> queries, keys and values [B, l, heads, head_dim]."""
+        qkv = F.linear(x, self.mat_qkv.weight, modulation.qkv_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if modulation.q_scale is not None:
+            # Under autocast the norm runs in float32; the attention op takes one dtype.
+            q = (F.normalize(q, dim=-1) * modulation.q_scale).to(v.dtype)
+            k = F.normalize(k, dim=-1).to(v.dtype)
+        return q, k, v
+
+    def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
+        """All scales at once: [B, L, width] -> [B, L, width]."""
+        q, k, v = self.project(x, modulation)
+        out = ops(self.backend).scale_attention(q, k, v, schedule.lengths, softmax_scale=self.softmax_scale)
+        return self.proj(out.flatten(2))
+
+    def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
+        """One scale, [B, l, width], behind those in the cache."""
+        q, k, v = self.project(x, modulation)
+        k_cache, v_cache, kv_length = cache.write(layer, k, v)
+        out = ops(self.backend).scale_attention_step(
+            q.to(k_cache.dtype), k_cache, v_cache, kv_length, softmax_scale=self.softmax_scale
+        )
+        return self.proj(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.width * config.mlp_ratio)
+        self.fc2 = nn.Linear(config.width * config.mlp_ratio, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network, each normalised, scaled, shifted and gated by the class (AdaLN).
+
+    x += gamma1 * attn(LN(x) * (1 + scale1) + shift1); x += gamma2 * ffn(LN(x) * (1 + scale2) + shift2).
+    """
+
+    def __init__(self, config: TransformerConfig, drop_path: float, backend: str) -> None:
+        super().__init__()
+        self.width = config.width
+        self.drop_path = drop_path
+        self.attn = SelfAttention(config, backend)
+        self.ffn = FeedForward(config)
+        self.shared_adaln = config.shared_adaln
+        if config.shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / math.sqrt(config.width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def modulation(self, condition: Tensor, generator: torch.Generator | None = None) -> Modulation:
+        """The block's :class:`Modulation` for a batch of images.
+
+        Args:
+            condition: class embeddings [B, width]; with shared AdaLN their common projection [B, 1, 6, width].
+            generator: draws the dropped paths, in training mode.
+        """
+        own = None if self.shared_adaln else self.ada_lin(condition).view(-1, 1, 6, self.width)
+        vectors = self.ada_gss + condition if own is None else own
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(2)
+        if self.training and self.drop_path > 0:
+            gamma1 = gamma1 * self._kept_paths(gamma1, generator)
+            gamma2 = gamma2 * self._kept_paths(gamma2, generator)
+        bias, q_scale = self.attn.constants()
+        return Modulation(gamma1, gamma2, scale1 + 1, scale2 + 1, shift1, shift2, bias, q_scale)
+
+    def _kept_paths(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """[B, 1, 1]: 0 where an image drops the branch, elsewhere what keeps its mean. On the gate it costs nothing."""
+        keep = 1 - self.drop_path
+        shape = (like.shape[0], 1, 1)
+        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator).div_(keep)
+
+    def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
+        """All scales at once: [B, L, width] -> [B, L, width]."""
+        m = modulation
+        x = torch.addcmul(x, m.gamma1, self.attn(modulated_norm(x, m.scale1, m.shift1), m, schedule))
+        return torch.addcmul(x, m.gamma2, self.ffn(modulated_norm(x, m.scale2, m.shift2)))
+
+    def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
+        """One scale, [B, l, width], behind those in the cache."""
+        m = modulation
+        x = torch.addcmul(x, m.gamma1, self.attn.step(modulated_norm(x, m.scale1, m.shift1), m, cache, layer))
+        return torch.addcmul(x, m.gamma2, self.ffn(modulated_norm(x, m.scale2, m.shift2)))
+
+
+class HeadNorm(nn.Module):
+    """AdaLN before the head: LN(x) * (1 + scale) + shift."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Class embeddings [B, width] -> 1 + scale and shift, [B, 1, width] each."""
+        scale, shift = self.ada_lin(condition).view(-1, 1, 2, self.width).unbind(2)
+        return scale + 1, shift
+
+
+class SharedAdaLN(nn.Sequential):
+    """One AdaLN projection for all blocks: [B, width] -> [B, 1, 6, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, 6 * width), nn.Unflatten(1, (1, 6, width)))
