@@ -1,0 +1,68 @@
+"""The fixtures that every benchmark uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import Clock, Implementation, rounds_within, summarize
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device at hand: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``compare(implementations, check=…)`` measures "native" against every other implementation, alternately.
+
+    implementations: name -> a call without arguments. "native" and "reference" are always among them; "compiled" is
+        torch.compile of the reference, anything else a peer under its own name.
+    check: ``check(name, result, reference_result)`` raises when that implementation's result is wrong.
+    flops, bytes_moved: the work in the result's terms, for the share of the machine's own matrix product and copy rate;
+        ``gemm`` names the dtype whose matrix product is the limit.
+    targets: peer -> the ratio aimed at.
+    seconds: time to spend on the rounds, at least five of them.
+
+    pytest-benchmark times the native call; its rounds run the other implementations in their set-up.
+    """
+
+    def run(
+        implementations: Mapping[str, Implementation],
+        *,
+        check: Callable[[str, Any, Any], None],
+        flops: float | None = None,
+        gemm: str = "float32",
+        bytes_moved: float | None = None,
+        targets: Mapping[str, float] | None = None,
+        seconds: float = 2.0,
+    ) -> None:
+        results = {name: call() for name, call in implementations.items()}  # compiles and warms up as well
+        for name, result in results.items():
+            if name != "reference":
+                check(name, result, results["reference"])
+        del results
+        clock = Clock(device)
+        times: dict[str, list[float]] = {name: [] for name in implementations}
+
+        def time_one(name: str) -> None:
+            times[name].append(clock(implementations[name]))
+
+        def time_others() -> None:
+            for name in implementations:
+                if name != "native":
+                    time_one(name)
+
+        benchmark.group = request.node.path.stem.removeprefix("bench_")
+        rounds = rounds_within(seconds, implementations, clock)
+        benchmark.pedantic(time_one, setup=lambda: time_others() or (("native",), {}), rounds=rounds)
+        benchmark.extra_info.update(
+            summarize(times, "native"), flops=flops, gemm=gemm, bytes_moved=bytes_moved, targets=dict(targets or {})
+        )
+
+    return run

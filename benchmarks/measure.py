@@ -1,0 +1,78 @@
+"""Times several implementations of one thing alternately in one process: A B C, A B C, …
+
+A slow spell of the machine then meets all of them, and the median of the per-round ratios hardly moves with it. On a
+GPU every call starts with a cold L2 cache and is timed by CUDA events.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Implementation = Callable[[], Any]
+MIN_ROUNDS, MAX_ROUNDS = 5, 300
+
+
+class Clock:
+    """``clock(run)``: the seconds that one call takes on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            # Large enough that the call is queued before the flush ends, so launch latency stays out of short kernels.
+            self._flush = torch.empty(max(8 * l2_bytes, 2**29), dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Implementation) -> float:
+        if self._device.type == "cpu":
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(self._device)
+        return begin.elapsed_time(end) * 1e-3
+
+
+def rounds_within(seconds: float, implementations: Mapping[str, Implementation], clock: Clock) -> int:
+    """How many rounds fit, from one that is also the last warm-up."""
+    one_round = sum(clock(run) for run in implementations.values())
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
+
+
+def summarize(times: Mapping[str, list[float]], baseline: str) -> dict[str, Any]:
+    """Median seconds of each, and the median over the rounds of each one's time relative to the baseline's."""
+    return {
+        "rounds": len(times[baseline]),
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "ratios": {
+            name: statistics.median(other / own for other, own in zip(values, times[baseline], strict=True))
+            for name, values in times.items()
+            if name != baseline
+        },
+    }
+
+
+def yardsticks(device: torch.device) -> dict[str, float]:
+    """What the machine reaches on large work: matrix products in FLOP/s by dtype, copying in bytes moved a second."""
+    clock = Clock(device)
+    size = 8192 if device.type == "cuda" else 1536
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * size**3 / _best(lambda a=a, b=b: a @ b, clock)
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * source.numel() / _best(lambda: target.copy_(source), clock)
+    return found
+
+
+def _best(run: Implementation, clock: Clock, rounds: int = 8) -> float:
+    return min(clock(run) for _ in range(rounds))

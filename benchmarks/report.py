@@ -1,0 +1,159 @@
+"""Runs every benchmark and writes the table: ``python -m benchmarks.report [--require-cuda] [--only vq_lookup …]``.
+
+Prints the ratios and writes JSON and Markdown into benchmarks/results/, with device, commit, date and torch version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import yardsticks
+
+FOLDER = Path(__file__).parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--require-cuda", action="store_true", help="fail where there is no usable NVIDIA GPU")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run bench_NAME.py only")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON and Markdown files")
+    options = parser.parse_args()
+    if options.require_cuda:
+        import flexvar_ext
+
+        if not (torch.cuda.is_available() and flexvar_ext.HAS_CUDA_KERNELS):
+            parser.error("--require-cuda: torch sees no CUDA device, or flexvar_ext was built without its CUDA library")
+    names = options.only or sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
+    missing = [name for name in names if not (FOLDER / f"bench_{name}.py").is_file()]
+    if missing:
+        parser.error(f"no benchmark named {', '.join(missing)}")
+
+    report = {**surroundings(), "yardsticks": yardsticks(default_device()), "cases": [], "failed": []}
+    for name in names:
+        print(f"bench_{name} …", flush=True)
+        cases, succeeded = run_file(name)
+        report["cases"] += cases
+        if not succeeded:
+            report["failed"].append(f"bench_{name}.py")
+    text = markdown(report)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    path = options.out / f"{report['date'][:10]}-{slug}"
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
+    print(f"written: {path}.json, {path.name}.md")
+    return 1 if report["failed"] else 0
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def surroundings() -> dict[str, Any]:
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True, check=False
+    )
+    on_cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return match[1].strip() if match else platform.machine()
+
+
+def run_file(name: str) -> tuple[list[dict[str, Any]], bool]:
+    """One process a file, so that a crash or an exhausted memory costs only its own rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [
+            sys.executable, "-m", "pytest", f"{FOLDER / f'bench_{name}.py'}", "-p", "no:cacheprovider",
+            "--benchmark-enable", "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={result}",
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": f"{FOLDER.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        finished = subprocess.run(command, cwd=FOLDER.parent, env=environment, check=False)
+        benchmarks = json.loads(result.read_text())["benchmarks"] if result.is_file() else []
+    return [{"group": one["group"], "case": one["name"], **one["extra_info"]} for one in benchmarks], (
+        finished.returncode == 0
+    )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    sticks = report["yardsticks"]
+    lines = [
+        f"# {report['device']}",
+        "",
+        f"commit {report['commit']} · {report['date']} · torch {report['torch']} · Python {report['python']}",
+        "",
+        f"This machine's own rates: matrix product {_rate(sticks['gemm_float32'], 'FLOP/s')} in float32, "
+        f"{_rate(sticks['gemm_bfloat16'], 'FLOP/s')} in bfloat16; copy {_rate(sticks['copy'], 'B/s')}.",
+        "",
+        "A ratio is the other implementation's time over the native one's, the median over rounds that alternate.",
+        "",
+        "| benchmark | case | native | share of the machine's rate | ratios (target) |",
+        "|---|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        label = re.sub(r"^test_\w+?\[|^test_|\]$", "", case["case"])
+        cells = [case["group"], label, _duration(case["seconds"]["native"]), _share(case, sticks), _ratios(case)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if report["failed"]:
+        lines += ["", f"Failed: {', '.join(report['failed'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def _share(case: dict[str, Any], sticks: dict[str, float]) -> str:
+    seconds = case["seconds"]["native"]
+    shares = []
+    if case["flops"]:
+        rate = case["flops"] / seconds
+        shares.append(f"{_rate(rate, 'FLOP/s')} = {rate / sticks['gemm_' + case['gemm']]:.0%} of matrix product")
+    if case["bytes_moved"]:
+        rate = case["bytes_moved"] / seconds
+        shares.append(f"{_rate(rate, 'B/s')} = {rate / sticks['copy']:.0%} of copy")
+    return ", ".join(shares)
+
+
+def _ratios(case: dict[str, Any]) -> str:
+    cells = []
+    for name, ratio in case["ratios"].items():
+        target = case["targets"].get(name)
+        aim = "" if target is None else f" (≥{target:g}{'' if ratio >= target else ', missed'})"
+        cells.append(f"{name} {ratio:.2f}×{aim}")
+    return " · ".join(cells)
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _rate(value: float, unit: str) -> str:
+    prefix, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{value / scale:.3g} {prefix}{unit}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
