@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from flexvar._files import write_atomically
+
 __all__ = [
     "MAX_PIXELS",
     "image_to_tensor",
@@ -166,12 +168,7 @@ def save_png(
         chunks.add_text(_SETTINGS_KEY, json.dumps(dict(settings)))
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=chunks)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(encoded.getvalue())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(target, encoded.getvalue())
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

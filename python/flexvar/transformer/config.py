@@ -41,6 +41,7 @@ class TransformerConfig(JsonConfig):
     upsample_mode: str = "bicubic"
     class_dropout: float = 0.1
     drop_path: float = 0.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_int("depth", 1, 1 << 9)
@@ -60,6 +61,15 @@ class TransformerConfig(JsonConfig):
         self._check_choice("upsample_mode", ("bicubic", "bilinear", "nearest", "area"))
         self._check_probability("class_dropout")
         self._check_probability("drop_path")
+        names = self.class_names
+        if not isinstance(names, (list, tuple)) or any(not isinstance(name, str) for name in names):
+            raise TypeError(f"TransformerConfig: class_names must be a tuple of strings, got {type(names).__name__}")
+        if len(names) not in (0, self.num_classes) or len({name.casefold() for name in names}) != len(names):
+            raise ValueError(
+                f"TransformerConfig: class_names must be {self.num_classes} names that differ by more than case, or none "
+                f"at all, got {len(names)} names"
+            )
+        object.__setattr__(self, "class_names", tuple(names))
 
     @property
     def head_dim(self) -> int:
