@@ -107,5 +107,5 @@ def _checksum(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name]
         crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        crc = zlib.crc32(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return f"{crc:08x}"

@@ -66,8 +66,8 @@ class TransformerConfig(JsonConfig):
             raise TypeError(f"TransformerConfig: class_names must be a tuple of strings, got {type(names).__name__}")
         if len(names) not in (0, self.num_classes) or len({name.casefold() for name in names}) != len(names):
             raise ValueError(
-                f"TransformerConfig: class_names must be {self.num_classes} names that differ by more than case, or none "
-                f"at all, got {len(names)} names"
+                f"TransformerConfig: class_names must be {self.num_classes} names that differ by more than case, or "
+                f"none at all, got {len(names)} names"
             )
         object.__setattr__(self, "class_names", tuple(names))
 
