@@ -10,12 +10,52 @@ from flexvar_ext._registration import register_autocast
 
 
 def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tensor:
-    """Index of the nearest code by Euclidean distance, the lowest on ties."""
-    check_tensor("vq_lookup", "latents", latents, "[N, C]")
-    check_tensor("vq_lookup", "codebook", codebook, "[V, C]")
-    check_same_device("vq_lookup", latents=latents, codebook=codebook)
+    """Index of the nearest code by Euclidean distance, the lowest index on ties.
+
+    ``argmin_v |x_n - e_v|²`` with ``x = latents / max(|latents|, 1e-12)`` and ``e`` likewise when ``normalize``, as in the
+    quantiser of VQ-16 tokenizers (LlamaGen, arXiv 2406.06525; FlexVAR, arXiv 2502.20313).
+
+    The rows are normalised in float32; the codes that float32 (or, on a GPU, tensor-core) arithmetic cannot tell apart
+    within its error bound are compared in float64. So the result is the nearest code of these float32 rows, and does not
+    depend on device, instruction set, thread count or the other rows. No [N, V] matrix is written.
+
+    Args:
+        latents: [N, C], float32, float16 or bfloat16; N may be 0. A row that holds a NaN or an infinity gets index 0.
+        codebook: [V, C] with V >= 1, on the same device; same dtypes. A code that holds a NaN or an infinity is an error
+            on a CPU. On a CUDA device (where looking would make the host wait) and under ``torch.compile`` it is never
+            chosen, unless no code is finite: then every index is 0.
+        normalize: compare directions instead of points.
+
+    Returns: int64 [N]. There is no gradient.
+    Raises: TypeError, ValueError: ``vq_lookup: argument, rule, value got``.
+    """
+    check_lookup_arguments("vq_lookup", "latents", "[N, C]", latents, codebook)
     result: Tensor = torch.ops.flexvar.vq_lookup(latents.float(), codebook.float(), normalize)
     return result
+
+
+def check_lookup_arguments(op: str, name: str, layout: str, latents: Tensor, codebook: Tensor) -> None:
+    """``latents`` has its C components in dimension 1."""
+    check_tensor(op, name, latents, layout)
+    check_tensor(op, "codebook", codebook, "[V, C]")
+    check_same_device(op, **{name: latents, "codebook": codebook})
+    if codebook.shape[0] < 1:
+        raise ValueError(f"{op}: codebook must hold at least one code, got shape {tuple(codebook.shape)}")
+    if latents.shape[1] < 1 or codebook.shape[1] != latents.shape[1]:
+        raise ValueError(
+            f"{op}: codebook must have shape [V, C] with C = {latents.shape[1]} >= 1 as in {name}, "
+            f"got {tuple(codebook.shape)}"
+        )
+    # Only what holds values can be looked at: not the fake tensors of torch.compile and torch.export.
+    readable = type(codebook) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if readable and codebook.device.type == "cpu" and not _is_finite(codebook):
+        bad = int((~codebook.isfinite()).any(dim=1).sum())
+        raise ValueError(f"{op}: codebook must be finite, got {bad} codes with a NaN or an infinity")
+
+
+def _is_finite(codebook: Tensor) -> bool:
+    # A finite sum proves finite terms and is several times cheaper than looking at each; the sum may overflow.
+    return bool(codebook.detach().float().sum().isfinite()) or bool(codebook.isfinite().all())
 
 
 @torch.library.register_fake("flexvar::vq_lookup")

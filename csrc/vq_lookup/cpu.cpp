@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <vector>
+#include <algorithm>
 
 #include "common/tensor_checks.h"
 #include "vq_lookup/cpu_kernel.h"
@@ -9,19 +8,17 @@
 namespace flexvar {
 namespace {
 
-std::vector<float> prepared_rows(const Tensor& t, bool normalize) {
-  const int64_t rows = t.size(0), dim = t.size(1);
-  const Tensor contiguous = torch::stable::contiguous(t);
-  const float* in = contiguous.const_data_ptr<float>();
-  std::vector<float> out(in, in + rows * dim);
-  for (int64_t r = 0; normalize && r < rows; ++r) {
-    float sum = 0;
-    for (int64_t c = 0; c < dim; ++c) sum += out[r * dim + c] * out[r * dim + c];
-    const float norm = std::max(std::sqrt(sum), 1e-12f);
-    for (int64_t c = 0; c < dim; ++c) out[r * dim + c] /= norm;
-  }
-  return out;
+// Rows of a task, and rows whose group maxima are held at a time.
+constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kRowsPerPass = 1024;
+
+template <class T>
+T* allocate(Tensor& owner, int64_t elements) {
+  owner = torch::stable::empty({elements * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte);
+  return reinterpret_cast<T*>(owner.mutable_data_ptr());
 }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Tensor vq_lookup_cpu(const Tensor& latents, const Tensor& codebook, bool normalize) {
   check_rank(latents, 2, "vq_lookup", "latents");
@@ -32,17 +29,55 @@ Tensor vq_lookup_cpu(const Tensor& latents, const Tensor& codebook, bool normali
   STD_TORCH_CHECK(codebook.size(1) == dim && v > 0, "vq_lookup: codebook must be [V >= 1, C]");
   Tensor indices = torch::stable::empty({n}, ScalarType::Long);
   if (n == 0) return indices;
-  const std::vector<float> x = prepared_rows(latents, normalize);
-  const std::vector<float> e = prepared_rows(codebook, normalize);
-  std::vector<float> half(v);
-  for (int64_t i = 0; i < v; ++i) {
-    for (int64_t c = 0; c < dim; ++c) half[i] += 0.5f * e[i * dim + c] * e[i * dim + c];
+
+  const Tensor rows = torch::stable::contiguous(latents);
+  const Tensor codes = torch::stable::contiguous(codebook);
+  VqLookupParams params{};
+  params.codebook = codes.const_data_ptr<float>();
+  params.latents = rows.const_data_ptr<float>();
+  params.num_codes = v;
+  params.num_latents = n;
+  params.dim = dim;
+  params.normalize = normalize;
+  params.indices = indices.mutable_data_ptr<int64_t>();
+  const int64_t blocks = params.blocks();
+  const int64_t padded_rows = divide_up(n, kVqRowMultiple) * kVqRowMultiple;
+  Tensor owners[7];
+  params.packed_codes = allocate<float>(owners[0], blocks * kVqBlockCodes * dim);
+  params.negative_half = allocate<float>(owners[1], blocks * kVqBlockCodes);
+  params.inverse_norms = allocate<double>(owners[2], v);
+  params.block_norms = allocate<double>(owners[3], blocks);
+  params.queries = allocate<float>(owners[4], padded_rows * params.padded_dim());
+  params.query_norms = allocate<double>(owners[5], n);
+  params.group_max =
+      allocate<float>(owners[6], std::min(padded_rows, kRowsPerPass) * blocks * kVqMaxLanes);
+
+  const auto prepare_codes = FLEXVAR_SELECT_CPU_KERNEL(vq_prepare_codes);
+  const auto prepare_latents = FLEXVAR_SELECT_CPU_KERNEL(vq_prepare_latents);
+  const auto score = FLEXVAR_SELECT_CPU_KERNEL(vq_score);
+  const auto resolve = FLEXVAR_SELECT_CPU_KERNEL(vq_resolve);
+  torch::stable::parallel_for(
+      0, blocks, 1, [&](int64_t begin, int64_t end) { prepare_codes(params, begin, end); });
+  params.max_code_norm = *std::max_element(params.block_norms, params.block_norms + blocks);
+  torch::stable::parallel_for(0, padded_rows, 256, [&](int64_t begin, int64_t end) {
+    prepare_latents(params, begin, end);
+  });
+  const int64_t threads = torch::stable::get_num_threads();
+  for (params.first_row = 0; params.first_row < n; params.first_row += kRowsPerPass) {
+    const int64_t last_row = std::min(params.first_row + kRowsPerPass, padded_rows);
+    const int64_t row_tasks = divide_up(last_row - params.first_row, kRowsPerTask);
+    // With few queries the codes are split as well, so that every thread has work.
+    const int64_t splits = std::min(blocks, divide_up(2 * threads, row_tasks));
+    torch::stable::parallel_for(0, row_tasks * splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = params.first_row + task / splits * kRowsPerTask, split = task % splits;
+        score(params, row, std::min(row + kRowsPerTask, last_row), split * blocks / splits,
+              (split + 1) * blocks / splits);
+      }
+    });
+    torch::stable::parallel_for(params.first_row, std::min(last_row, n), 16,
+                                [&](int64_t begin, int64_t end) { resolve(params, begin, end); });
   }
-  const VqLookupParams params{x.data(), e.data(), half.data(), indices.mutable_data_ptr<int64_t>(),
-                              v,        dim};
-  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(vq_lookup_rows);
-  torch::stable::parallel_for(0, n, 16,
-                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   return indices;
 }
 
