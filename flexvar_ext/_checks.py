@@ -39,7 +39,7 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> N
 
 def check_size(op: str, name: str, value: object) -> tuple[int, int]:
     """A (height, width) of positive integers (symbolic ones under torch.compile too)."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
     for side in value:
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
