@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexvar.checkpoint import load_checkpoint_file, load_published_state_dict
+    from flexvar.generation import FlexVARPipeline, GenerationSettings
     from flexvar.schedule import ScaleSchedule
     from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
     from flexvar.transformer import FlexVARTransformer, KVCache, TransformerConfig, next_scale_inputs
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "FlexVARPipeline": "flexvar.generation",
     "FlexVARTransformer": "flexvar.transformer",
+    "GenerationSettings": "flexvar.generation",
     "KVCache": "flexvar.transformer",
     "MultiScaleTokenizer": "flexvar.tokenizer",
     "ScaleSchedule": "flexvar.schedule",
@@ -29,7 +32,9 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "FlexVARPipeline",
     "FlexVARTransformer",
+    "GenerationSettings",
     "KVCache",
     "MultiScaleTokenizer",
     "ScaleSchedule",

@@ -1,0 +1,152 @@
+"""What can be set about a generation, once for every method that generates."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+
+from flexvar.generation.guidance import GuidanceStyle, check_guidance
+from flexvar.schedule import ScaleSchedule, Size
+
+DEFAULT_GRID = 16  # tokens a side: what the paper's main presets end in
+DEFAULT_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything goes.
+
+    Attributes:
+        schedule: the (h, w) of every step, in tokens.
+        image_size: (height, width) of the finished image in pixels; at most its last grid's, which it is cropped from.
+    """
+
+    schedule: ScaleSchedule
+    image_size: Size
+
+    def preview_size(self, step: int) -> Size:
+        """(height, width) in pixels of a step's picture, cropped by the same part as the finished image."""
+        sides = zip(self.schedule[step], self.schedule.final_size, self.image_size, strict=True)
+        height, width = (-(-side * image_side // last_side) for side, last_side, image_side in sides)
+        return height, width
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What can be set about a generation.
+
+    Attributes:
+        schedule: the (h, w) of every step, in tokens: a :class:`ScaleSchedule`, or a list of sides or (h, w) pairs.
+        height, width: of the image in pixels. Any size: what is not a multiple of the patch size is generated on the
+            next larger grid and cropped. One alone means a square, none 16 x 16 tokens or the schedule's last grid.
+        steps: how many, where no schedule is given; 10 unless set.
+        guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`.
+        top_k: draw among the k likeliest codes; 0 is all, 1 always takes the likeliest.
+        top_p: then among the likeliest that together have this probability; 0 and 1 are all.
+        published_greedy_quirk: take the likeliest code, whatever ``top_k``, at steps with a side other than 1 2 3 4 5 6
+            8 10 13 16 23 24 32, as the released code does; needed to reproduce published figures.
+        autocast_dtype: compute in torch.bfloat16 or torch.float16, the weights staying as they are.
+
+    Raises:
+        TypeError, ValueError: a value breaks its rule; the text names it.
+    """
+
+    schedule: ScaleSchedule | Iterable[int | Iterable[int]] | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float = 2.5
+    guidance_style: GuidanceStyle = "var"
+    top_k: int = 900
+    top_p: float = 0.95
+    published_greedy_quirk: bool = False
+    autocast_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and not isinstance(self.schedule, ScaleSchedule):
+            object.__setattr__(self, "schedule", ScaleSchedule(self.schedule))
+        if self.schedule is not None and self.steps is not None:
+            raise ValueError(f"generate: steps must be left out where a schedule is given, got {self.steps}")
+        for name in ("height", "width", "steps"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_guidance(self.guidance_scale, self.guidance_style)
+        check_integer("top_k", self.top_k, 0)
+        if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float):
+            raise TypeError(f"generate: top_p must be a number, got {self.top_p!r}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"generate: top_p must be from 0 to 1, got {self.top_p}")
+        if not isinstance(self.published_greedy_quirk, bool):
+            raise TypeError(f"generate: published_greedy_quirk must be a bool, got {self.published_greedy_quirk!r}")
+        if self.autocast_dtype is not None and not isinstance(self.autocast_dtype, torch.dtype):
+            raise TypeError(f"generate: autocast_dtype must be a torch.dtype or None, got {self.autocast_dtype!r}")
+        if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"generate: autocast_dtype must be torch.bfloat16, torch.float16 or None, got {self.autocast_dtype}"
+            )
+
+    def layout(self, patch_size: int) -> Layout:
+        """Schedule and image size, whichever way they were given.
+
+        Raises:
+            ValueError: the image needs another last grid than the schedule's.
+        """
+        schedule = self.schedule
+        if isinstance(schedule, ScaleSchedule):
+            sides = tuple(side * patch_size for side in schedule.final_size)
+        else:
+            sides = (self.height or self.width or DEFAULT_GRID * patch_size,) * 2
+        height, width = self.height or sides[0], self.width or sides[1]
+        grid = (-(-height // patch_size), -(-width // patch_size))
+        if not isinstance(schedule, ScaleSchedule):
+            schedule = ScaleSchedule.for_image(
+                grid[0] * patch_size, grid[1] * patch_size, self.steps or DEFAULT_STEPS, patch_size
+            )
+        elif grid != schedule.final_size:
+            raise ValueError(
+                f"generate: height and width must need the schedule's last grid {schedule.final_size}, got {height} x "
+                f"{width} px, which need {grid} patches of {patch_size}"
+            )
+        return Layout(schedule, (height, width))
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The fields of :class:`GenerationSettings` as keyword arguments."""
+
+    schedule: ScaleSchedule | Iterable[int | Iterable[int]] | None
+    height: int | None
+    width: int | None
+    steps: int | None
+    guidance_scale: float
+    guidance_style: GuidanceStyle
+    top_k: int
+    top_p: float
+    published_greedy_quirk: bool
+    autocast_dtype: torch.dtype | None
+
+
+def make_settings(options: GenerationOptions) -> GenerationSettings:
+    """The settings that keyword arguments ask for. Raises TypeError for a name that is no setting."""
+    known = GenerationOptions.__annotations__
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"generate: settings must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return GenerationSettings(**options)
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int. Raises TypeError when it is none, ValueError when it is out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"generate: {name} must be an int, got {value!r}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"generate: {name} must be an int, got {value!r}")
+    if number < low or (high is not None and number > high):
+        rule = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"generate: {name} must be {rule}, got {number}")
+    return number
