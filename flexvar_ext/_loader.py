@@ -15,8 +15,11 @@ CUDA_LIBRARY = _FOLDER / "libflexvar_ops_cuda.so"
 def load_libraries() -> bool:
     """Registers the native ops with torch.
 
-    Returns: whether the CUDA kernels were registered: they are when this torch is a CUDA build and the library was built.
-    Raises: ImportError naming the library, the cause and the remedy.
+    Returns:
+        Whether the CUDA kernels were registered: they are when this torch is a CUDA build and the library was built.
+
+    Raises:
+        ImportError: names the library, the cause and the remedy.
     """
     if not OPS_LIBRARY.is_file():
         raise ImportError(
@@ -35,8 +38,8 @@ def _load(library: Path) -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise ImportError(
-            f"flexvar_ext: {library.name} does not load under torch {torch.__version__}: {error}. Likely causes: a torch "
-            "older than 2.10, or a build made for another Python or libstdc++. Rebuild with "
+            f"flexvar_ext: {library.name} does not load under torch {torch.__version__}: {error}. Likely causes: a "
+            "torch older than 2.10, or a build made for another Python or libstdc++. Rebuild with "
             "`pip install --no-build-isolation --force-reinstall --no-deps .`"
         ) from error
 
