@@ -19,18 +19,22 @@ _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _SHOWN = 5
 
 
+class MissingCheckpointError(ValueError, FileNotFoundError):
+    """There is no such file. A ValueError, as for any bad argument, and a FileNotFoundError."""
+
+
 def load_checkpoint_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a ``.safetensors`` file, or a ``.pth`` / ``.pt`` / ``.bin`` / ``.ckpt`` file of tensors, onto the CPU.
 
     Pickles are read with ``weights_only=True``: a file that would run code is refused.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingCheckpointError: there is no such file.
         ValueError: another suffix, or a truncated, foreign or unsafe file; the text names file and reason.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint file {path} does not exist")
+        raise MissingCheckpointError(f"checkpoint file {path} must exist, got no such file")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -40,15 +44,15 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint file {path} must end in .safetensors, {', '.join(_PICKLE_SUFFIXES)}, got {path.suffix!r}"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint file {path} holds more than tensors, or is none: {reason}") from error
-    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        # What torch.load raises for damaged archives depends on where the damage is.
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"checkpoint file {path} is damaged or not a checkpoint: {reason}") from error
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"checkpoint file {path} holds more than tensors, or is none: {reason}") from error
+        except Exception as error:  # what torch.load raises for a damaged file depends on where the damage is
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"checkpoint file {path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint file {path} must hold a dict, got {type(content).__name__}")
     return content
@@ -65,7 +69,7 @@ def load_published_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) 
         TypeError: ``state_dict`` is not a mapping of names to tensors.
         ValueError: entries are missing, unknown, of another shape or not finite; the text names the first of them.
     """
-    weights = {name: value for name, value in _unwrap(state_dict).items() if name.split(".")[-1] not in _NOT_WEIGHTS}
+    weights = {name: value for name, value in _unwrap(state_dict).items() if not str(name).endswith(_NOT_WEIGHTS)}
     check_state_dict(module, weights, "load_published_state_dict")
     module.load_state_dict(weights)
 

@@ -11,7 +11,9 @@ from typing import Any, overload
 
 Size = tuple[int, int]
 
-_MAX_SIDE = 1 << 15  # keeps h * w and every offset far inside 64 bits
+# Bounds no image comes near: a mistyped number is refused rather than allocated.
+_MAX_SIDE = 1 << 15
+_MAX_STEPS = 1 << 12
 
 # Sides of the square grids of 256 px images (16 x 16 tokens) by number of steps. 6 to 14 are the paper's;
 # 1 to 5 continue them downwards and serve only for_image.
@@ -48,7 +50,7 @@ class ScaleSchedule:
 
     Raises:
         TypeError: ``sizes`` is not iterable, or a side is not an int.
-        ValueError: no step, a side below 1, or something that is not a pair.
+        ValueError: no step or too many, a side out of range, or something that is not a pair.
 
     >>> ScaleSchedule([1, (2, 4), (5, 9)]).sizes
     ((1, 1), (2, 4), (5, 9))
@@ -60,8 +62,8 @@ class ScaleSchedule:
         if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
             raise TypeError(f"ScaleSchedule: sizes must be a list of ints or (h, w) pairs, got {sizes!r}")
         checked = tuple(_as_size(step, size) for step, size in enumerate(sizes))
-        if not checked:
-            raise ValueError("ScaleSchedule: sizes must hold at least one step, got none")
+        if not 1 <= len(checked) <= _MAX_STEPS:
+            raise ValueError(f"ScaleSchedule: sizes must hold 1 to {_MAX_STEPS} steps, got {len(checked)}")
         object.__setattr__(self, "sizes", checked)
 
     @classmethod
@@ -72,10 +74,13 @@ class ScaleSchedule:
         ``variant="paper"`` is 1 2 3 4 6 10 13 16 and ``variant="code"`` is 1 2 3 5 7 10 13 16.
 
         Raises:
+            TypeError: ``steps`` or ``image_size`` is not an int.
             ValueError: there is no such preset; the text lists those there are.
         """
         if variant not in ("paper", "code"):
             raise ValueError(f'ScaleSchedule.preset: variant must be "paper" or "code", got {variant!r}')
+        for name, value in (("steps", steps), ("image_size", image_size)):
+            _as_int(value, f"ScaleSchedule.preset: {name}")
         if image_size not in _PRESETS:
             known = ", ".join(map(str, _PRESETS))
             raise ValueError(f"ScaleSchedule.preset: image_size must be one of {known}, got {image_size!r}")
@@ -110,6 +115,8 @@ class ScaleSchedule:
                     f"ScaleSchedule.for_image: {name} must be a multiple of patch_size = {patch_size}, "
                     f"got {arguments[name]}"
                 )
+        if steps > _MAX_STEPS:
+            raise ValueError(f"ScaleSchedule.for_image: steps must be at most {_MAX_STEPS}, got {steps}")
         grid_height, grid_width = height // patch_size, width // patch_size
         # A side is numerator / denominator of the grid's: integers, so that the last step is exact.
         if steps in _SIDES_OF_16:

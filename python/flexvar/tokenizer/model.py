@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flexvar._checks import describe
+from flexvar._checks import check_float
 from flexvar.schedule import ScaleSchedule
 from flexvar.tokenizer.autoencoder import Decoder, Encoder
 from flexvar.tokenizer.config import TokenizerConfig
@@ -59,8 +59,7 @@ class MultiScaleTokenizer(nn.Module):
         Returns:
             [B, codebook_dim, H / patch_size, W / patch_size].
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(f"encode: images must be a floating point tensor in [-1, 1], got {describe(images)}")
+        check_float("encode", "images", images, self.quant_conv.weight)
         patch_size = self.config.patch_size
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"encode: images must have shape [B, 3, H, W], got {tuple(images.shape)}")
@@ -84,7 +83,8 @@ class MultiScaleTokenizer(nn.Module):
             if codes.ndim != 3 or 0 in codes.shape[1:]:
                 raise ValueError(f"decode: int64 codes must have shape [B, h, w], got {tuple(codes.shape)}")
             codes = self.quantize.embed(codes)
-        check_latent("decode", codes, self.config)
+        check_float("decode", "codes", codes, self.codebook)
+        check_latent("decode", "codes", codes, self.config)
         return self.decoder(self.post_quant_conv(codes))
 
     def reconstruct(self, images: Tensor, schedule: ScaleSchedule) -> list[Tensor]:

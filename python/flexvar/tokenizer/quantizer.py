@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar._backend import check_backend, ops
-from flexvar._checks import describe
+from flexvar._checks import check_schedule, describe
 from flexvar.schedule import ScaleSchedule
 from flexvar.tokenizer.config import TokenizerConfig
 
@@ -32,14 +32,14 @@ class QuantizedScale:
     commitment_loss: Tensor
 
 
-def check_latent(op: str, latent: Tensor, config: TokenizerConfig) -> None:
-    """Raise TypeError or ValueError unless ``latent`` is a floating point [B, codebook_dim, h, w]."""
-    if not isinstance(latent, Tensor) or not latent.is_floating_point():
-        raise TypeError(f"{op}: latent must be a floating point tensor, got {describe(latent)}")
-    if latent.ndim != 4 or latent.shape[1] != config.codebook_dim or 0 in latent.shape[2:]:
+def check_latent(op: str, name: str, value: object, config: TokenizerConfig) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a floating point [B, codebook_dim, h, w]."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating point tensor, got {describe(value)}")
+    if value.ndim != 4 or value.shape[1] != config.codebook_dim or 0 in value.shape[2:]:
         raise ValueError(
-            f"{op}: latent must have shape [B, C, h, w] with C = codebook_dim = {config.codebook_dim}, "
-            f"got {tuple(latent.shape)}"
+            f"{op}: {name} must have shape [B, C, h, w] with C = codebook_dim = {config.codebook_dim}, "
+            f"got {tuple(value.shape)}"
         )
 
 
@@ -63,7 +63,8 @@ class VectorQuantizer(nn.Module):
         Returns:
             For every step int64 [B, h_i, w_i].
         """
-        check_latent("quantize", latent, self.config)
+        check_latent("quantize", "latent", latent, self.config)
+        check_schedule("quantize", schedule)
         tokens = ops(self.backend).vq_lookup_multiscale(
             latent.detach(),
             self.embedding.weight.detach(),
@@ -93,6 +94,7 @@ class VectorQuantizer(nn.Module):
             latent: [B, codebook_dim, H, W].
             sizes: the (h, w) to quantise at, a :class:`ScaleSchedule` for instance.
         """
+        check_latent("quantize_straight_through", "latent", latent, self.config)
         return [self._quantize_at(latent, size) for size in ScaleSchedule(sizes)]
 
     def _quantize_at(self, latent: Tensor, size: tuple[int, int]) -> QuantizedScale:

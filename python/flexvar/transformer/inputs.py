@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexvar._backend import ops
-from flexvar._checks import describe
+from flexvar._checks import check_schedule, describe
 from flexvar.schedule import ScaleSchedule
 
 
@@ -35,6 +35,7 @@ def next_scale_inputs(
         [B, L - L_0, codebook_dim] in the codebook's dtype, L_0 being the tokens of the first step. Differentiable in
         the codebook.
     """
+    check_schedule("next_scale_inputs", schedule)
     steps = len(schedule)
     if len(pyramid) not in (steps, steps - 1):
         raise ValueError(

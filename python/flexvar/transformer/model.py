@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flexvar._backend import check_backend
-from flexvar._checks import describe
+from flexvar._checks import check_float, check_schedule, describe
 from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.initialization import initialize
@@ -109,6 +109,7 @@ class FlexVARTransformer(nn.Module):
         Returns:
             [B, L, codebook_size].
         """
+        check_schedule("forward", schedule)
         self._check_labels("forward", class_labels)
         batch = class_labels.shape[0]
         self._check_inputs("forward", inputs, (batch,), schedule.num_tokens - schedule.lengths[0])
@@ -136,10 +137,11 @@ class FlexVARTransformer(nn.Module):
             schedule: the size of every step.
             cache_dtype: dtype of keys and values; that of the weights unless given.
         """
+        check_schedule("begin", schedule)
         if not isinstance(class_labels, Tensor):
             class_labels = torch.tensor(class_labels)
-        class_labels = class_labels.to(self.head.weight.device)
         self._check_labels("begin", class_labels)
+        class_labels = class_labels.to(self.head.weight.device)
         condition = self.class_emb(class_labels)
         shared = self.shared_ada_lin(condition)
         config = self.config
@@ -218,8 +220,7 @@ class FlexVARTransformer(nn.Module):
             )
 
     def _check_inputs(self, op: str, inputs: Tensor | None, batches: Sequence[int], length: int) -> None:
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            raise TypeError(f"{op}: inputs must be a floating point tensor, got {describe(inputs)}")
+        inputs = check_float(op, "inputs", inputs, self.word_embed.weight)
         dim = self.config.codebook_dim
         if inputs.ndim != 3 or inputs.shape[0] not in batches or tuple(inputs.shape[1:]) != (length, dim):
             allowed = " or ".join(map(str, batches))
