@@ -73,7 +73,7 @@ def int64_per_image(
         if value.device != device:
             raise ValueError(f"{op}: {name} must be on the device of the other tensors, {device}, got {value.device}")
         return value
-    if not isinstance(value, str) and isinstance(value, Sequence):
+    if isinstance(value, Sequence):
         if len(value) != batch:
             raise ValueError(f"{op}: {name} must hold one number per image ({batch}), got {len(value)}")
         for number in value:
