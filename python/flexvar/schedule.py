@@ -62,8 +62,10 @@ class ScaleSchedule:
         if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
             raise TypeError(f"ScaleSchedule: sizes must be a list of ints or (h, w) pairs, got {sizes!r}")
         checked = tuple(_as_size(step, size) for step, size in enumerate(sizes))
-        if not 1 <= len(checked) <= _MAX_STEPS:
-            raise ValueError(f"ScaleSchedule: sizes must hold 1 to {_MAX_STEPS} steps, got {len(checked)}")
+        if not checked:
+            raise ValueError("ScaleSchedule: sizes must hold at least one step, got none")
+        if len(checked) > _MAX_STEPS:
+            raise ValueError(f"ScaleSchedule: sizes must hold at most {_MAX_STEPS} steps, got {len(checked)}")
         object.__setattr__(self, "sizes", checked)
 
     @classmethod

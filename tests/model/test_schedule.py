@@ -136,7 +136,8 @@ def test_immutable_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("sizes", "error", "message"),
     [
-        ([], ValueError, "sizes must hold 1 to 4096 steps, got 0"),
+        ([], ValueError, "sizes must hold at least one step, got none"),
+        ([1] * 5000, ValueError, "sizes must hold at most 4096 steps, got 5000"),
         ([1, 0], ValueError, "every side of step 1 must be from 1 to 32768, got 0"),
         ([(2, -1)], ValueError, r"every side of step 0 .* got \(2, -1\)"),
         ([(1, 2, 3)], ValueError, r"step 0 must be an int or an \(h, w\) pair, got \(1, 2, 3\)"),
