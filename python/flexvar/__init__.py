@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flexvar.checkpoint import load_checkpoint_file, load_published_state_dict
     from flexvar.generation import FlexVARPipeline, GenerationSettings
     from flexvar.schedule import ScaleSchedule
+    from flexvar.storage import load_tokenizer, load_transformer, save_model
     from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
     from flexvar.transformer import FlexVARTransformer, KVCache, TransformerConfig, next_scale_inputs
 
@@ -28,7 +29,10 @@ _MODULE_OF = {
     "TransformerConfig": "flexvar.transformer",
     "load_checkpoint_file": "flexvar.checkpoint",
     "load_published_state_dict": "flexvar.checkpoint",
+    "load_tokenizer": "flexvar.storage",
+    "load_transformer": "flexvar.storage",
     "next_scale_inputs": "flexvar.transformer",
+    "save_model": "flexvar.storage",
 }
 
 __all__ = [
@@ -42,7 +46,10 @@ __all__ = [
     "TransformerConfig",
     "load_checkpoint_file",
     "load_published_state_dict",
+    "load_tokenizer",
+    "load_transformer",
     "next_scale_inputs",
+    "save_model",
 ]
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flexvar._files import write_atomically
-from flexvar.checkpoint import check_state_dict, load_checkpoint_file
+from flexvar.checkpoint import MissingCheckpointError, check_state_dict, load_checkpoint_file
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.transformer import FlexVARTransformer, TransformerConfig
 
@@ -56,7 +56,7 @@ def load_tokenizer(folder: str | os.PathLike[str], *, backend: str = "native") -
     """Reads a tokenizer that :func:`save_model` wrote, in evaluation mode, float32, on the CPU.
 
     Raises:
-        OSError: a file is missing or cannot be read.
+        OSError: a file cannot be read, or is missing (MissingCheckpointError, which is a ValueError too).
         ValueError, TypeError: a file is damaged, or is not a tokenizer's.
     """
     config = TokenizerConfig.from_dict(_read_config(Path(folder)))
@@ -77,6 +77,8 @@ def load_transformer(folder: str | os.PathLike[str], *, backend: str = "native")
 
 def _read_config(folder: Path) -> Mapping[str, object]:
     path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise MissingCheckpointError(f"{path} must exist, got no such file")
     with path.open("rb") as file:
         content = file.read(_MAX_CONFIG_BYTES + 1)
     if len(content) > _MAX_CONFIG_BYTES:

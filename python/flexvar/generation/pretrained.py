@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from flexvar.checkpoint import MissingCheckpointError
 from flexvar.storage import CONFIG_FILE, WEIGHTS_FILE
 
 DEMO = "demo"
@@ -41,12 +42,12 @@ def locate_pipeline(source: str | os.PathLike[str], revision: str | None = None)
     if revision is not None:
         raise ValueError(f"from_pretrained: revision must be left out where {name!r} is not a Hub id, got {revision!r}")
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingCheckpointError(
             f'from_pretrained: source must be "demo", a folder or a Hub id owner/name, got {name!r}'
         )
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingCheckpointError(
             f"from_pretrained: {folder} must hold {', '.join(FILES)}, but lacks {', '.join(missing)}"
         )
     return folder
@@ -70,5 +71,5 @@ def _download(repository: str, revision: str | None) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"from_pretrained: {repository!r} cannot be fetched from the Hub: {reason}") from error
     if not is_pipeline_folder(folder):
-        raise FileNotFoundError(f"from_pretrained: {repository!r} on the Hub must hold {', '.join(FILES)}")
+        raise MissingCheckpointError(f"from_pretrained: {repository!r} on the Hub must hold {', '.join(FILES)}")
     return folder
