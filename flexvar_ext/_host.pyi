@@ -1,0 +1,6 @@
+"""The pybind11 module of csrc/host/module.cpp."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isa() -> str: ...

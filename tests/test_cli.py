@@ -1,0 +1,229 @@
+"""The command line: what it writes, and that no mistake of a user ends in a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flexvar import (
+    FlexVARPipeline,
+    FlexVARTransformer,
+    MultiScaleTokenizer,
+    TokenizerConfig,
+    TransformerConfig,
+    __version__,
+)
+from flexvar.cli import main
+from flexvar.image_io import read_settings
+from PIL import Image
+
+NAMES = ("circle", "star", "../../evil name")
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny pipeline: patches of 4 px, 3 classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = MultiScaleTokenizer(TokenizerConfig(32, 8, 32, 32, (1, 1, 2), num_res_blocks=1))
+        transformer = FlexVARTransformer(TransformerConfig(1, 64, 2, 3, 32, 8, class_names=NAMES))
+    folder = tmp_path_factory.mktemp("model")
+    FlexVARPipeline(tokenizer, transformer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
+    """Runs ``flexvar`` in this process and an empty folder -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["flexvar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def generate(run: Callable[..., Result], model: str) -> Callable[..., Result]:
+    """``flexvar generate`` with the tiny pipeline on the reference ops."""
+    return lambda *arguments: run("generate", *arguments, "--model", model, "--backend", "reference")
+
+
+def test_version_and_help(run: Callable[..., Result]) -> None:
+    assert run("--version") == (0, f"flexvar {__version__}\n", "")
+    for command in ([], ["generate"], ["reconstruct"], ["doctor"]):
+        code, text, _ = run(*command, "--help")
+        assert code == 0
+        assert "Usage" in text
+    assert "flexvar generate star heart" in run("generate", "-h")[1]
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from flexvar.cli import app; app(['generate', '--help'], standalone_mode=False); "
+    code += "raise SystemExit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def test_one_image(generate: Callable[..., Result], model: str) -> None:
+    code, text, _ = generate("star", "--size", 16, "--steps", 3, "--seed", 4, "--out", "new/star.png")
+    assert (code, text) == (0, "new/star.png\n")
+    assert Image.open("new/star.png").size == (16, 16)
+    settings = read_settings("new/star.png")
+    assert settings["class_labels"] == ["star"]
+    assert (settings["seed"], settings["height"], settings["steps"]) == (4, 16, 3)
+    assert (settings["version"], settings["model"], settings["device"]) == (__version__, model, "cpu")
+
+
+def test_a_folder_and_what_its_settings_reproduce(generate: Callable[..., Result], model: str) -> None:
+    assert generate("--num", 4, "--schedule", "1,2x3", "--out", "images", "--grid", "--batch", 3)[0] == 0
+    files = sorted(os.listdir("images"))
+    assert files == ["0000-circle.png", "0001-star.png", "0002-evil-name.png", "0003-circle.png", "grid.png"]
+    pipe = FlexVARPipeline.from_pretrained(model, backend="reference")
+    for file in files[:4]:
+        settings = read_settings(Path("images", file))
+        names = ("schedule", "steps", "height", "width", "guidance_scale", "guidance_style", "top_k", "top_p", "seed")
+        options: dict[str, Any] = {name: settings[name] for name in (*names, "image_ids")}
+        again = pipe(settings["class_labels"], **options).images[0]
+        assert np.array_equal(np.asarray(again), np.asarray(Image.open(Path("images", file))))
+    assert read_settings("images/grid.png")["image_ids"] == [0, 1, 2, 3]
+
+
+def test_images_do_not_depend_on_num_and_batch(generate: Callable[..., Result]) -> None:
+    for folder, options in {"a": ["--num", 3], "b": ["--num", 5, "--batch", 2]}.items():
+        assert generate("circle", *options, "--schedule", "1,2,4", "--out", folder)[0] == 0
+    for file in sorted(os.listdir("a")):
+        assert np.array_equal(np.asarray(Image.open(f"a/{file}")), np.asarray(Image.open(f"b/{file}")))
+
+
+def test_sheet_of_sizes_styles_and_types(generate: Callable[..., Result]) -> None:
+    code, _, _ = generate(
+        "star", 0, "none", "--height", 7, "--width", 18, "--steps", 2, "--columns", 3, "--guidance-style", "llamagen",
+        "--guidance", 3, "--top-k", 5, "--top-p", 0.5, "--dtype", "bfloat16", "--published-greedy-quirk",
+    )  # fmt: skip
+    assert code == 0
+    assert Image.open("flexvar.png").size == (3 * (18 + 4) + 4, 7 + 8)
+    settings = read_settings("flexvar.png")
+    assert settings["class_labels"] == ["star", 0, None]
+    assert settings["dtype"] == "bfloat16"
+    assert settings["published_greedy_quirk"] is True
+
+
+def test_reconstruct(run: Callable[..., Result], model: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.new("CMYK", (40, 31), (0, 200, 200, 0)).save("photo.jpg", exif=exif)
+    code, _, error = run("reconstruct", "photo.jpg", "--model", model, "--backend", "reference", "--steps", 3)
+    assert (code, error) == (0, "")
+    assert Image.open("reconstruction.png").height == 2 * (40 + 16 + 4) + 4  # the original and 3 scales, with captions
+    code, _, error = run(
+        "reconstruct", "photo.jpg", "--model", model, "--backend", "reference", "--max-side", 20, "--out", "small.png",
+        "--schedule", "1,5x4",
+    )  # fmt: skip
+    assert code == 0
+    assert "photo.jpg was shrunk from 31 x 40 to 15 x 20" in error
+    assert Image.open("small.png").height == 2 * (20 + 16 + 4) + 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["generate", "sta"], "class_labels must be names that the model knows, got 'sta'; did you mean star"),
+        (["generate", "7"], "class_labels must be from 0 to 3, got 7"),
+        (["generate", "-1"], None),
+        (["generate", "--num", "0"], "--num must be at least 1, got 0"),
+        (["generate", "--num", "x"], None),
+        (["generate", "--batch", "-2"], "--batch must be at least 1, got -2"),
+        (["generate", "--columns", "0"], "--columns must be at least 1, got 0"),
+        (["generate", "--size", "0"], "height must be at least 1, got 0"),
+        (["generate", "--size", "8", "--width", "8"], "--size must be left out"),
+        (["generate", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["generate", "--steps", "3", "--schedule", "1,2"], "steps must be left out where a schedule is given"),
+        (
+            ["generate", "--schedule", "1,zwei"],
+            "--schedule must be sides or HEIGHTxWIDTH, such as 1,2,4x8, got '1,zwei'",
+        ),
+        (["generate", "--schedule", ""], "--schedule must be sides"),
+        (["generate", "--schedule", "0"], "from 1 to"),
+        (["generate", "--guidance", "nan"], "guidance_scale must be finite"),
+        (["generate", "--guidance-style", "cfg"], None),
+        (["generate", "--top-k", "-1"], "top_k must be at least 0, got -1"),
+        (["generate", "--top-p", "2"], "top_p must be from 0 to 1"),
+        (["generate", "--seed", "-1"], "seed must be from 0 to"),
+        (["generate", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["generate", "--device", "cuda:99"], "--device must be one that torch finds"),
+        (["generate", "--out", "image.jpg"], "--out must end in .png or be a folder, got 'image.jpg'"),
+        (["generate", "--out", "a.png", "--grid"], "--grid must be left out"),
+        (["generate", "--out", "/proc/nowhere/a.png"], "/proc/nowhere: No such file or directory"),
+        (["generate", "--model", "nowhere"], "source must be \"demo\", a folder or a Hub id owner/name, got 'nowhere'"),
+        (["generate", "--model", "."], "must hold tokenizer/config.json"),
+        (["generate", "--frobnicate"], None),
+        (["frobnicate"], None),
+        (["reconstruct"], None),
+        (["reconstruct", "missing.jpg"], "missing.jpg: No such file or directory"),
+        (["reconstruct", "."], ".: Is a directory"),
+        (["reconstruct", "text.jpg"], "text.jpg must be a picture that Pillow reads"),
+        (["reconstruct", "truncated.png"], "truncated.png must be an undamaged picture"),
+        (["reconstruct", "photo.png", "--max-side", "-1"], "--max-side must be at least 0, got -1"),
+        (["reconstruct", "photo.png", "--out", "x.jpg"], "--out must end in .png"),
+        (["reconstruct", "photo.png", "--schedule", "1,2"], "must need the schedule's last grid (2, 2)"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    run: Callable[..., Result], model: str, arguments: list[str], text: str | None
+) -> None:
+    Path("text.jpg").write_text("no picture")
+    Image.new("RGB", (64, 64)).save("photo.png")
+    Image.effect_noise((64, 64), 50).save("truncated.png")
+    Path("truncated.png").write_bytes(Path("truncated.png").read_bytes()[:900])
+    if "--model" not in arguments and len(arguments) > 1:
+        arguments = [*arguments, "--model", model, "--backend", "reference"]
+    code, _, error = run(*arguments)
+    assert code == 2
+    assert "Traceback" not in error
+    if text is not None:  # the others are found while the arguments are read, by the parser
+        assert error.startswith("flexvar: error: ")
+        assert error.count("\n") == 1
+        assert text in error
+
+
+def test_damaged_model(run: Callable[..., Result], tmp_path: Path, model: str) -> None:
+    pipe = FlexVARPipeline.from_pretrained(model)
+    pipe.save_pretrained(tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "transformer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    code, _, error = run("generate", "--model", "damaged")
+    assert code == 2
+    assert "not a whole safetensors file" in error
+
+
+def test_out_of_memory_is_one_line(generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: object, **options: object) -> None:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        )
+
+    monkeypatch.setattr(FlexVARTransformer, "begin", exhausted)
+    code, _, error = generate("star")
+    assert code == 2
+    assert "can't allocate memory" in error
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setattr(FlexVARTransformer, "begin", lambda *_, **__: [].pop())
+    monkeypatch.setattr(sys, "argv", ["flexvar", "generate", "star", "--model", model, "--backend", "reference"])
+    with pytest.raises(IndexError):
+        main()
