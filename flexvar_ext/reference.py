@@ -81,7 +81,9 @@ def scale_attention(
 ) -> Tensor:
     """[B, L, H, D] each -> [B, L, H, D]: a token of scale i attends to every token of the scales <= i."""
     scale_of_token = torch.repeat_interleave(
-        torch.arange(len(scale_lengths), device=q.device), torch.tensor(scale_lengths, device=q.device)
+        torch.arange(len(scale_lengths), device=q.device),
+        torch.tensor(scale_lengths, device=q.device),
+        output_size=sum(scale_lengths),  # a known size: no look at the device, and torch.compile can trace it
     )
     visible = scale_of_token[:, None] >= scale_of_token[None, :]
     out = F.scaled_dot_product_attention(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, overload
 
@@ -48,6 +47,11 @@ class ScaleSchedule:
     Args:
         sizes: one (h, w) pair, or one int for a square, per step. They need be neither square nor increasing.
 
+    Attributes:
+        sizes: the (h, w) of every step.
+        lengths: tokens of every step, h * w.
+        offsets: index of every step's first token in the sequence, and one entry more: the number of all tokens.
+
     Raises:
         TypeError: ``sizes`` is not iterable, or a side is not an int.
         ValueError: no step or too many, a side out of range, or something that is not a pair.
@@ -57,6 +61,8 @@ class ScaleSchedule:
     """
 
     sizes: tuple[Size, ...]
+    lengths: tuple[int, ...] = field(repr=False, compare=False)
+    offsets: tuple[int, ...] = field(repr=False, compare=False)
 
     def __init__(self, sizes: Iterable[int | Iterable[int]]) -> None:
         if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
@@ -66,7 +72,14 @@ class ScaleSchedule:
             raise ValueError("ScaleSchedule: sizes must hold at least one step, got none")
         if len(checked) > _MAX_STEPS:
             raise ValueError(f"ScaleSchedule: sizes must hold at most {_MAX_STEPS} steps, got {len(checked)}")
-        object.__setattr__(self, "sizes", checked)
+        lengths = tuple(height * width for height, width in checked)
+        # Plain attributes rather than cached properties, whose lock torch.compile cannot trace.
+        for name, value in (
+            ("sizes", checked),
+            ("lengths", lengths),
+            ("offsets", tuple(accumulate(lengths, initial=0))),
+        ):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def preset(cls, steps: int = 10, image_size: int = 256, *, variant: str = "paper") -> ScaleSchedule:
@@ -126,16 +139,6 @@ class ScaleSchedule:
         else:
             numerators, denominator = [(steps - 1) + 15 * step for step in range(steps)], 16 * (steps - 1)
         return cls((max(1, grid_height * n // denominator), max(1, grid_width * n // denominator)) for n in numerators)
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of every step: h * w."""
-        return tuple(height * width for height, width in self.sizes)
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Index of every step's first token in the sequence, and one entry more: :attr:`num_tokens`."""
-        return tuple(accumulate(self.lengths, initial=0))
 
     @property
     def num_tokens(self) -> int:

@@ -325,6 +325,16 @@ class TestNextScaleInputs:
                 next_scale_inputs(grids, codebook, schedule, backend=backend)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiles_into_one_graph(grad: bool, small: FlexVARTransformer) -> None:
+    torch.compiler.reset()
+    schedule = ScaleSchedule([1, 2, (3, 4)])
+    inputs, labels = random_inputs(schedule, 2), torch.tensor([1, 2])
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(small, fullgraph=True, backend="aot_eager")(labels, inputs, schedule)
+        torch.testing.assert_close(compiled, small(labels, inputs, schedule), rtol=1e-5, atol=1e-5)
+
+
 def test_bad_input(small: FlexVARTransformer) -> None:
     schedule = ScaleSchedule([1, 2])
     labels, inputs = torch.tensor([1, 2]), random_inputs(schedule, 2)

@@ -26,6 +26,7 @@ class TransformerConfig(JsonConfig):
         class_dropout: probability that a label becomes the null class in training.
         drop_path: probability that the last block's residual branches are dropped in training; it grows linearly from 0
             at the first block.
+        class_names: a name for every class, different beyond upper and lower case; or none.
     """
 
     depth: int = 16

@@ -54,8 +54,9 @@ class PositionCache:
         self._grid = None
 
     def get(self, grid: nn.Parameter, schedule: ScaleSchedule, backend: str) -> Tensor:
-        """:func:`resample_positions`, remembered unless gradients are being recorded."""
-        if torch.is_grad_enabled() or grid.is_inference():  # tensors made in inference mode count no versions
+        """:func:`resample_positions`, remembered unless gradients are being recorded or a graph is traced."""
+        # Tensors made in inference mode count no versions, and a compiled graph must not hold what it was traced with.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or grid.is_inference():
             return resample_positions(grid, schedule, backend)
         if self._grid is None or self._grid.data_ptr() != grid.data_ptr() or self._version != grid._version:
             self.clear()
