@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <limits>
 #include <type_traits>
-#include <typeinfo>
 
 #include "testing/intrinsics_on_cpu.h"
 #include "testing/runtime.h"
@@ -94,27 +93,27 @@ T warp_reduce(WarpOp unsigned_op, WarpOp signed_op, unsigned mask, T value, Loca
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, FLEXVAR_WHERE) {
-  const int lane = flexvar::emulation::lane_of_current_thread();
+  const int lane = flexvar::emulation::current_lane();
   return flexvar::emulation::warp_exchange(flexvar::emulation::WarpOp::shuffle, mask, value,
                                            (lane & -width) | (source & (width - 1)), where);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FLEXVAR_WHERE) {
-  const int lane = flexvar::emulation::lane_of_current_thread();
+  const int lane = flexvar::emulation::current_lane();
   const int source = lane - static_cast<int>(delta);
   return flexvar::emulation::warp_exchange(flexvar::emulation::WarpOp::shuffle, mask, value,
                                            source < (lane & -width) ? lane : source, where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, FLEXVAR_WHERE) {
-  const int lane = flexvar::emulation::lane_of_current_thread();
+  const int lane = flexvar::emulation::current_lane();
   const int source = lane + static_cast<int>(delta);
   return flexvar::emulation::warp_exchange(flexvar::emulation::WarpOp::shuffle, mask, value,
                                            source > (lane | (width - 1)) ? lane : source, where);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, FLEXVAR_WHERE) {
-  const int lane = flexvar::emulation::lane_of_current_thread();
+  const int lane = flexvar::emulation::current_lane();
   const int source = lane ^ lane_mask;
   return flexvar::emulation::warp_exchange(flexvar::emulation::WarpOp::shuffle, mask, value,
                                            source > (lane | (width - 1)) ? lane : source, where);
@@ -149,7 +148,7 @@ unsigned __match_all_sync(unsigned mask, T value, int* predicate, FLEXVAR_WHERE)
 template <class T>
 T __reduce_add_sync(unsigned mask, T value, FLEXVAR_WHERE) {
   using enum flexvar::emulation::WarpOp;
-  return flexvar::emulation::warp_reduce(add, add_signed, mask, value, where);
+  return flexvar::emulation::warp_reduce(add, add, mask, value, where);
 }
 template <class T>
 T __reduce_min_sync(unsigned mask, T value, FLEXVAR_WHERE) {
@@ -174,16 +173,14 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, FLEXVAR_WHERE) 
                                            where);
 }
 
-#undef FLEXVAR_WHERE
-
 // --- Atomics: threads run one at a time, so a plain update is atomic
 // -----------------------------------
 
 namespace flexvar::emulation {
 
 template <class T, class Update>
-__attribute__((no_sanitize("thread"))) T atomic_update(T* address, Update update) {
-  check_atomic(address, sizeof(T));
+__attribute__((no_sanitize("thread"))) T atomic_update(T* address, Location where, Update update) {
+  check_atomic(address, sizeof(T), where);
   const T old = *address;
   *address = update(old);
   return old;
@@ -191,49 +188,31 @@ __attribute__((no_sanitize("thread"))) T atomic_update(T* address, Update update
 
 }  // namespace flexvar::emulation
 
+#define FLEXVAR_ATOMIC(name, expression)                                                         \
+  template <class T>                                                                             \
+  T name(T* address, std::type_identity_t<T> value, FLEXVAR_WHERE) {                             \
+    return flexvar::emulation::atomic_update(address, where,                                     \
+                                             [=](T old) { return static_cast<T>(expression); }); \
+  }
+FLEXVAR_ATOMIC(atomicAdd, old + value)
+FLEXVAR_ATOMIC(atomicSub, old - value)
+FLEXVAR_ATOMIC(atomicExch, (static_cast<void>(old), value))
+FLEXVAR_ATOMIC(atomicMin, min(old, value))
+FLEXVAR_ATOMIC(atomicMax, max(old, value))
+FLEXVAR_ATOMIC(atomicAnd, old& value)
+FLEXVAR_ATOMIC(atomicOr, old | value)
+FLEXVAR_ATOMIC(atomicXor, old ^ value)
+FLEXVAR_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
+#undef FLEXVAR_ATOMIC
+
 template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address, [=](T old) -> T { return old + value; });
-}
-template <class T>
-T atomicSub(T* address, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address, [=](T old) -> T { return old - value; });
-}
-template <class T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address, [=](T) -> T { return value; });
-}
-template <class T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  static_assert(std::is_integral_v<T>);
-  return flexvar::emulation::atomic_update(address, [=](T old) { return min(old, value); });
-}
-template <class T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
-  static_assert(std::is_integral_v<T>);
-  return flexvar::emulation::atomic_update(address, [=](T old) { return max(old, value); });
-}
-template <class T>
-T atomicAnd(T* address, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address, [=](T old) -> T { return old & value; });
-}
-template <class T>
-T atomicOr(T* address, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address, [=](T old) -> T { return old | value; });
-}
-template <class T>
-T atomicXor(T* address, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address, [=](T old) -> T { return old ^ value; });
-}
-template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
-  return flexvar::emulation::atomic_update(address,
+T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value,
+            FLEXVAR_WHERE) {
+  return flexvar::emulation::atomic_update(address, where,
                                            [=](T old) { return old == compare ? value : old; });
 }
-inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  return flexvar::emulation::atomic_update(
-      address, [=](unsigned old) { return old >= limit ? 0 : old + 1; });
-}
+
+#undef FLEXVAR_WHERE
 
 // --- Loads and stores with cache hints
 // -------------------------------------------------------------------
@@ -273,7 +252,7 @@ T& shared_storage() {
   static_assert(std::is_trivially_default_constructible_v<T>);
   static_assert(sizeof(T) <= 48 * 1024, "static shared memory is limited to 48 KiB");
   static const char key = 0;
-  return *static_cast<T*>(static_shared(&key, sizeof(T), alignof(T), typeid(T).name()));
+  return *static_cast<T*>(static_shared(&key, sizeof(T), alignof(T), __PRETTY_FUNCTION__));
 }
 
 template <class T = unsigned char>

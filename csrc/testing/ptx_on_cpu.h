@@ -18,9 +18,10 @@ namespace flexvar::ptx {
 using emulation::Location;
 
 template <int kBytes = 16>
-void cp_async(void* shared, const void* global, bool valid = true) {
+void cp_async(void* shared, const void* global, bool valid = true,
+              Location where = Location::current()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  emulation::cp_async(shared, global, kBytes, valid);
+  emulation::cp_async(shared, global, kBytes, valid, where);
 }
 inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int kPending = 0>

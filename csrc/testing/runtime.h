@@ -1,6 +1,6 @@
-// The emulation's scheduler: every thread of a block is a fiber, blocks run one after another, and
-// a fiber runs until it waits for others. Used by cuda_on_cpu.h (what kernels see) and by the
-// tests' bindings (emulate, Options).
+// The emulation's runtime as kernels see it through cuda_on_cpu.h, and `emulate`, with which the
+// tests' bindings launch a kernel. Every thread of a block is a fiber; blocks run one after
+// another, and a fiber runs until it waits for others.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 namespace flexvar::emulation {
+
+using Location = std::source_location;
 
 // A mistake that the emulation found in a kernel. The text names block, thread and source line.
 class KernelError : public std::runtime_error {
@@ -29,28 +32,27 @@ struct Options {
   uint8_t poison = 0xff;  // byte that fills memory nobody has written (0xff: NaN in every format)
 };
 
-struct GridShape {
+struct LaunchShape {
   unsigned grid[3];
   unsigned block[3];
   size_t dynamic_shared;
 };
 
-using Location = std::source_location;
-
 // Runs `body(context)` once per thread. `context` (of `context_bytes`) holds the kernel's
-// arguments.
-void launch(const GridShape& shape, const Options& options, void (*body)(void*), void* context,
+// arguments. Throws KernelError.
+void launch(const LaunchShape& shape, const Options& options, void (*body)(void*), void* context,
             size_t context_bytes);
 
-// Stops the running kernel: launch() throws KernelError with `message` and the place it came from.
+// Ends the running kernel: launch() throws KernelError with `message`, the block and the thread.
 [[noreturn]] void fail(const std::string& message);
 
 // --- What waits for other threads
 // ---------------------------------------------------------------------
 
 enum class Vote { none, all, any, count };
-int block_barrier(int id, int expected_threads, Vote vote, int predicate, Location where);
-void block_barrier_arrive(int id, int expected_threads, Location where);
+// `threads` = 0: all of the block.
+int block_barrier(int id, int threads, Vote vote, int predicate, Location where);
+void block_barrier_arrive(int id, int threads, Location where);
 
 enum class WarpOp {
   sync,
@@ -61,7 +63,6 @@ enum class WarpOp {
   match_any,
   match_all,
   add,
-  add_signed,
   min,
   min_signed,
   max,
@@ -72,36 +73,30 @@ enum class WarpOp {
   matrix_load,
   matrix_product,
 };
-const char* name_of(WarpOp op);
 
-// One lane's part in a warp-wide operation; `complete` runs once, when the last lane has arrived.
+// One lane's part in a warp-wide operation.
 struct WarpArguments {
   uint64_t value = 0;
-  int source_lane = 0;  // shuffle: the lane to read, or the lane itself
+  int source_lane = 0;  // shuffle: the lane to read
   uint64_t result = 0;
-  void* operands = nullptr;  // matrix operations: see ptx_on_cpu.cpp
+  void* operands = nullptr;  // of the matrix operations
 };
 void warp_collective(WarpOp op, unsigned mask, WarpArguments& arguments, Location where);
+int current_lane();
 
-int lane_of_current_thread();
+// --- Memory
+// -----------------------------------------------------------------------------------------
 
-// --- Shared memory
-// ------------------------------------------------------------------------------------
-
-// Storage of static shared memory: `key` tells the objects of one kernel apart.
+// Static shared memory of the block: the same object for the same key.
 void* static_shared(const void* key, size_t bytes, size_t alignment, const char* type_name);
 void* dynamic_shared_memory();
 
-// --- Accesses that do not go through compiler instrumentation
-// ------------------------------------------
-
-void check_read(const void* pointer, size_t bytes);
-void check_write(const void* pointer, size_t bytes);
-// An atomic access: conflicts with plain accesses of other threads, not with atomic ones.
-void check_atomic(const void* pointer, size_t bytes);
+// Records an atomic update: it conflicts with plain accesses of other threads, not with atomic
+// ones.
+void check_atomic(void* pointer, size_t bytes, Location where);
 void thread_fence();
 
-void cp_async(void* shared, const void* global, size_t bytes, bool valid);
+void cp_async(void* shared, const void* global, size_t bytes, bool valid, Location where);
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 
@@ -110,12 +105,12 @@ void cp_async_wait(int pending_groups);
 
 // Runs kernel<<<grid, block, dynamic_shared>>>(arguments...) to its end. Throws KernelError.
 template <class... Parameters, class... Arguments>
-void emulate(const Options& options, void (*kernel)(Parameters...), const GridShape& shape,
-             Arguments&&... arguments) {
+void emulate(const Options& options, void (*kernel)(Parameters...), const LaunchShape& shape,
+             const Arguments&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> parameters;
-  } call{kernel, {std::forward<Arguments>(arguments)...}};
+  } call{kernel, {arguments...}};
   launch(
       shape, options,
       [](void* context) {

@@ -1,0 +1,42 @@
+// The module `_emulated`: every CUDA kernel of the library, run on the CPU. For tests only.
+#include <stdexcept>
+#include <string>
+
+#include "testing/arrays.h"
+
+namespace flexvar::emulation {
+
+std::vector<AddBindings>& all_bindings() {
+  static std::vector<AddBindings> bindings;
+  return bindings;
+}
+
+namespace {
+
+ThreadOrder parse_order(const std::string& order) {
+  if (order == "forward") return ThreadOrder::forward;
+  if (order == "reversed") return ThreadOrder::reversed;
+  if (order == "random") return ThreadOrder::random;
+  throw std::invalid_argument("order must be forward, reversed or random, got '" + order + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_emulated, module) {
+  py::register_exception<KernelError>(module, "KernelError", PyExc_RuntimeError);
+  py::class_<EmulationOptions>(module, "Options")
+      .def(py::init(
+               [](const std::string& order, uint64_t seed, uint8_t poison, size_t misalignment) {
+                 EmulationOptions options;
+                 options.order = parse_order(order);
+                 options.seed = seed;
+                 options.poison = poison;
+                 options.misalignment = misalignment;
+                 return options;
+               }),
+           py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,
+           py::arg("poison") = 0xff, py::arg("misalignment") = 0);
+  for (const AddBindings add : all_bindings()) add(module);
+}
+
+}  // namespace flexvar::emulation

@@ -1,0 +1,95 @@
+"""The emulation finds mistakes: kernels with one mistake each (csrc/testing/planted_bugs.cpp), and their right twins."""
+
+import numpy as np
+import pytest
+
+MESSAGES = {
+    "accumulate_into_output": r"uninitialised: reads 4 bytes at byte \d+ of buffer 'y'",
+    "atomic_and_plain": "race: .*buffer 'counter'",
+    "barrier_in_branch": "divergent barrier 0",
+    "blocks_share_an_output": "race: writes .*a thread of block number 0 wrote it",
+    "copy_misaligned": "cp_async: .* aligned to 16 bytes",
+    "copy_not_waited_for": "too early: reads .*a cp.async to it is under way",
+    "copy_onto_what_is_read": "race: |too early: |uninitialised: ",
+    "copy_past_end": "out of bounds: reads 16 bytes .*behind the end of buffer 'x'",
+    "copy_waits_for_too_few": "too early: reads .*a cp.async to it is under way",
+    "copy_without_barrier": "race: |too early: |uninitialised: ",
+    "division_by_zero": "division by zero",
+    "dynamic_shared_past_end": "out of bounds: .* right behind the end of dynamic shared memory",
+    "index_outside_array": "out of bounds: index 256 of an array",
+    "integer_overflow": "integer overflow",
+    "lanes_without_syncwarp": "race: |uninitialised: ",
+    "last_block_without_fence": "race: .* a thread of block number . wrote it",
+    "ldmatrix_before_barrier": "race: |uninitialised: ",
+    "ldmatrix_misaligned": "ldmatrix: a row must be 16-byte aligned",
+    "leaves_before_barrier": r"deadlock: .*thread \(255, 0, 0\): ended",
+    "mask_without_caller": "__any_sync: the mask must name the calling lane",
+    "misaligned_vector": "misaligned or null access",
+    "mma_in_branch": r"deadlock: .*and 30 more: waiting at mma",
+    "named_barrier_of_wrong_size": "deadlock: .*waiting at barrier_sync",
+    "output_not_complete": "output 'y': 4 of 1024 bytes were never written",
+    "overwrite_before_barrier": "race: ",
+    "pointer_to_nowhere": "out of bounds: .*which is no device memory",
+    "read_before_barrier": "race: |uninitialised: ",
+    "read_past_end": "out of bounds: reads 4 bytes right behind the end of buffer 'x'",
+    "shared_not_written": r"uninitialised: reads 4 bytes at byte 1020 of shared storage .*Tile \(1024 bytes\)",
+    "shared_pointer_past_end": "out of bounds: writes 4 bytes right behind the end of shared storage",
+    "shift_too_far": "shift by more than the width",
+    "shuffle_as_barrier": "race: |uninitialised: ",
+    "shuffle_from_absent_lane": "lane 0 reads lane 16, which takes no part",
+    "shuffle_in_branch": "deadlock: .*waiting at __shfl_sync",
+    "shuffle_on_two_lines": "divergent warp",
+    "stack_of_another_thread": "out of bounds: .*which is no device memory",
+    "syncwarp_for_two_warps": "race: |uninitialised: ",
+    "too_much_shared_memory": "shared memory: 253952 bytes, a block has at most 232448",
+    "two_different_barriers": "divergent barrier 0",
+    "two_writers": "race: writes .*wrote it",
+    "write_before_start": "out of bounds: writes 4 bytes 4 bytes before buffer 'y'",
+    "write_to_input": "write to an input: .*buffer 'x'",
+}
+ORDER_DEPENDENT = "order_of_atomics"  # no mistake in one run: the comparison of orders shows it
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(256).astype(np.float32)
+
+
+def test_every_planted_bug_has_its_message(emulated):
+    assert sorted(emulated.planted_names()) == sorted([*MESSAGES, ORDER_DEPENDENT])
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed", "random"])
+@pytest.mark.parametrize("name", MESSAGES)
+def test_bug_is_caught(emulated, x, name, order):
+    with pytest.raises(emulated.KernelError, match=MESSAGES[name]):
+        emulated.planted(name, True, x, emulated.Options(order=order))
+
+
+@pytest.mark.parametrize("name", [*MESSAGES, ORDER_DEPENDENT])
+def test_right_twin_passes(emulated, run_in_every_order, x, name):
+    run_in_every_order(lambda options: emulated.planted(name, False, x, options))
+
+
+def test_order_of_threads_shows_in_the_bits(emulated, run_in_every_order, x):
+    with pytest.raises(AssertionError, match="depends on"):
+        run_in_every_order(lambda options: emulated.planted(ORDER_DEPENDENT, True, x, options))
+
+
+def test_message_names_block_thread_and_line(emulated, x):
+    with pytest.raises(emulated.KernelError, match=r"block \(0, 0, 0\), thread \(255, 0, 0\): .*planted_bugs.cpp:\d+"):
+        emulated.planted("read_past_end", True, x, emulated.Options())
+
+
+def test_a_failed_kernel_leaves_nothing_behind(emulated, x):
+    right = emulated.planted("overwrite_before_barrier", False, x, emulated.Options())
+    for name in MESSAGES:
+        with pytest.raises(emulated.KernelError):
+            emulated.planted(name, True, x, emulated.Options())
+        again = emulated.planted("overwrite_before_barrier", False, x, emulated.Options())
+        np.testing.assert_array_equal(again, right)
+
+
+def test_unknown_order(emulated):
+    with pytest.raises(ValueError, match="order must be forward, reversed or random, got 'sideways'"):
+        emulated.Options(order="sideways")
