@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup ext demo test bench gpu lint format clean
+.PHONY: setup ext emulated demo test bench gpu lint format clean
 
 # The virtual environment borrows the packages of the Python it starts from when that has a torch that fits, and installs
 # torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
@@ -34,13 +34,19 @@ setup: $(VENV)/installed
 ext:
 	$(PYTHON) setup.py -q build_ext --inplace
 
+# The module with which tests/emulated runs the CUDA kernels on the CPU; needs no nvcc.
+emulated:
+	cmake -S . -B build/emulated -G Ninja -DFLEXVAR_TESTING=ON -DFLEXVAR_CUDA=off -DPython_EXECUTABLE=$$(command -v $(PYTHON))
+	cmake --build build/emulated --target _emulated
+
 demo: setup
 	mkdir -p out
 	$(BIN)/flexvar generate --num 24 --seed 0 --out out/demo.png
 	@echo "look at out/demo.png"
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) emulated PYTHON=$(abspath $(BIN))/python
+	FLEXVAR_REQUIRE_EMULATED=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.report
@@ -60,4 +66,4 @@ format:
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf build $(VENV) flexvar_ext/*.so *.egg-info
+	rm -rf build $(VENV) flexvar_ext/*.so tests/emulated/*.so *.egg-info

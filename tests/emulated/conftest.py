@@ -38,8 +38,8 @@ Run = Callable[..., tuple[np.ndarray, ...]]
 
 @pytest.fixture
 def run_in_every_order(emulated: ModuleType) -> Run:
-    """run(kernel, *arguments, **options): the arrays that the kernel returns, which must be the same bit for bit in every
-    order of the threads and whatever memory holds that nobody wrote."""
+    """run(kernel, *arguments, **options): the arrays that the kernel returns, which must be the same bit for bit in
+    every order of the threads and whatever memory holds that nobody wrote."""
 
     def run(kernel: Callable, *arguments: object, **options: object) -> tuple[np.ndarray, ...]:
         first: tuple[np.ndarray, ...] | None = None

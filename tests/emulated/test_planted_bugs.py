@@ -1,4 +1,4 @@
-"""The emulation finds mistakes: kernels with one mistake each (csrc/testing/planted_bugs.cpp), and their right twins."""
+"""The emulation finds mistakes: kernels with one each (csrc/testing/planted_bugs.cpp), and their right twins."""
 
 import numpy as np
 import pytest
