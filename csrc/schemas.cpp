@@ -2,5 +2,15 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(flexvar, m) {
+  m.def(
+      "scale_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lengths, float softmax_scale) "
+      "-> (Tensor out, Tensor logsumexp)");
+  m.def(
+      "scale_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor logsumexp, SymInt[] scale_lengths, float softmax_scale) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
+      "float softmax_scale) -> Tensor");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");
 }

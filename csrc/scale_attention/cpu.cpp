@@ -1,0 +1,152 @@
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "scale_attention/checks.h"
+#include "scale_attention/cpu_kernel.h"
+
+namespace flexvar {
+namespace {
+
+AttentionElement element_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return AttentionElement::float16;
+    case ScalarType::BFloat16:
+      return AttentionElement::bfloat16;
+    case ScalarType::Double:
+      return AttentionElement::float64;
+    default:
+      return AttentionElement::float32;
+  }
+}
+
+AttentionTensor view_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+AttentionShape shape_of(const Tensor& q, int64_t key_count, double softmax_scale,
+                        const std::vector<QueryTile>& tiles) {
+  return {element_of(q), q.size(2),     q.size(1),    key_count,
+          q.size(3),     softmax_scale, tiles.data(), static_cast<int64_t>(tiles.size())};
+}
+
+// Scratch memory for `runs` runs at once: `per_key` + `per_tile` arrays of D numbers for every key
+// and query of a tile, two blocks of scores, and change.
+Tensor scratch_for(const AttentionShape& shape, int64_t runs, int64_t per_key, int64_t per_tile,
+                   int64_t* run_bytes) {
+  const int64_t numbers =
+      (shape.key_count * per_key + kAttentionTileQueries * per_tile) * shape.dim +
+      (2 * kAttentionKeyBlock + 4) * kAttentionTileQueries;
+  *run_bytes = numbers * (shape.element == AttentionElement::float64 ? 8 : 4) + 64;
+  *run_bytes = (*run_bytes + 63) / 64 * 64;
+  return torch::stable::empty({runs * *run_bytes + 64}, ScalarType::Byte);
+}
+
+char* aligned_scratch(const Tensor& scratch) {
+  const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+  return reinterpret_cast<char*>((address + 63) / 64 * 64);
+}
+
+// Runs of tiles of about equal cost, a few for each thread.
+void run_forward(const AttentionForwardParams& params, const std::vector<QueryTile>& tiles,
+                 int64_t heads) {
+  std::vector<int64_t> costs;
+  for (const QueryTile& tile : tiles) {
+    costs.push_back((tile.query_end - tile.query_begin + 15) / 16 * int64_t{tile.key_end});
+  }
+  const std::vector<int64_t> bounds =
+      balanced_runs(costs, heads, 2 * int64_t{torch::stable::get_num_threads()});
+  const int64_t runs = static_cast<int64_t>(bounds.size()) - 1;
+  int64_t run_bytes = 0;
+  const Tensor scratch = scratch_for(params.shape, runs, 2, 2, &run_bytes);
+  char* const memory = aligned_scratch(scratch);
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_forward);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      kernel(params, bounds[run], bounds[run + 1], memory + run * run_bytes);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> scale_attention_cpu(const Tensor& q_in, const Tensor& k_in,
+                                               const Tensor& v_in,
+                                               std::vector<int64_t> scale_lengths,
+                                               double softmax_scale) {
+  check_attention(q_in, k_in, v_in, scale_lengths);
+  const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
+  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor logsumexp =
+      torch::stable::new_empty(q_in, {batch, heads, tokens}, attention_arithmetic(q_in));
+  if (batch * tokens * heads == 0) return {out, logsumexp};
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+               v = with_contiguous_rows(v_in);
+  const std::vector<QueryTile> tiles = query_tiles(scale_lengths, kAttentionTileQueries);
+  run_forward({shape_of(q, tokens, softmax_scale, tiles), view_of(q), view_of(k), view_of(v),
+               out.mutable_data_ptr(), logsumexp.mutable_data_ptr()},
+              tiles, batch * heads);
+  return {out, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cpu(
+    const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+    const Tensor& out_in, const Tensor& logsumexp_in, std::vector<int64_t> scale_lengths,
+    double softmax_scale) {
+  check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths);
+  const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
+  Tensor grad_q = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
+  if (batch * tokens * heads == 0) return {grad_q, grad_k, grad_v};
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+               v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in),
+               grad_out = with_contiguous_rows(grad_out_in),
+               logsumexp = torch::stable::contiguous(logsumexp_in);
+  const std::vector<QueryTile> tiles = query_tiles(scale_lengths, kAttentionTileQueries);
+  const AttentionBackwardParams params{shape_of(q, tokens, softmax_scale, tiles),
+                                       view_of(q),
+                                       view_of(k),
+                                       view_of(v),
+                                       view_of(out),
+                                       view_of(grad_out),
+                                       logsumexp.const_data_ptr(),
+                                       grad_q.mutable_data_ptr(),
+                                       grad_k.mutable_data_ptr(),
+                                       grad_v.mutable_data_ptr()};
+  const int64_t threads = torch::stable::get_num_threads(), items = batch * heads;
+  const int64_t runs = std::min(items, threads);
+  int64_t run_bytes = 0;
+  const Tensor scratch = scratch_for(params.shape, runs, 4, 5, &run_bytes);
+  char* const memory = aligned_scratch(scratch);
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_backward);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      kernel(params, items * run / runs, items * (run + 1) / runs, memory + run * run_bytes);
+    }
+  });
+  return {grad_q, grad_k, grad_v};
+}
+
+Tensor scale_attention_step_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                int64_t kv_length, double softmax_scale) {
+  check_attention_step(q_in, k_in, v_in, kv_length);
+  const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
+  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  if (batch * tokens * heads == 0) return out;
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+               v = with_contiguous_rows(v_in);
+  const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, kAttentionTileQueries);
+  run_forward({shape_of(q, kv_length, softmax_scale, tiles), view_of(q), view_of(k), view_of(v),
+               out.mutable_data_ptr(), nullptr},
+              tiles, batch * heads);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) {
+  m.impl("scale_attention", TORCH_BOX(&scale_attention_cpu));
+  m.impl("scale_attention_backward", TORCH_BOX(&scale_attention_backward_cpu));
+  m.impl("scale_attention_step", TORCH_BOX(&scale_attention_step_cpu));
+}
+
+}  // namespace
+}  // namespace flexvar

@@ -1,0 +1,138 @@
+// Forward pass of one tile of queries with online softmax. Scores are held transposed, [key,
+// query], so that a vector holds many queries of one key: maxima and sums over keys never cross
+// lanes.
+#pragma once
+
+#include "scale_attention/cpu_tiles.h"
+
+namespace flexvar::FLEXVAR_ISA {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+inline float log_of(float x) { return __builtin_logf(x); }
+inline double log_of(double x) { return __builtin_log(x); }
+
+// The running softmax of a tile's queries. Scores s enter as 2^(factor * s), factor >= 0.
+template <typename T>
+struct RunningSoftmax {
+  T factor;
+  T* maximum;     // [kTile], of the scores so far
+  T* sum;         // [kTile], of the exponentials so far, relative to the maximum
+  T* correction;  // [kTile]: what earlier sums must be multiplied by after a block
+};
+
+// Turns a block of scores [keys, kTile] into exponentials relative to the new maximum.
+template <typename T>
+inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t keys,
+                          int64_t vectors) {
+  for (int64_t j = 0; j < vectors * kLanes<T>; j += kLanes<T>) {
+    const Vec<T> before = load(state.maximum + j);
+    Vec<T> maximum = before;
+    for (int64_t n = 0; n < keys; ++n) {
+      const Vec<T> score = load(scores + n * kTile + j);
+      maximum = score > maximum ? score : maximum;
+    }
+    store(state.maximum + j, maximum);
+    // -inf, the maximum of no finite score, is no number to subtract or scale.
+    const T none = -__builtin_inf();
+    const Vec<T> base = maximum == none ? Vec<T>{} : maximum * state.factor;
+    const Vec<T> correction =
+        before == none ? Vec<T>{} : exp2_nonpositive(before * state.factor - base);
+    Vec<T> sum = load(state.sum + j) * correction;
+    for (int64_t n = 0; n < keys; ++n) {
+      T* score = scores + n * kTile + j;
+      const Vec<T> weight = exp2_nonpositive(load(score) * state.factor - base);
+      store(score, weight);
+      sum += weight;
+    }
+    store(state.correction + j, correction);
+    store(state.sum + j, sum);
+  }
+}
+
+template <typename T, typename E>
+class ForwardTiles {
+ public:
+  ForwardTiles(const AttentionForwardParams& params, void* memory)
+      : params_(params), shape_(params.shape) {
+    Scratch scratch{static_cast<char*>(memory)};
+    keys_ = scratch.take<T>(shape_.key_count * shape_.dim);
+    values_ = scratch.take<T>(shape_.key_count * shape_.dim);
+    query_rows_ = scratch.take<T>(kTile * shape_.dim);
+    queries_ = scratch.take<T>(kTile * shape_.dim);
+    out_ = query_rows_;  // the rows are done with once they are transposed
+    scores_ = scratch.take<T>(kKeyBlock * kTile);
+    softmax_.factor = static_cast<T>(__builtin_fabs(shape_.softmax_scale) * kLog2E);
+    softmax_.maximum = scratch.take<T>(kTile);
+    softmax_.sum = scratch.take<T>(kTile);
+    softmax_.correction = scratch.take<T>(kTile);
+  }
+
+  void run(int64_t item) {
+    const int64_t head = item / shape_.tile_count;
+    const QueryTile tile = shape_.tiles[item % shape_.tile_count];
+    pack_keys(head, tile.key_end);
+    const int64_t queries = tile.query_end - tile.query_begin;
+    const int64_t vectors = (queries + kLanes<T> - 1) / kLanes<T>;
+    load_rows(query_rows_, head_rows<E>(params_.q, head, shape_.heads), tile.query_begin,
+              tile.query_end, shape_.dim);
+    transpose_rows(queries_, query_rows_, queries, shape_.dim,
+                   T(shape_.softmax_scale < 0 ? -1 : 1));
+    for (int64_t i = 0; i < kTile; ++i) {
+      softmax_.maximum[i] = -__builtin_inf();
+      softmax_.sum[i] = 0;
+    }
+    for (int64_t begin = 0; begin < tile.key_end; begin += kKeyBlock) {
+      const int64_t keys = tile.key_end - begin < kKeyBlock ? tile.key_end - begin : kKeyBlock;
+      multiply<T>({keys_ + begin * shape_.dim, shape_.dim}, {queries_, kTile}, {scores_, kTile},
+                  keys, vectors, shape_.dim, false);
+      softmax_block(softmax_, scores_, keys, vectors);
+      for (int64_t i = 0; begin > 0 && i < queries; ++i) {
+        for (int64_t d = 0; d < shape_.dim; ++d) out_[i * shape_.dim + d] *= softmax_.correction[i];
+      }
+      multiply<T>({scores_, 1, kTile}, {values_ + begin * shape_.dim, shape_.dim},
+                  {out_, shape_.dim}, queries, shape_.dim / kLanes<T>, keys, begin > 0);
+    }
+    finish(head, tile);
+  }
+
+ private:
+  // Tiles of a head come in order of their keys, and a head's keys are packed once.
+  void pack_keys(int64_t head, int64_t end) {
+    if (head != packed_head_) packed_keys_ = 0;
+    packed_head_ = head;
+    if (end <= packed_keys_) return;
+    load_rows(keys_ + packed_keys_ * shape_.dim, head_rows<E>(params_.k, head, shape_.heads),
+              packed_keys_, end, shape_.dim);
+    load_rows(values_ + packed_keys_ * shape_.dim, head_rows<E>(params_.v, head, shape_.heads),
+              packed_keys_, end, shape_.dim);
+    packed_keys_ = end;
+  }
+
+  void finish(int64_t head, const QueryTile& tile) {
+    const int64_t queries = tile.query_end - tile.query_begin;
+    if (params_.logsumexp != nullptr) {
+      T* logsumexp =
+          static_cast<T*>(params_.logsumexp) + head * shape_.query_count + tile.query_begin;
+      for (int64_t i = 0; i < queries; ++i) {
+        logsumexp[i] = softmax_.maximum[i] * (softmax_.factor * T(kLn2)) + log_of(softmax_.sum[i]);
+      }
+    }
+    T* inverse = softmax_.correction;
+    for (int64_t i = 0; i < queries; ++i) inverse[i] = 1 / softmax_.sum[i];
+    store_rows(static_cast<E*>(params_.out), out_, inverse, 1, head, shape_, shape_.query_count,
+               tile.query_begin, queries);
+  }
+
+  const AttentionForwardParams& params_;
+  const AttentionShape& shape_;
+  T *keys_, *values_;         // [keys, dim] of the head at hand
+  T *query_rows_, *queries_;  // [kTile, dim] and [dim, kTile]
+  T* out_;                    // [kTile, dim], relative to the running maximum
+  T* scores_;                 // [kKeyBlock, kTile]
+  RunningSoftmax<T> softmax_;
+  int64_t packed_head_ = -1, packed_keys_ = 0;
+};
+
+}  // namespace flexvar::FLEXVAR_ISA

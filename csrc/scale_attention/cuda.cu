@@ -1,0 +1,168 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common/cuda_launch.h"
+#include "scale_attention/checks.h"
+#include "scale_attention/kernel.cuh"
+
+namespace flexvar {
+namespace {
+
+AttentionCudaTensor view_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
+template <class T, class Run>
+void dispatch_dim(int64_t dim, const Run& run) {
+  switch (dim) {
+    case 32:
+      return run.template operator()<T, 32>();
+    case 64:
+      return run.template operator()<T, 64>();
+    case 96:
+      return run.template operator()<T, 96>();
+    default:
+      return run.template operator()<T, 128>();
+  }
+}
+template <class Run>
+void dispatch(const Tensor& q, const Run& run) {
+  switch (q.scalar_type()) {
+    case ScalarType::Half:
+      return dispatch_dim<__half>(q.size(3), run);
+    case ScalarType::BFloat16:
+      return dispatch_dim<__nv_bfloat16>(q.size(3), run);
+    case ScalarType::Double:
+      return dispatch_dim<double>(q.size(3), run);
+    default:
+      return dispatch_dim<float>(q.size(3), run);
+  }
+}
+
+// One launch for every kTilesPerLaunch tiles.
+template <class Params, class Tile>
+void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_bytes,
+            const Params& params, const std::vector<Tile>& tiles, int64_t heads,
+            cudaStream_t stream) {
+  // Asking for more than 48 KB needs leave, once for each kernel and device.
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    STD_TORCH_CHECK(error == cudaSuccess, "scale_attention: ", cudaGetErrorString(error));
+  }
+  for (size_t begin = 0; begin < tiles.size(); begin += kTilesPerLaunch) {
+    const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
+    TileList<Tile> list;
+    std::copy_n(tiles.begin() + begin, count, list.tiles);
+    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(count));
+    kernel<<<grid, threads, shared_bytes, stream>>>(params, list);
+    check_launch("scale_attention");
+  }
+}
+
+template <class T, int kDim>
+void launch_forward(const AttentionForwardCuda& params, const std::vector<int64_t>& scale_lengths,
+                    int64_t key_count, int64_t heads, cudaStream_t stream) {
+  using Shared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
+  std::vector<QueryTile> tiles =
+      key_count < 0 ? longest_first(query_tiles(scale_lengths, Shared::Tile::kRows))
+                    : step_tiles(scale_lengths[0], key_count, Shared::Tile::kRows);
+  launch(&attention_forward_plain<T, kDim>, kPlainThreads, sizeof(Shared), params, tiles, heads,
+         stream);
+}
+
+std::tuple<Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, const Tensor& k_in,
+                                                const Tensor& v_in,
+                                                std::vector<int64_t> scale_lengths,
+                                                double softmax_scale) {
+  check_attention(q_in, k_in, v_in, scale_lengths);
+  const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
+  const CudaScope scope(q_in);
+  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor logsumexp =
+      torch::stable::new_empty(q_in, {batch, heads, tokens}, attention_arithmetic(q_in));
+  if (batch * tokens * heads == 0) return {out, logsumexp};
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+               v = with_contiguous_rows(v_in);
+  const AttentionForwardCuda params{
+      view_of(q), view_of(k), view_of(v),   out.mutable_data_ptr(), logsumexp.mutable_data_ptr(),
+      heads,      tokens,     softmax_scale};
+  dispatch(q, [&]<class T, int kDim>() {
+    launch_forward<T, kDim>(params, scale_lengths, -1, batch * heads, scope.stream());
+  });
+  return {out, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cuda(
+    const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+    const Tensor& out_in, const Tensor& logsumexp_in, std::vector<int64_t> scale_lengths,
+    double softmax_scale) {
+  check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths);
+  const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
+  const CudaScope scope(q_in);
+  Tensor grad_q = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
+  if (batch * tokens * heads == 0) return {grad_q, grad_k, grad_v};
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+               v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in),
+               grad_out = with_contiguous_rows(grad_out_in),
+               logsumexp = torch::stable::contiguous(logsumexp_in);
+  const Tensor delta = torch::stable::empty_like(logsumexp);
+  const AttentionBackwardCuda params{view_of(q),
+                                     view_of(k),
+                                     view_of(v),
+                                     view_of(out),
+                                     view_of(grad_out),
+                                     logsumexp.const_data_ptr(),
+                                     delta.mutable_data_ptr(),
+                                     grad_q.mutable_data_ptr(),
+                                     grad_k.mutable_data_ptr(),
+                                     grad_v.mutable_data_ptr(),
+                                     heads,
+                                     tokens,
+                                     softmax_scale};
+  dispatch(q, [&]<class T, int kDim>() {
+    using Shared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
+    const int rows = Shared::Tile::kRows;
+    const int64_t all_tokens = batch * heads * tokens;
+    attention_delta<T, kDim>
+        <<<static_cast<unsigned>((all_tokens + 15) / 16), kPlainThreads, 0, scope.stream()>>>(
+            params, all_tokens);
+    check_launch("scale_attention_backward");
+    launch(&attention_grad_queries_plain<T, kDim>, kPlainThreads, sizeof(Shared), params,
+           longest_first(query_tiles(scale_lengths, rows)), batch * heads, scope.stream());
+    launch(&attention_grad_keys_plain<T, kDim>, kPlainThreads, sizeof(Shared), params,
+           longest_first(key_tiles(scale_lengths, rows)), batch * heads, scope.stream());
+  });
+  return {grad_q, grad_k, grad_v};
+}
+
+Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                 int64_t kv_length, double softmax_scale) {
+  check_attention_step(q_in, k_in, v_in, kv_length);
+  const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
+  const CudaScope scope(q_in);
+  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  if (batch * tokens * heads == 0) return out;
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+               v = with_contiguous_rows(v_in);
+  const AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
+                                    nullptr,    heads,      tokens,     softmax_scale};
+  dispatch(q, [&]<class T, int kDim>() {
+    launch_forward<T, kDim>(params, {tokens}, kv_length, batch * heads, scope.stream());
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+  m.impl("scale_attention", TORCH_BOX(&scale_attention_cuda));
+  m.impl("scale_attention_backward", TORCH_BOX(&scale_attention_backward_cuda));
+  m.impl("scale_attention_step", TORCH_BOX(&scale_attention_step_cuda));
+}
+
+}  // namespace
+}  // namespace flexvar

@@ -1,0 +1,398 @@
+// Attention with ordinary multiply-adds, for every element type on every GPU: float32 and float64,
+// and 16-bit types where tensor cores do not take them.
+//
+// 128 threads are 16 groups of 8 lanes. Group g owns the rows g, g + 16, …; of a product with a
+// tile of columns its lane t owns the columns t, t + 8, …: a row never leaves its group, so softmax
+// needs shuffles among 8 lanes only. Rows are queries in the forward pass and for dQ, keys for dK
+// and dV.
+#pragma once
+
+#include "scale_attention/kernel_common.cuh"
+
+namespace flexvar {
+
+constexpr int kPlainThreads = 128;
+
+// kRowsPerThread x kColumnsPerThread scores a thread.
+template <class A, int kDim, int kRowsPerThread, int kColumnsPerThread>
+struct PlainTile {
+  static constexpr int kR = kRowsPerThread;
+  static constexpr int kC = kColumnsPerThread;
+  static constexpr int kRows = 16 * kR;
+  static constexpr int kColumns = 8 * kC;
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(A));
+  static constexpr int kStride =
+      kDim + kVector;  // of rows in shared memory, free of bank conflicts
+  static constexpr int kGroups = kDim / (8 * kVector);  // vectors of an output row a lane owns
+  static constexpr int kScoreStride = kColumns + 1;
+
+  struct alignas(16) Vector {
+    A x[kVector];
+  };
+};
+
+template <class A, int kDim>
+using PlainForwardTile = PlainTile<A, kDim, sizeof(A) == 8 ? 1 : 4, sizeof(A) == 8 ? 2 : 4>;
+template <class A, int kDim>
+using PlainBackwardTile = PlainTile<A, kDim, sizeof(A) == 8 ? 1 : 2, sizeof(A) == 8 ? 1 : 2>;
+
+template <class A, int kDim>
+struct PlainForwardShared {
+  using Tile = PlainForwardTile<A, kDim>;
+  alignas(16) A queries[Tile::kRows][Tile::kStride];
+  alignas(16) A keys[Tile::kColumns][Tile::kStride];  // then the values
+  A weights[Tile::kRows][Tile::kScoreStride];
+};
+
+// `first`, `second`: Q and dO in rows, K and V in columns for dQ; the other way round for dK, dV.
+template <class A, int kDim>
+struct PlainBackwardShared {
+  using Tile = PlainBackwardTile<A, kDim>;
+  alignas(16) A first_rows[Tile::kRows][Tile::kStride];
+  alignas(16) A second_rows[Tile::kRows][Tile::kStride];
+  alignas(16) A first_columns[Tile::kColumns][Tile::kStride];
+  alignas(16) A second_columns[Tile::kColumns][Tile::kStride];
+  A weights[Tile::kRows][Tile::kScoreStride];
+  A grad_scores[Tile::kRows][Tile::kScoreStride];
+};
+
+__device__ __forceinline__ double to_float(double x) { return x; }
+template <>
+__device__ __forceinline__ double from_float<double>(float) = delete;
+template <class T, class A>
+__device__ __forceinline__ T element_from(A x) {
+  if constexpr (sizeof(T) == 8) {
+    return x;
+  } else {
+    return from_float<T>(x);
+  }
+}
+
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float log_of(float x) { return logf(x); }
+__device__ __forceinline__ double log_of(double x) { return log(x); }
+
+template <class A>
+__device__ __forceinline__ A maximum_of(A a, A b) {
+  return a > b ? a : b;
+}
+
+// Rows [begin, begin + kRows) of a head into shared memory, zeros from `end` on.
+template <int kDim, class A, class T, int kRows, int kStride>
+__device__ __forceinline__ void load_plain_rows(A (&shared)[kRows][kStride], const T* head,
+                                                int64_t token_stride, int begin, int end) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim; i += kPlainThreads) {
+    const int row = i / kDim, d = i % kDim;
+    shared[row][d] =
+        begin + row < end ? static_cast<A>(to_float(head[(begin + row) * token_stride + d])) : A(0);
+  }
+}
+
+template <class Tile, int kDim, class A>
+__device__ __forceinline__ void plain_scores(A (&scores)[Tile::kR][Tile::kC],
+                                             const A (&rows)[Tile::kRows][Tile::kStride],
+                                             const A (&columns)[Tile::kColumns][Tile::kStride]) {
+  using Vector = typename Tile::Vector;
+  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
+#pragma unroll
+  for (int r = 0; r < Tile::kR; ++r) {
+#pragma unroll
+    for (int c = 0; c < Tile::kC; ++c) scores[r][c] = 0;
+  }
+#pragma unroll 2
+  for (int d = 0; d < kDim; d += Tile::kVector) {
+    Vector left[Tile::kR], right[Tile::kC];
+#pragma unroll
+    for (int r = 0; r < Tile::kR; ++r) {
+      left[r] = *reinterpret_cast<const Vector*>(&rows[group + 16 * r][d]);
+    }
+#pragma unroll
+    for (int c = 0; c < Tile::kC; ++c) {
+      right[c] = *reinterpret_cast<const Vector*>(&columns[lane + 8 * c][d]);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kVector; ++i) {
+#pragma unroll
+      for (int r = 0; r < Tile::kR; ++r) {
+#pragma unroll
+        for (int c = 0; c < Tile::kC; ++c) scores[r][c] += left[r].x[i] * right[c].x[i];
+      }
+    }
+  }
+}
+
+// sums[r] += row of weights times the columns' vectors. Lane t owns the vectors t, t + 8, … of a
+// row.
+template <class Tile, class A>
+__device__ __forceinline__ void plain_accumulate(
+    typename Tile::Vector (&sums)[Tile::kR][Tile::kGroups],
+    const A (&weights)[Tile::kRows][Tile::kScoreStride],
+    const A (&columns)[Tile::kColumns][Tile::kStride]) {
+  using Vector = typename Tile::Vector;
+  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
+#pragma unroll 2
+  for (int n = 0; n < Tile::kColumns; ++n) {
+#pragma unroll
+    for (int j = 0; j < Tile::kGroups; ++j) {
+      const Vector column =
+          *reinterpret_cast<const Vector*>(&columns[n][(lane + 8 * j) * Tile::kVector]);
+#pragma unroll
+      for (int r = 0; r < Tile::kR; ++r) {
+        const A weight = weights[group + 16 * r][n];
+#pragma unroll
+        for (int i = 0; i < Tile::kVector; ++i) sums[r][j].x[i] += weight * column.x[i];
+      }
+    }
+  }
+}
+
+template <class T, class Tile, class A>
+__device__ __forceinline__ void store_plain_row(T* row,
+                                                const typename Tile::Vector (&sums)[Tile::kGroups],
+                                                A factor) {
+  const int lane = static_cast<int>(threadIdx.x) % 8;
+#pragma unroll
+  for (int j = 0; j < Tile::kGroups; ++j) {
+#pragma unroll
+    for (int i = 0; i < Tile::kVector; ++i) {
+      row[(lane + 8 * j) * Tile::kVector + i] = element_from<T>(sums[j].x[i] * factor);
+    }
+  }
+}
+
+// Over the 8 lanes of a group; all lanes of the warp take part.
+template <class A>
+__device__ __forceinline__ A group_maximum(A x) {
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) x = maximum_of(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+template <class A>
+__device__ __forceinline__ A group_sum(A x) {
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kPlainThreads)
+    attention_forward_plain(AttentionForwardCuda params, TileList<QueryTile> list) {
+  using A = AttentionArithmetic<T>;
+  using Shared = PlainForwardShared<A, kDim>;
+  using Tile = typename Shared::Tile;
+  Shared& shared = *dynamic_shared<Shared>();
+  const QueryTile tile = list.tiles[blockIdx.y];
+  const int64_t head = blockIdx.x;
+  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
+  const T* keys = head_of<T>(params.k, head, params.heads);
+  const T* values = head_of<T>(params.v, head, params.heads);
+  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E);
+
+  load_plain_rows<kDim>(shared.queries, head_of<T>(params.q, head, params.heads),
+                        params.q.token_stride, tile.query_begin, tile.query_end);
+  A maximum[Tile::kR], sum[Tile::kR];  // of scores in base 2; this lane's part of the sum
+  typename Tile::Vector out[Tile::kR][Tile::kGroups] = {};
+#pragma unroll
+  for (int r = 0; r < Tile::kR; ++r) maximum[r] = -INFINITY, sum[r] = 0;
+
+  for (int begin = 0; begin < tile.key_end; begin += Tile::kColumns) {
+    __syncthreads();
+    load_plain_rows<kDim>(shared.keys, keys, params.k.token_stride, begin, tile.key_end);
+    __syncthreads();
+    A scores[Tile::kR][Tile::kC];
+    plain_scores<Tile, kDim>(scores, shared.queries, shared.keys);
+#pragma unroll
+    for (int r = 0; r < Tile::kR; ++r) {
+      A highest = maximum[r];
+#pragma unroll
+      for (int c = 0; c < Tile::kC; ++c) {
+        scores[r][c] = begin + lane + 8 * c < tile.key_end ? scores[r][c] * factor : A(-INFINITY);
+        highest = maximum_of(scores[r][c], highest);
+      }
+      highest = group_maximum(highest);
+      // While all scores are -inf the maximum is no number to subtract.
+      const A base = highest == A(-INFINITY) ? A(0) : highest;
+      const A correction = exp2_of(maximum[r] - base);
+      maximum[r] = highest;
+      sum[r] *= correction;
+#pragma unroll
+      for (int c = 0; c < Tile::kC; ++c) {
+        const A weight = exp2_of(scores[r][c] - base);
+        shared.weights[group + 16 * r][lane + 8 * c] = weight;
+        sum[r] += weight;
+      }
+#pragma unroll
+      for (int j = 0; j < Tile::kGroups; ++j) {
+#pragma unroll
+        for (int i = 0; i < Tile::kVector; ++i) out[r][j].x[i] *= correction;
+      }
+    }
+    __syncthreads();
+    load_plain_rows<kDim>(shared.keys, values, params.v.token_stride, begin, tile.key_end);
+    __syncthreads();
+    plain_accumulate<Tile>(out, shared.weights, shared.keys);
+  }
+
+#pragma unroll
+  for (int r = 0; r < Tile::kR; ++r) {
+    const A total = group_sum(sum[r]);
+    const int64_t token = tile.query_begin + group + 16 * r;
+    if (token >= tile.query_end) continue;
+    store_plain_row<T, Tile>(
+        static_cast<T*>(params.out) +
+            contiguous_offset<kDim>(head, params.heads, params.query_count, token),
+        out[r], 1 / total);
+    if (params.logsumexp != nullptr && lane == 0) {
+      static_cast<A*>(params.logsumexp)[head * params.query_count + token] =
+          maximum[r] * A(kAttentionLn2) + log_of(total);
+    }
+  }
+}
+
+// delta = sum over D of grad_out * out, a group of 8 lanes for each of the B * H * L tokens.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kPlainThreads)
+    attention_delta(AttentionBackwardCuda params, int64_t all_tokens) {
+  using A = AttentionArithmetic<T>;
+  const int64_t index = blockIdx.x * int64_t{kPlainThreads / 8} + threadIdx.x / 8;
+  const int64_t head = index / params.query_count, token = index % params.query_count;
+  A delta = 0;
+  if (index < all_tokens) {
+    const T* out = head_of<T>(params.out, head, params.heads) + token * params.out.token_stride;
+    const T* grad =
+        head_of<T>(params.grad_out, head, params.heads) + token * params.grad_out.token_stride;
+    for (int d = static_cast<int>(threadIdx.x) % 8; d < kDim; d += 8) {
+      delta += static_cast<A>(to_float(out[d])) * static_cast<A>(to_float(grad[d]));
+    }
+  }
+  delta = group_sum(delta);
+  if (index < all_tokens && threadIdx.x % 8 == 0) static_cast<A*>(params.delta)[index] = delta;
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kPlainThreads)
+    attention_grad_queries_plain(AttentionBackwardCuda params, TileList<QueryTile> list) {
+  using A = AttentionArithmetic<T>;
+  using Shared = PlainBackwardShared<A, kDim>;
+  using Tile = typename Shared::Tile;
+  Shared& shared = *dynamic_shared<Shared>();
+  const QueryTile tile = list.tiles[blockIdx.y];
+  const int64_t head = blockIdx.x;
+  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
+  const T* keys = head_of<T>(params.k, head, params.heads);
+  const T* values = head_of<T>(params.v, head, params.heads);
+  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E);
+
+  load_plain_rows<kDim>(shared.first_rows, head_of<T>(params.q, head, params.heads),
+                        params.q.token_stride, tile.query_begin, tile.query_end);
+  load_plain_rows<kDim>(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
+                        params.grad_out.token_stride, tile.query_begin, tile.query_end);
+  A logsumexp[Tile::kR], delta[Tile::kR];
+  typename Tile::Vector grad[Tile::kR][Tile::kGroups] = {};
+#pragma unroll
+  for (int r = 0; r < Tile::kR; ++r) {
+    const int64_t token = tile.query_begin + group + 16 * r;
+    const int64_t offset = head * params.query_count + token;
+    const bool valid = token < tile.query_end;
+    logsumexp[r] =
+        valid ? static_cast<const A*>(params.logsumexp)[offset] * A(kAttentionLog2E) : A(0);
+    delta[r] = valid ? static_cast<const A*>(params.delta)[offset] : A(0);
+  }
+
+  for (int begin = 0; begin < tile.key_end; begin += Tile::kColumns) {
+    __syncthreads();
+    load_plain_rows<kDim>(shared.first_columns, keys, params.k.token_stride, begin, tile.key_end);
+    load_plain_rows<kDim>(shared.second_columns, values, params.v.token_stride, begin,
+                          tile.key_end);
+    __syncthreads();
+    A scores[Tile::kR][Tile::kC], grads[Tile::kR][Tile::kC];
+    plain_scores<Tile, kDim>(scores, shared.first_rows, shared.first_columns);
+    plain_scores<Tile, kDim>(grads, shared.second_rows, shared.second_columns);
+#pragma unroll
+    for (int r = 0; r < Tile::kR; ++r) {
+#pragma unroll
+      for (int c = 0; c < Tile::kC; ++c) {
+        const A weight = begin + lane + 8 * c < tile.key_end
+                             ? exp2_of(scores[r][c] * factor - logsumexp[r])
+                             : A(0);
+        shared.grad_scores[group + 16 * r][lane + 8 * c] = weight * (grads[r][c] - delta[r]);
+      }
+    }
+    __syncwarp();
+    plain_accumulate<Tile>(grad, shared.grad_scores, shared.first_columns);
+  }
+
+#pragma unroll
+  for (int r = 0; r < Tile::kR; ++r) {
+    const int64_t token = tile.query_begin + group + 16 * r;
+    if (token >= tile.query_end) continue;
+    store_plain_row<T, Tile>(
+        static_cast<T*>(params.grad_q) +
+            contiguous_offset<kDim>(head, params.heads, params.query_count, token),
+        grad[r], static_cast<A>(params.softmax_scale));
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kPlainThreads, 2)
+    attention_grad_keys_plain(AttentionBackwardCuda params, TileList<KeyTile> list) {
+  using A = AttentionArithmetic<T>;
+  using Shared = PlainBackwardShared<A, kDim>;
+  using Tile = typename Shared::Tile;
+  Shared& shared = *dynamic_shared<Shared>();
+  const KeyTile tile = list.tiles[blockIdx.y];
+  const int64_t head = blockIdx.x;
+  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
+  const int tokens = static_cast<int>(params.query_count);
+  const T* queries = head_of<T>(params.q, head, params.heads);
+  const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
+  const A* logsumexp = static_cast<const A*>(params.logsumexp) + head * params.query_count;
+  const A* delta = static_cast<const A*>(params.delta) + head * params.query_count;
+  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E);
+
+  load_plain_rows<kDim>(shared.first_rows, head_of<T>(params.k, head, params.heads),
+                        params.k.token_stride, tile.key_begin, tile.key_end);
+  load_plain_rows<kDim>(shared.second_rows, head_of<T>(params.v, head, params.heads),
+                        params.v.token_stride, tile.key_begin, tile.key_end);
+  typename Tile::Vector grad_keys[Tile::kR][Tile::kGroups] = {};
+  typename Tile::Vector grad_values[Tile::kR][Tile::kGroups] = {};
+
+  for (int begin = tile.query_begin; begin < tokens; begin += Tile::kColumns) {
+    __syncthreads();
+    load_plain_rows<kDim>(shared.first_columns, queries, params.q.token_stride, begin, tokens);
+    load_plain_rows<kDim>(shared.second_columns, grads_out, params.grad_out.token_stride, begin,
+                          tokens);
+    __syncthreads();
+    A scores[Tile::kR][Tile::kC], grads[Tile::kR][Tile::kC];
+    plain_scores<Tile, kDim>(scores, shared.first_rows, shared.first_columns);
+    plain_scores<Tile, kDim>(grads, shared.second_rows, shared.second_columns);
+#pragma unroll
+    for (int c = 0; c < Tile::kC; ++c) {
+      const int query = begin + lane + 8 * c;
+      const A base = query < tokens ? logsumexp[query] * A(kAttentionLog2E) : A(0);
+      const A shift = query < tokens ? delta[query] : A(0);
+#pragma unroll
+      for (int r = 0; r < Tile::kR; ++r) {
+        const A weight = query < tokens ? exp2_of(scores[r][c] * factor - base) : A(0);
+        shared.weights[group + 16 * r][lane + 8 * c] = weight;
+        shared.grad_scores[group + 16 * r][lane + 8 * c] = weight * (grads[r][c] - shift);
+      }
+    }
+    __syncwarp();
+    plain_accumulate<Tile>(grad_keys, shared.grad_scores, shared.first_columns);
+    plain_accumulate<Tile>(grad_values, shared.weights, shared.second_columns);
+  }
+
+#pragma unroll
+  for (int r = 0; r < Tile::kR; ++r) {
+    const int64_t token = tile.key_begin + group + 16 * r;
+    if (token >= tile.key_end) continue;
+    const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
+    store_plain_row<T, Tile>(static_cast<T*>(params.grad_k) + offset, grad_keys[r],
+                             static_cast<A>(params.softmax_scale));
+    store_plain_row<T, Tile>(static_cast<T*>(params.grad_v) + offset, grad_values[r], A(1));
+  }
+}
+
+}  // namespace flexvar

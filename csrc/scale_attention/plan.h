@@ -1,0 +1,86 @@
+// Cuts block-causal attention into tiles (tile.h) and shares them out. The launchers of CPU and
+// CUDA and, through flexvar_ext._host, the tests use the same plan.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "scale_attention/tile.h"
+
+namespace flexvar {
+
+// In order of their queries. `rows` is the largest number of queries of a tile.
+inline std::vector<QueryTile> query_tiles(const std::vector<int64_t>& scale_lengths, int64_t rows) {
+  std::vector<QueryTile> tiles;
+  int64_t start = 0;
+  for (const int64_t length : scale_lengths) {
+    const int64_t end = start + length;
+    for (int64_t begin = start; begin < end; begin += rows) {
+      tiles.push_back({static_cast<int32_t>(begin),
+                       static_cast<int32_t>(std::min(begin + rows, end)),
+                       static_cast<int32_t>(end)});
+    }
+    start = end;
+  }
+  return tiles;
+}
+
+// Every query against keys [0, key_end), as in a step of generation with a cache.
+inline std::vector<QueryTile> step_tiles(int64_t queries, int64_t key_end, int64_t rows) {
+  std::vector<QueryTile> tiles = query_tiles({queries}, rows);
+  for (QueryTile& tile : tiles) tile.key_end = static_cast<int32_t>(key_end);
+  return tiles;
+}
+
+// In order of their keys. `rows` is the largest number of keys of a tile.
+inline std::vector<KeyTile> key_tiles(const std::vector<int64_t>& scale_lengths, int64_t rows) {
+  std::vector<KeyTile> tiles;
+  for (const QueryTile& tile : query_tiles(scale_lengths, rows)) {
+    tiles.push_back({tile.query_begin, tile.query_end, 0});
+  }
+  int64_t start = 0;
+  size_t next = 0;
+  for (const int64_t length : scale_lengths) {
+    for (; next < tiles.size() && tiles[next].key_begin < start + length; ++next) {
+      tiles[next].query_begin = static_cast<int32_t>(start);
+    }
+    start += length;
+  }
+  return tiles;
+}
+
+// The scheduler of a GPU starts blocks in order: long tiles first leave no long tail.
+inline std::vector<QueryTile> longest_first(std::vector<QueryTile> tiles) {
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const QueryTile& a, const QueryTile& b) { return a.key_end > b.key_end; });
+  return tiles;
+}
+inline std::vector<KeyTile> longest_first(std::vector<KeyTile> tiles) {
+  std::stable_sort(tiles.begin(), tiles.end(), [](const KeyTile& a, const KeyTile& b) {
+    return a.query_begin < b.query_begin;
+  });
+  return tiles;
+}
+
+// Cuts `repeats` passes over tiles of these costs into at most `parts` runs of about equal cost:
+// the indices where runs begin and the total number of items, ascending.
+inline std::vector<int64_t> balanced_runs(const std::vector<int64_t>& costs, int64_t repeats,
+                                          int64_t parts) {
+  int64_t pass = 0;
+  for (const int64_t cost : costs) pass += cost;
+  const int64_t count = static_cast<int64_t>(costs.size());
+  std::vector<int64_t> bounds{0};
+  for (int64_t part = 1; part < parts; ++part) {
+    const int64_t target = pass * repeats / parts * part;
+    int64_t item = pass == 0 ? 0 : target / pass * count;
+    for (int64_t done = pass == 0 ? target : target / pass * pass; done < target; ++item) {
+      done += costs[item % count];
+    }
+    if (item > bounds.back()) bounds.push_back(item);
+  }
+  if (repeats * count > bounds.back()) bounds.push_back(repeats * count);
+  return bounds;
+}
+
+}  // namespace flexvar

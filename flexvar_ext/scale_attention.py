@@ -1,0 +1,170 @@
+"""Block-causal attention over scales, whole and step by step with a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexvar_ext._checks import FLOATING, check_same_device, check_tensor
+from flexvar_ext._registration import register_autocast
+
+HEAD_DIMS = (32, 64, 96, 128)
+DTYPES = (*FLOATING, torch.float64)
+
+
+def scale_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale_lengths: Sequence[int], *, softmax_scale: float | None = None
+) -> Tensor:
+    """Attention in which a token of scale i sees every token of the scales <= i (the teacher-forced pass of VAR models).
+
+    ``out[b, n, h] = sum_m softmax_m(softmax_scale * <q[b, n, h], k[b, m, h]>) v[b, m, h]`` over the tokens m that token n
+    sees (arXiv 2502.20313, section 3.3; the mask of arXiv 2404.02905). Only visible pairs are computed, in tiles that end
+    where scales end; neither a mask nor a score matrix is ever held. Products are summed in float32 (float64 for float64).
+    The result does not depend on the rest of the batch or on the number of threads, bit for bit.
+
+    Args:
+        q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any strides;
+            slices of a fused [B, L, 3, H, D] are read in place.
+        scale_lengths: tokens of every scale, in order; non-negative integers that sum to L. A scale of length 0 is allowed
+            and has no effect.
+        softmax_scale: finite; D ** -0.5 when None.
+
+    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k and v;
+        the backward pass is deterministic.
+
+    Raises: TypeError, ValueError for arguments that break the rules above.
+    """
+    op = "scale_attention"
+    _check_tensors(op, q, {"k": k, "v": v})
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    lengths = _check_scale_lengths(op, scale_lengths, q.shape[1])
+    out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, _softmax_scale(op, q, softmax_scale))[0]
+    return out
+
+
+def scale_attention_step(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, *, softmax_scale: float | None = None
+) -> Tensor:
+    """Attention of one scale's queries to the first ``kv_length`` tokens of a key/value cache: one step of generation.
+
+    ``out[b, n, h] = sum_{m < kv_length} softmax_m(softmax_scale * <q[b, n, h], k_cache[b, m, h]>) v_cache[b, m, h]``. With
+    the cache filled up to and including the queries' own scale it equals the rows of that scale of
+    :func:`scale_attention`, which see no other tokens.
+
+    Args:
+        q: [B, l, H, D], D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64. Any strides.
+        k_cache, v_cache: [B, L_max, H, D], dtype of ``q``. Tokens from ``kv_length`` on are not read.
+        kv_length: 1 <= kv_length <= L_max.
+        softmax_scale: finite; D ** -0.5 when None.
+
+    Returns: [B, l, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Has no gradient.
+
+    Raises: TypeError, ValueError for arguments that break the rules above, and when a gradient would be needed.
+    """
+    op = "scale_attention_step"
+    _check_tensors(op, q, {"k_cache": k_cache, "v_cache": v_cache})
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.shape[0] != q.shape[0] or cache.shape[2:] != q.shape[2:] or cache.shape[1] != k_cache.shape[1]:
+            raise ValueError(
+                f"{op}: {name} must have shape [B, L_max, H, D] with B, H, D as in q, {tuple(q.shape)}, and one L_max, "
+                f"got {tuple(cache.shape)}"
+            )
+    if isinstance(kv_length, bool) or not isinstance(kv_length, (int, torch.SymInt)):
+        raise TypeError(f"{op}: kv_length must be an integer, got {type(kv_length).__name__}")
+    if not 1 <= kv_length <= k_cache.shape[1]:
+        raise ValueError(f"{op}: kv_length must be from 1 to L_max = {k_cache.shape[1]}, got {kv_length}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k_cache, v_cache)):
+        raise ValueError(
+            f"{op}: q, k_cache and v_cache must not require a gradient (use torch.no_grad), got one that does"
+        )
+    out: Tensor = torch.ops.flexvar.scale_attention_step(
+        q, k_cache, v_cache, kv_length, _softmax_scale(op, q, softmax_scale)
+    )
+    return out
+
+
+def _check_tensors(op: str, q: Tensor, others: dict[str, Tensor]) -> None:
+    check_tensor(op, "q", q, "[B, L, H, D]", DTYPES)
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"{op}: q must have head dim D = 32, 64, 96 or 128, got {tuple(q.shape)}")
+    for name, tensor in others.items():
+        check_tensor(op, name, tensor, "[B, L, H, D]", DTYPES)
+        if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    check_same_device(op, q=q, **others)
+
+
+def _check_scale_lengths(op: str, scale_lengths: Sequence[int], tokens: int) -> list[int]:
+    if not isinstance(scale_lengths, Sequence) or isinstance(scale_lengths, str):
+        raise TypeError(f"{op}: scale_lengths must be a sequence of integers, got {type(scale_lengths).__name__}")
+    for length in scale_lengths:
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"{op}: scale_lengths must hold integers, got {scale_lengths!r}")
+        if length < 0:
+            raise ValueError(f"{op}: scale_lengths must not be negative, got {scale_lengths!r}")
+    if sum(scale_lengths) != tokens:
+        raise ValueError(
+            f"{op}: scale_lengths must sum to L = {tokens}, got {list(scale_lengths)}, which sum to {sum(scale_lengths)}"
+        )
+    return list(scale_lengths)
+
+
+def _softmax_scale(op: str, q: Tensor, softmax_scale: float | None) -> float:
+    if softmax_scale is None:
+        return float(q.shape[3] ** -0.5)
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"{op}: softmax_scale must be a number or None, got {type(softmax_scale).__name__}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"{op}: softmax_scale must be finite, got {softmax_scale}")
+    return float(softmax_scale)
+
+
+@torch.library.register_fake("flexvar::scale_attention")
+def _(q: Tensor, k: Tensor, v: Tensor, scale_lengths: list[int], softmax_scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    arithmetic = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=arithmetic)
+
+
+@torch.library.register_fake("flexvar::scale_attention_backward")
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale_lengths: list[int],
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("flexvar::scale_attention_step")
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, softmax_scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale_lengths, ctx.softmax_scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, logsumexp = ctx.saved_tensors
+    grads = torch.ops.flexvar.scale_attention_backward(
+        grad_out, q, k, v, out, logsumexp, ctx.scale_lengths, ctx.softmax_scale
+    )
+    return (*grads, None, None)
+
+
+torch.library.register_autograd("flexvar::scale_attention", _backward, setup_context=_setup_context)
+register_autocast("scale_attention")
+register_autocast("scale_attention_step")
