@@ -19,22 +19,22 @@ DTYPES = (*FLOATING, torch.float64)
 def scale_attention(
     q: Tensor, k: Tensor, v: Tensor, scale_lengths: Sequence[int], *, softmax_scale: float | None = None
 ) -> Tensor:
-    """Attention in which a token of scale i sees every token of the scales <= i (the teacher-forced pass of VAR models).
+    """Attention in which a token of scale i sees every token of the scales <= i: the teacher-forced pass of VAR models.
 
-    ``out[b, n, h] = sum_m softmax_m(softmax_scale * <q[b, n, h], k[b, m, h]>) v[b, m, h]`` over the tokens m that token n
-    sees (arXiv 2502.20313, section 3.3; the mask of arXiv 2404.02905). Only visible pairs are computed, in tiles that end
-    where scales end; neither a mask nor a score matrix is ever held. Products are summed in float32 (float64 for float64).
-    The result does not depend on the rest of the batch or on the number of threads, bit for bit.
+    ``out[b, n, h] = sum_m softmax_m(softmax_scale * <q[b, n, h], k[b, m, h]>) v[b, m, h]`` over the tokens m that
+    token n sees (arXiv 2502.20313; the mask of arXiv 2404.02905). Only visible pairs are computed, in tiles that end
+    where scales end; neither a mask nor a score matrix is ever held. Products are summed in float32 (float64 for
+    float64). The result does not depend on the rest of the batch or on the number of threads, bit for bit.
 
     Args:
-        q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any strides;
-            slices of a fused [B, L, 3, H, D] are read in place.
-        scale_lengths: tokens of every scale, in order; non-negative integers that sum to L. A scale of length 0 is allowed
-            and has no effect.
+        q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any
+            strides; slices of a fused [B, L, 3, H, D] are read in place.
+        scale_lengths: tokens of every scale, in order; non-negative integers that sum to L. A scale of length 0 is
+            allowed and has no effect.
         softmax_scale: finite; D ** -0.5 when None.
 
-    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k and v;
-        the backward pass is deterministic.
+    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k
+        and v; the backward pass is deterministic.
 
     Raises: TypeError, ValueError for arguments that break the rules above.
     """
@@ -51,10 +51,10 @@ def scale_attention(
 def scale_attention_step(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, *, softmax_scale: float | None = None
 ) -> Tensor:
-    """Attention of one scale's queries to the first ``kv_length`` tokens of a key/value cache: one step of generation.
+    """Attention of one scale's queries to the first ``kv_length`` tokens of a key/value cache: a step of generation.
 
-    ``out[b, n, h] = sum_{m < kv_length} softmax_m(softmax_scale * <q[b, n, h], k_cache[b, m, h]>) v_cache[b, m, h]``. With
-    the cache filled up to and including the queries' own scale it equals the rows of that scale of
+    ``out[b, n, h] = sum_{m < kv_length} softmax_m(softmax_scale * <q[b, n, h], k_cache[b, m, h]>) v_cache[b, m, h]``.
+    With the cache filled up to and including the queries' own scale it equals the rows of that scale of
     :func:`scale_attention`, which see no other tokens.
 
     Args:
@@ -100,8 +100,8 @@ def _check_tensors(op: str, q: Tensor, others: dict[str, Tensor]) -> None:
     check_same_device(op, q=q, **others)
 
 
-def _check_scale_lengths(op: str, scale_lengths: Sequence[int], tokens: int) -> list[int]:
-    if not isinstance(scale_lengths, Sequence) or isinstance(scale_lengths, str):
+def _check_scale_lengths(op: str, scale_lengths: object, tokens: int) -> list[int]:
+    if isinstance(scale_lengths, str) or not isinstance(scale_lengths, Sequence):
         raise TypeError(f"{op}: scale_lengths must be a sequence of integers, got {type(scale_lengths).__name__}")
     for length in scale_lengths:
         if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
@@ -110,7 +110,8 @@ def _check_scale_lengths(op: str, scale_lengths: Sequence[int], tokens: int) -> 
             raise ValueError(f"{op}: scale_lengths must not be negative, got {scale_lengths!r}")
     if sum(scale_lengths) != tokens:
         raise ValueError(
-            f"{op}: scale_lengths must sum to L = {tokens}, got {list(scale_lengths)}, which sum to {sum(scale_lengths)}"
+            f"{op}: scale_lengths must sum to L = {tokens}, "
+            f"got {list(scale_lengths)}, which sum to {sum(scale_lengths)}"
         )
     return list(scale_lengths)
 

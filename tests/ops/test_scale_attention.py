@@ -1,4 +1,4 @@
-"""scale_attention and scale_attention_step against float64, layouts, degenerate inputs, determinism, torch's op contract."""
+"""scale_attention and scale_attention_step: values, layouts, degenerate inputs, determinism, torch's op contract."""
 
 import itertools
 
@@ -260,7 +260,10 @@ def test_gradcheck(device, batch, lengths, heads, dim, scale):
 @pytest.mark.parametrize(("batch", "lengths", "heads", "dim", "scale"), CONTRACT_CASES)
 def test_opcheck(device, batch, lengths, heads, dim, scale):
     tokens, scale = sum(lengths), scale or 0.2
-    q, k, v = (tensor.contiguous() for tensor in make_qkv(batch, tokens, heads, dim, torch.float32, device))
+    q, k, v = (
+        torch.clone(t, memory_format=torch.contiguous_format)
+        for t in make_qkv(batch, tokens, heads, dim, torch.float32, device)
+    )
     torch.library.opcheck(torch.ops.flexvar.scale_attention.default, (*leaves(q, k, v), lengths, scale))
     out, logsumexp = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale)
     torch.library.opcheck(
