@@ -13,4 +13,14 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
       "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
       "float softmax_scale) -> Tensor");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");
+  m.def("resample2d(Tensor x, SymInt height, SymInt width, str mode, bool antialias) -> Tensor");
+  m.def(
+      "resample2d_backward(Tensor grad, SymInt height, SymInt width, str mode, bool antialias) -> "
+      "Tensor");
+  m.def(
+      "embed_resample(Tensor indices, Tensor codebook, SymInt height, SymInt width, bool "
+      "normalize, str mode) -> Tensor");
+  m.def(
+      "embed_resample_backward(Tensor grad, Tensor indices, Tensor codebook, SymInt height, SymInt "
+      "width, bool normalize, str mode) -> Tensor");
 }

@@ -9,7 +9,17 @@ from flexvar_ext._loader import load_libraries
 HAS_CUDA_KERNELS: bool = load_libraries()  # before the op files: they attach to the ops that the libraries register
 
 from flexvar_ext import reference  # noqa: E402
+from flexvar_ext.embed_resample import embed_resample  # noqa: E402
+from flexvar_ext.resample2d import resample2d  # noqa: E402
 from flexvar_ext.scale_attention import scale_attention, scale_attention_step  # noqa: E402
 from flexvar_ext.vq_lookup import vq_lookup  # noqa: E402
 
-__all__ = ["HAS_CUDA_KERNELS", "reference", "scale_attention", "scale_attention_step", "vq_lookup"]
+__all__ = [
+    "HAS_CUDA_KERNELS",
+    "embed_resample",
+    "reference",
+    "resample2d",
+    "scale_attention",
+    "scale_attention_step",
+    "vq_lookup",
+]

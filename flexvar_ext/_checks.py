@@ -46,6 +46,8 @@ def check_size(op: str, name: str, value: object) -> tuple[int, int]:
             raise TypeError(f"{op}: {name} must hold integers, got {value!r}")
         if side < 1:
             raise ValueError(f"{op}: {name} must be positive, got {tuple(value)}")
+        if side >= 2**31:
+            raise ValueError(f"{op}: {name} must be below 2**31, got {tuple(value)}")
     return value[0], value[1]
 
 

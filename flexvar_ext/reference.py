@@ -40,6 +40,8 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
     """[B, C, H, W] -> [B, C, h, w], as ``torch.nn.functional.interpolate`` with ``align_corners=False``."""
     if mode in ("nearest", "area"):
         return F.interpolate(x, size=size, mode=mode)
+    if antialias and size[1] == 1 and size[0] > 1:  # torch 2.13's CPU kernel is wrong for such columns, not for rows
+        return resample2d(x.transpose(2, 3), (1, size[0]), mode=mode, antialias=True).transpose(2, 3)
     return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=antialias)
 
 
@@ -71,7 +73,8 @@ def embed_resample(
     mode: str = "bicubic",
 ) -> Tensor:
     """int64 [B, h0, w0] -> tokens [B, h*w, C]: look codes up, resample the grid, lay it out as tokens."""
-    codes = F.normalize(codebook.float(), dim=-1).to(codebook.dtype) if normalize else codebook
+    wide = codebook if codebook.dtype == torch.float64 else codebook.float()
+    codes = F.normalize(wide, dim=-1).to(codebook.dtype) if normalize else codebook
     grid = F.embedding(indices, codes).permute(0, 3, 1, 2)
     return resample2d(grid, size, mode=mode).flatten(2).transpose(1, 2)
 

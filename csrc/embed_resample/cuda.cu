@@ -1,0 +1,125 @@
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <string>
+#include <utility>
+
+#include "common/cuda_launch.h"
+#include "embed_resample/arguments.h"
+#include "embed_resample/kernel.cuh"
+
+namespace flexvar {
+namespace {
+
+template <class Real>
+constexpr ScalarType kRealType =
+    sizeof(Real) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+
+unsigned grid_size(int64_t blocks, const char* op) {
+  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": the result is too large, it takes ", blocks,
+                  " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+// Calls body(T(), Real()) for the types that elements are stored and summed in.
+template <class Body>
+void by_element(Element element, const Body& body) {
+  switch (element) {
+    case Element::float32:
+      return body(float(), float());
+    case Element::float64:
+      return body(double(), double());
+    case Element::float16:
+      return body(__half(), float());
+    case Element::bfloat16:
+      return body(__nv_bfloat16(), float());
+  }
+}
+
+template <class T, class Real, class Out>
+void launch_resample(const EmbedSource<T, Real>& source, const EmbedShape& s, void* out,
+                     bool adjoint, cudaStream_t stream, const char* op) {
+  const EmbedResampleCudaParams<T, Real, Out> params{
+      source,
+      static_cast<Out*>(out),
+      s.batch,
+      s.dim,
+      {make_resample_axis<Real>(s.mode, s.in_height, s.height), adjoint},
+      {make_resample_axis<Real>(s.mode, s.in_width, s.width), adjoint}};
+  embed_resample_kernel<T, Real, Out>
+      <<<grid_size(embed_resample_blocks(params), op), kEmbedThreads, 0, stream>>>(params);
+  check_launch(op);
+}
+
+// The values of a flat int64 tensor in ascending order, and where they stood, ascending for equals.
+std::pair<Tensor, Tensor> stable_sort(const Tensor& flat) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(flat), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+Tensor embed_resample_cuda(const Tensor& indices, const Tensor& codebook, int64_t height,
+                           int64_t width, bool normalize, std::string mode) {
+  const char* op = "embed_resample";
+  const EmbedShape s = embed_shape(indices, codebook, height, width, mode, op);
+  const CudaScope scope(codebook);
+  Tensor tokens = torch::stable::new_empty(codebook, {s.batch, height * width, s.dim});
+  if (tokens.numel() == 0) return tokens;
+  const Tensor rows = torch::stable::contiguous(indices);
+  const Tensor codes = torch::stable::contiguous(codebook);
+  by_element(s.element, [&]<class T, class Real>(T, Real) {
+    const EmbedSource<T, Real> source{rows.const_data_ptr<int64_t>(),
+                                      static_cast<const T*>(codes.const_data_ptr()), s.num_codes,
+                                      normalize};
+    launch_resample<T, Real, T>(source, s, tokens.mutable_data_ptr(), false, scope.stream(), op);
+  });
+  return tokens;
+}
+
+Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
+                                    const Tensor& codebook, int64_t height, int64_t width,
+                                    bool normalize, std::string mode) {
+  const char* op = "embed_resample_backward";
+  const EmbedShape s = embed_shape(indices, codebook, height, width, mode, op);
+  check_token_gradient(grad, codebook, s, op);
+  const CudaScope scope(codebook);
+  if (grad.numel() == 0) return torch::stable::new_zeros(codebook, {s.num_codes, s.dim});
+  const int64_t cells = s.batch * s.in_height * s.in_width;
+  const Tensor tokens = torch::stable::contiguous(grad);
+  const Tensor codes = torch::stable::contiguous(codebook);
+  const auto [sorted, order] =
+      stable_sort(torch::stable::reshape(torch::stable::contiguous(indices), {cells}));
+  Tensor grad_codebook;
+  by_element(s.element, [&]<class T, class Real>(T, Real) {
+    Tensor grid = torch::stable::new_empty(codes, {cells, s.dim}, kRealType<Real>);
+    const EmbedSource<T, Real> source{nullptr, static_cast<const T*>(tokens.const_data_ptr()), 0,
+                                      false};
+    launch_resample<T, Real, Real>(source, s, grid.mutable_data_ptr(), true, scope.stream(), op);
+    grad_codebook = torch::stable::new_empty(codes, {s.num_codes, s.dim}, kRealType<Real>);
+    const EmbedScatterCudaParams<T, Real> params{grid.const_data_ptr<Real>(),
+                                                 sorted.template const_data_ptr<int64_t>(),
+                                                 order.template const_data_ptr<int64_t>(),
+                                                 static_cast<const T*>(codes.const_data_ptr()),
+                                                 grad_codebook.mutable_data_ptr<Real>(),
+                                                 cells,
+                                                 s.num_codes,
+                                                 s.dim,
+                                                 normalize};
+    const int64_t blocks = (s.num_codes + kEmbedWarps - 1) / kEmbedWarps;
+    embed_scatter_kernel<T, Real>
+        <<<grid_size(blocks, op), kEmbedThreads, 0, scope.stream()>>>(params);
+    check_launch(op);
+  });
+  return torch::stable::to(grad_codebook, codebook.scalar_type());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+  m.impl("embed_resample", TORCH_BOX(&embed_resample_cuda));
+  m.impl("embed_resample_backward", TORCH_BOX(&embed_resample_backward_cuda));
+}
+
+}  // namespace
+}  // namespace flexvar

@@ -1,0 +1,88 @@
+"""Codes to the tokens of the next scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_size, check_tensor
+from flexvar_ext.resample2d import MODES
+
+
+def embed_resample(
+    indices: Tensor,
+    codebook: Tensor,
+    size: tuple[int, int],
+    *,
+    normalize: bool = True,
+    mode: str = "bicubic",
+) -> Tensor:
+    """The transformer's input for the next scale: gather codes, resize their grid, lay it out as tokens, in one pass.
+
+    ``tokens[b, i * w + j] = sum_k sum_l wy[i, k] * wx[j, l] * e(codebook[indices[b, k, l]])`` with the weights of
+    :func:`resample2d` (FlexVAR, arXiv 2502.20313, section 3.3: bicubic in the released code) and
+    ``e(c) = c / max(|c|, 1e-12)``, or ``e(c) = c`` without ``normalize``.
+
+    Sums are accumulated in float32 (float64 for float64) in a fixed order, gradients too: equal input gives equal
+    output for any batch, thread count and run. Under autocast the codebook's dtype is kept, as in an embedding.
+
+    Args:
+        indices: int64 [B, h0, w0], each in [0, V); B may be 0.
+        codebook: [V, C], float32, float64, float16 or bfloat16.
+        size: (h, w) of the tokens' grid, positive.
+        normalize: use the codes scaled to length 1.
+        mode: ``nearest``, ``bilinear``, ``bicubic`` or ``area``.
+
+    Returns: tokens [B, h * w, C] of the codebook's dtype. Differentiable in ``codebook``.
+
+    Raises: TypeError and ValueError naming the argument, the rule and the value got. An index outside [0, V) is a
+    ValueError on a CPU (a RuntimeError where torch.compile made the call); on CUDA, where looking would mean waiting,
+    the tokens that it reaches are NaN.
+    """
+    check_tensor("embed_resample", "indices", indices, "[B, h0, w0]", (torch.int64,))
+    check_tensor("embed_resample", "codebook", codebook, "[V, C]", (*FLOATING, torch.float64))
+    check_same_device("embed_resample", indices=indices, codebook=codebook)
+    height, width = check_size("embed_resample", "size", size)
+    check_choice("embed_resample", "mode", mode, MODES)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"embed_resample: normalize must be a bool, got {type(normalize).__name__}")
+    if indices.shape[1] == 0 or indices.shape[2] == 0:
+        raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
+    result: Tensor
+    if torch.compiler.is_compiling():
+        result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
+        return result
+    try:
+        result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
+    except RuntimeError as error:  # only the kernel looks at every index
+        _, found, rest = str(error).partition("embed_resample: indices must")
+        if not found:
+            raise
+        raise ValueError(found + rest.partition("\n")[0]) from None
+    return result
+
+
+@torch.library.register_fake("flexvar::embed_resample")
+def _(indices: Tensor, codebook: Tensor, height: int, width: int, normalize: bool, mode: str) -> Tensor:
+    return codebook.new_empty(indices.shape[0], height * width, codebook.shape[1])
+
+
+@torch.library.register_fake("flexvar::embed_resample_backward")
+def _(grad: Tensor, indices: Tensor, codebook: Tensor, height: int, width: int, normalize: bool, mode: str) -> Tensor:
+    return codebook.new_empty(codebook.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    indices, codebook, *ctx.options = inputs
+    ctx.save_for_backward(indices, codebook)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None, None]:
+    indices, codebook = ctx.saved_tensors
+    grad_codebook = torch.ops.flexvar.embed_resample_backward(grad, indices, codebook, *ctx.options)
+    return None, grad_codebook, None, None, None, None
+
+
+torch.library.register_autograd("flexvar::embed_resample", _gradient, setup_context=_save)
