@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from flexvar.generation.pretrained import TOKENIZER_FOLDER, TRANSFORMER_FOLDER, 
 from flexvar.generation.request import Labels, Seeds, resolve_labels, resolve_seeds
 from flexvar.generation.settings import GenerationOptions, GenerationSettings, Layout, make_settings
 from flexvar.image_io import image_to_tensor, tensor_to_images, tensor_to_uint8
-from flexvar.schedule import Size
+from flexvar.schedule import ScaleSchedule, Size
 from flexvar.storage import load_tokenizer, load_transformer, save_model
 from flexvar.tokenizer import MultiScaleTokenizer
 from flexvar.transformer import FlexVARTransformer
@@ -164,17 +164,19 @@ class FlexVARPipeline:
         self,
         images: Image.Image | Sequence[Image.Image] | Tensor,
         *,
+        schedule: ScaleSchedule | Iterable[int | Iterable[int]] | None = None,
+        steps: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
         output_type: OutputType = "pil",
-        **settings: Unpack[GenerationOptions],
     ) -> GenerationOutput:
         """Images through the tokenizer and back, at every scale of a schedule.
 
         Args:
             images: one or several of one size; a tensor is [B, 3, H, W] in [-1, 1]. Sides that are not multiples of the
                 patch size are continued with their edge pixels, and the results cropped.
-            output_type: as of a call.
-            settings: of :class:`GenerationSettings`, ``schedule`` (its last grid that of the images), ``steps`` and
-                ``autocast_dtype`` matter.
+            schedule: the (h, w) of every scale in tokens, the last that of the images.
+            steps: how many scales, instead; 10 unless set.
+            autocast_dtype, output_type: as of a call.
 
         Raises:
             TypeError, ValueError: an argument breaks its rule.
@@ -184,17 +186,15 @@ class FlexVARPipeline:
         if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
             raise ValueError(f"reconstruct: images must have shape [B, 3, H, W], got {tuple(pixels.shape)}")
         height, width = pixels.shape[2:]
-        resolved = make_settings({**settings, "height": height, "width": width})
-        layout = resolved.layout(self.patch_size)
+        settings = GenerationSettings(schedule, height, width, steps, autocast_dtype=autocast_dtype)
+        layout = settings.layout(self.patch_size)
         self._check_models()
         padding = (0, -width % self.patch_size, 0, -height % self.patch_size)
-        with self._computing(resolved.autocast_dtype):
+        with self._computing(autocast_dtype):
             padded = F.pad(pixels.to(self.device, self.tokenizer.codebook.dtype), padding, mode="replicate")
             pyramid = self.tokenizer.quantize(self.tokenizer.encode(padded), layout.schedule)
-        steps = [
-            self._make_step(index, indices, layout, resolved.autocast_dtype) for index, indices in enumerate(pyramid)
-        ]
-        return GenerationOutput(images=steps[-1].preview(output_type), steps=steps)
+        scales = [self._make_step(index, indices, layout, autocast_dtype) for index, indices in enumerate(pyramid)]
+        return GenerationOutput(images=scales[-1].preview(output_type), steps=scales)
 
     def _generate(
         self, labels: Tensor, seeds: Tensor, image_ids: Tensor, layout: Layout, settings: GenerationSettings
