@@ -23,4 +23,7 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
   m.def(
       "embed_resample_backward(Tensor grad, Tensor indices, Tensor codebook, SymInt height, SymInt "
       "width, bool normalize, str mode) -> Tensor");
+  m.def(
+      "vq_lookup_multiscale(Tensor latent, Tensor codebook, SymInt[] heights, SymInt[] widths, "
+      "bool normalize, str mode, bool antialias) -> Tensor");
 }

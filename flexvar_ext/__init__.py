@@ -13,6 +13,7 @@ from flexvar_ext.embed_resample import embed_resample  # noqa: E402
 from flexvar_ext.resample2d import resample2d  # noqa: E402
 from flexvar_ext.scale_attention import scale_attention, scale_attention_step  # noqa: E402
 from flexvar_ext.vq_lookup import vq_lookup  # noqa: E402
+from flexvar_ext.vq_lookup_multiscale import vq_lookup_multiscale  # noqa: E402
 
 __all__ = [
     "HAS_CUDA_KERNELS",
@@ -22,4 +23,5 @@ __all__ = [
     "scale_attention",
     "scale_attention_step",
     "vq_lookup",
+    "vq_lookup_multiscale",
 ]

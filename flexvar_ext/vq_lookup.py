@@ -12,18 +12,18 @@ from flexvar_ext._registration import register_autocast
 def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tensor:
     """Index of the nearest code by Euclidean distance, the lowest index on ties.
 
-    ``argmin_v |x_n - e_v|²`` with ``x = latents / max(|latents|, 1e-12)`` and ``e`` likewise when ``normalize``, as in the
-    quantiser of VQ-16 tokenizers (LlamaGen, arXiv 2406.06525; FlexVAR, arXiv 2502.20313).
+    ``argmin_v |x_n - e_v|²`` with ``x = latents / max(|latents|, 1e-12)`` and ``e`` likewise when ``normalize``, as in
+    the quantiser of VQ-16 tokenizers (LlamaGen, arXiv 2406.06525; FlexVAR, arXiv 2502.20313).
 
-    The rows are normalised in float32; the codes that float32 (or, on a GPU, tensor-core) arithmetic cannot tell apart
-    within its error bound are compared in float64. So the result is the nearest code of these float32 rows, and does not
+    The rows are normalised to float32; codes that float32 arithmetic (on a GPU: tensor cores) cannot tell apart within
+    its error bound are compared in float64. So the result is the code nearest to these float32 rows, and does not
     depend on device, instruction set, thread count or the other rows. No [N, V] matrix is written.
 
     Args:
         latents: [N, C], float32, float16 or bfloat16; N may be 0. A row that holds a NaN or an infinity gets index 0.
-        codebook: [V, C] with V >= 1, on the same device; same dtypes. A code that holds a NaN or an infinity is an error
-            on a CPU. On a CUDA device (where looking would make the host wait) and under ``torch.compile`` it is never
-            chosen, unless no code is finite: then every index is 0.
+        codebook: [V, C] with V >= 1, same dtypes, on the same device. On a CPU a code that holds a NaN or an infinity
+            is an error. On a CUDA device, where looking would make the host wait, and under ``torch.compile`` it is
+            never chosen, unless no code is finite: then every index is 0.
         normalize: compare directions instead of points.
 
     Returns: int64 [N]. There is no gradient.

@@ -2,23 +2,101 @@
 #include "vq_lookup/kernel.cuh"
 
 namespace flexvar::emulation {
+namespace {
+
+void launch_score(DeviceMemory& memory, const VqProblem& problem, const VqWorkspace& workspace) {
+  const auto tiles = static_cast<unsigned>(problem.row_tiles);
+  const auto splits = static_cast<unsigned>(problem.splits);
+  const LaunchShape tensor{{tiles, splits, 1}, {kVqTensorThreads, 1, 1}, 0};
+  switch (problem.tensor_dim / 16) {
+    case 1:
+      return memory.launch(vq_score_tensor_kernel<1>, tensor, problem, workspace);
+    case 2:
+      return memory.launch(vq_score_tensor_kernel<2>, tensor, problem, workspace);
+    case 3:
+      return memory.launch(vq_score_tensor_kernel<3>, tensor, problem, workspace);
+    case 4:
+      return memory.launch(vq_score_tensor_kernel<4>, tensor, problem, workspace);
+    default:
+      memory.launch(vq_score_float_kernel, {{tiles, splits, 1}, {kVqFloatThreads, 1, 1}, 0},
+                    problem, workspace);
+  }
+}
+
+// The launcher's three steps. The workspace is aligned, whatever the inputs are.
+py::array look_up(DeviceMemory& memory, const EmulationOptions& options, VqPrepareParams prepare) {
+  const VqProblem& problem = prepare.problem;
+  EmulationOptions aligned_options = options;
+  aligned_options.misalignment = 0;
+  DeviceMemory aligned(aligned_options);
+  const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
+  VqWorkspace& workspace = prepare.workspace;
+  workspace.codes = aligned.output<float>("codes", {codes, problem.padded_dim});
+  workspace.latents = aligned.output<float>("latents", {rows, problem.padded_dim});
+  workspace.half_norms = aligned.output<double>("half_norms", {codes});
+  workspace.negative_half = aligned.output<float>("negative_half", {codes});
+  workspace.latent_norms = aligned.output<double>("latent_norms", {rows});
+  py::array_t<float> zero(1);
+  zero.mutable_data()[0] = 0;
+  workspace.max_code_norm = aligned.input_output<float>("max_code_norm", zero);
+  if (problem.tensor_dim > 0) {
+    workspace.codes_half = aligned.output<__half>("codes_half", {codes, problem.tensor_dim});
+    workspace.latents_half = aligned.output<__half>("latents_half", {rows, problem.tensor_dim});
+  }
+  auto* tops = aligned.output<float>("tops", {problem.splits, rows, kVqSubgroups, 3});
+  workspace.tops = reinterpret_cast<VqTop*>(tops);
+  prepare.code_rows = codes;
+  prepare.latent_rows = rows;
+  const dim3 prepare_grid = vq_prepare_grid(prepare.code_rows + prepare.latent_rows);
+  memory.launch(vq_prepare_kernel, {{prepare_grid.x, 1, 1}, {kVqPrepareThreads, 1, 1}, 0}, prepare);
+  launch_score(memory, problem, workspace);
+  auto* indices = memory.output<int64_t>("indices", {rows});
+  memory.launch(vq_resolve_kernel,
+                {{vq_resolve_grid(problem).x, 1, 1}, {kVqResolveThreads, 1, 1}, 0},
+                VqResolveParams{problem, workspace, vq_error_bound(problem), indices});
+  return memory.fetch(indices);
+}
+
+}  // namespace
 
 EMULATED_BINDINGS(vq_lookup, module) {
-  module.def("vq_lookup", [](const py::array& latents, const py::array& codebook,
-                             const EmulationOptions& options) {
-    DeviceMemory memory(options);
-    const auto n = latents.shape(0);
-    auto* indices = memory.output<int64_t>("indices", {n});
-    const VqLookupCudaParams params{memory.input<float>("latents", latents),
-                                    memory.input<float>("codebook", codebook),
-                                    indices,
-                                    n,
-                                    codebook.shape(0),
-                                    codebook.shape(1)};
-    const auto blocks = static_cast<unsigned>((n + 127) / 128);
-    memory.launch(vq_lookup_kernel, {{blocks, 1, 1}, {128, 1, 1}, 0}, params);
-    return memory.fetch(indices);
-  });
+  module.def(
+      "vq_lookup",
+      [](const py::array& latents, const py::array& codebook, bool normalize, int multiprocessors,
+         const EmulationOptions& options) {
+        DeviceMemory memory(options);
+        VqPrepareParams prepare{};
+        prepare.problem =
+            plan_vq_lookup(latents.shape(0), codebook.shape(0), static_cast<int>(codebook.shape(1)),
+                           normalize, multiprocessors);
+        prepare.codebook = memory.input<float>("codebook", codebook);
+        prepare.source.latents = memory.input<float>("latents", latents);
+        return look_up(memory, options, prepare);
+      },
+      "[N, C], [V, C] float32 -> int64 [N], as planned for a GPU with `multiprocessors`.");
+  module.def(
+      "vq_lookup_multiscale",
+      [](const py::array& latent, const py::array& codebook,
+         const std::vector<std::pair<int, int>>& scales, bool normalize, int mode,
+         const EmulationOptions& options) {
+        DeviceMemory memory(options);
+        VqPrepareParams prepare{};
+        VqLatentSource& source = prepare.source;
+        source.mode = static_cast<ResampleMode>(mode);
+        source.height = static_cast<int>(latent.shape(2));
+        source.width = static_cast<int>(latent.shape(3));
+        for (const auto& [height, width] : scales) {
+          source.scales[source.num_scales++] = {source.tokens, height, width};
+          source.tokens += static_cast<int64_t>(height) * width;
+        }
+        source.end_token = source.tokens;
+        prepare.problem = plan_vq_lookup(latent.shape(0) * source.tokens, codebook.shape(0),
+                                         static_cast<int>(codebook.shape(1)), normalize, 1);
+        prepare.codebook = memory.input<float>("codebook", codebook);
+        source.latents = memory.input<float>("latent", latent);
+        return look_up(memory, options, prepare);
+      },
+      "[B, C, H, W], [V, C] float32 -> int64 [B * L]; `mode` counts csrc/resample's ResampleMode.");
 }
 
 }  // namespace flexvar::emulation

@@ -47,9 +47,9 @@ inline unsigned not_less(Vec v, float threshold) {
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
-// --- Exact arithmetic: the same bits with every instruction set and on every device --------------
-// A product of two floats is exact in double, so contraction to fma changes nothing; the sums go to
-// eight partial sums by component, which are added as ((0+4)+(2+6)) + ((1+5)+(3+7)).
+// Exact arithmetic: the same bits with every instruction set and on every device. A product of two
+// floats is exact in double, so contraction to fma changes nothing; the sums go to eight partial
+// sums by component, which are added as ((0+4)+(2+6)) + ((1+5)+(3+7)).
 
 inline double sum(Double8 s) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
@@ -98,10 +98,33 @@ inline double exact_score(const float* x, const float* row, int64_t dim, double 
   return sum(dots) - 0.5 * sum(squares);
 }
 
-// --- Pass 1
-// ---------------------------------------------------------------------------------------
+// Row n of the resampled latents, summed in double and rounded once.
+void resample_row(const VqLookupParams& params, int64_t n, float* out) {
+  const int64_t image = n / params.pyramid->num_tokens, token = n % params.pyramid->num_tokens;
+  const VqScale* scale = params.pyramid->scales + params.pyramid->num_scales - 1;
+  while (scale->first_token > token) --scale;
+  const ResampleTaps<float>&rows = scale->rows, &columns = scale->columns;
+  const int64_t y = (token - scale->first_token) / columns.out_size;
+  const int64_t x = (token - scale->first_token) % columns.out_size;
+  const int64_t dim = params.dim;
+  const float* latent = params.latents + image * rows.in_size * columns.in_size * dim;
+  for (int64_t c = 0; c < dim; c += 8) {
+    Double8 sums = {};
+    for (int64_t i = 0; i < rows.count[y]; ++i) {
+      const float* line =
+          latent + ((rows.start[y] + i) * columns.in_size + columns.start[x]) * dim + c;
+      const float row_weight = rows.weights[y * rows.stride + i];
+      for (int64_t j = 0; j < columns.count[x]; ++j) {
+        // The weight in fp32, so that the product is exact in double.
+        const float weight = row_weight * columns.weights[x * columns.stride + j];
+        sums += static_cast<double>(weight) * load_scaled(line + j * dim, dim - c, 1.0);
+      }
+    }
+    for (int64_t i = 0; i < 8 && c + i < dim; ++i) out[c + i] = static_cast<float>(sums[i]);
+  }
+}
 
-// kRows queries against one block. kDim = 0: any dim.
+// Pass 1: kRows queries against one block. kDim = 0: any dim.
 template <int kDim>
 void score_tile(const float* queries, int64_t query_stride, const float* block,
                 const float* negative_half, int64_t dim, float* group_max, int64_t group_stride) {
@@ -170,16 +193,19 @@ void vq_prepare_latents(const VqLookupParams& params, int64_t row_begin, int64_t
   const int64_t dim = params.dim, padded = params.padded_dim();
   for (int64_t n = row_begin; n < row_end; ++n) {
     float* out = params.queries + n * padded;
+    for (int64_t c = 0; c < padded; ++c) out[c] = 0;
+    if (n >= params.num_latents) continue;
     const float* row = params.latents + n * dim;
-    const bool real = n < params.num_latents;
-    const double scale = real ? row_scale(row, dim, params.normalize) : 0.0;
-    for (int64_t c = 0; c < padded; ++c) {
-      out[c] = scale != 0.0 && c < dim ? static_cast<float>(row[c] * scale) : 0.0f;
+    if (params.pyramid != nullptr) {
+      resample_row(params, n, out);
+      row = out;
     }
-    if (real) {
-      params.query_norms[n] =
-          scale != 0.0 ? __builtin_sqrt(squared_norm(out, dim, 1.0)) : __builtin_nan("");
+    const double scale = row_scale(row, dim, params.normalize);
+    for (int64_t c = 0; c < dim; ++c) {
+      out[c] = scale != 0.0 ? static_cast<float>(row[c] * scale) : 0.0f;
     }
+    params.query_norms[n] =
+        scale != 0.0 ? __builtin_sqrt(squared_norm(out, dim, 1.0)) : __builtin_nan("");
   }
 }
 

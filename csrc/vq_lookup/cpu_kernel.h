@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "common/cpu_isa.h"
+#include "resample/taps.h"
 
 namespace flexvar {
 
@@ -20,9 +21,23 @@ constexpr int64_t kVqMaxLanes = 16;
 // Queries are stored in multiples of this many rows, each padded to a multiple of 8 components.
 constexpr int64_t kVqRowMultiple = 8;
 
+// Token t of a scale, in row-major order, is the latent resampled to that scale at (t / width,
+// t % width).
+struct VqScale {
+  int64_t first_token;
+  ResampleTaps<float> rows, columns;
+};
+
+struct VqPyramid {
+  const VqScale* scales;
+  int64_t num_scales;
+  int64_t num_tokens;  // of one image, all scales together
+};
+
 struct VqLookupParams {
-  const float* codebook;  // [V, C]
-  const float* latents;   // [N, C]
+  const float* codebook;     // [V, C]
+  const float* latents;      // [N, C], or [B, H * W, C] with a pyramid
+  const VqPyramid* pyramid;  // N = B * num_tokens; null: the latents are the rows
   int64_t num_codes, num_latents, dim;
   bool normalize;
   // Made by vq_prepare_codes:

@@ -1,33 +1,178 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "common/cuda_launch.h"
 #include "common/tensor_checks.h"
+#include "resample/arguments.h"
 #include "vq_lookup/kernel.cuh"
 
 namespace flexvar {
 namespace {
 
-Tensor vq_lookup_cuda(const Tensor& latents, const Tensor& codebook, bool normalize) {
-  check_rank(latents, 2, "vq_lookup", "latents");
-  check_dtype(latents, ScalarType::Float, "vq_lookup", "latents");
-  STD_TORCH_CHECK(!normalize, "vq_lookup: normalise before");
-  const CudaScope scope(latents);
-  const int64_t n = latents.size(0);
-  Tensor indices = torch::stable::new_empty(latents, {n}, ScalarType::Long);
-  if (n == 0) return indices;
-  const Tensor x = torch::stable::contiguous(latents), e = torch::stable::contiguous(codebook);
-  const VqLookupCudaParams params{x.const_data_ptr<float>(),
-                                  e.const_data_ptr<float>(),
-                                  indices.mutable_data_ptr<int64_t>(),
-                                  n,
-                                  e.size(0),
-                                  e.size(1)};
-  vq_lookup_kernel<<<static_cast<unsigned>((n + 127) / 128), 128, 0, scope.stream()>>>(params);
-  check_launch("vq_lookup");
+// Lays buffers out in one allocation; called twice: to add sizes up, and with memory to hand out.
+class Layout {
+ public:
+  explicit Layout(unsigned char* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t elements) {
+    unsigned char* taken = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += (elements * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(taken);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* memory_;
+  int64_t used_ = 0;
+};
+
+VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
+  const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
+  VqWorkspace workspace{};
+  workspace.codes = layout.take<float>(codes * problem.padded_dim);
+  workspace.latents = layout.take<float>(rows * problem.padded_dim);
+  workspace.half_norms = layout.take<double>(codes);
+  workspace.negative_half = layout.take<float>(codes);
+  workspace.latent_norms = layout.take<double>(rows);
+  workspace.max_code_norm = layout.take<float>(1);
+  workspace.codes_half = layout.take<__half>(codes * problem.tensor_dim);
+  workspace.latents_half = layout.take<__half>(rows * problem.tensor_dim);
+  workspace.tops = layout.take<VqTop>(problem.splits * rows * kVqSubgroups);
+  return workspace;
+}
+
+void launch_prepare(const VqPrepareParams& params, cudaStream_t stream) {
+  const int64_t rows = params.code_rows + params.latent_rows;
+  vq_prepare_kernel<<<vq_prepare_grid(rows), kVqPrepareThreads, 0, stream>>>(params);
+}
+
+template <int kSteps>
+void launch_tensor(const VqProblem& problem, const VqWorkspace& workspace, dim3 grid,
+                   cudaStream_t stream) {
+  vq_score_tensor_kernel<kSteps><<<grid, kVqTensorThreads, 0, stream>>>(problem, workspace);
+}
+
+void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(problem.row_tiles), static_cast<unsigned>(problem.splits));
+  switch (problem.tensor_dim / 16) {
+    case 1:
+      return launch_tensor<1>(problem, workspace, grid, stream);
+    case 2:
+      return launch_tensor<2>(problem, workspace, grid, stream);
+    case 3:
+      return launch_tensor<3>(problem, workspace, grid, stream);
+    case 4:
+      return launch_tensor<4>(problem, workspace, grid, stream);
+    default:
+      vq_score_float_kernel<<<grid, kVqFloatThreads, 0, stream>>>(problem, workspace);
+  }
+}
+
+// `scales` is empty for a matrix of latents [N, C]; else source says what is resampled.
+Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, int64_t num_latents,
+               const Tensor& codebook, bool normalize, const char* op) {
+  const CudaScope scope(codebook);
+  Tensor indices = torch::stable::new_empty(codebook, {num_latents}, ScalarType::Long);
+  if (num_latents == 0) return indices;
+  const int64_t largest = int64_t(1) << 31;
+  STD_TORCH_CHECK(codebook.size(0) < largest && codebook.size(1) < largest, op,
+                  ": codebook must have fewer than 2^31 rows and columns");
+  const Tensor codes = torch::stable::contiguous(codebook);
+  int multiprocessors = 0;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                         codebook.get_device_index());
+  VqPrepareParams prepare{};
+  prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(codes.size(1)),
+                                   normalize, multiprocessors);
+  Layout sizes(nullptr);
+  lay_out(prepare.problem, sizes);
+  Tensor memory = torch::stable::new_empty(codes, {sizes.used()}, ScalarType::Byte);
+  Layout layout(static_cast<unsigned char*>(memory.mutable_data_ptr()));
+  prepare.workspace = lay_out(prepare.problem, layout);
+  prepare.codebook = codes.const_data_ptr<float>();
+  prepare.source = source;
+  prepare.code_rows = prepare.problem.padded_codes();
+  cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream());
+  if (scales.empty()) {
+    prepare.latent_rows = num_latents;
+    launch_prepare(prepare, scope.stream());
+  }
+  for (size_t first = 0; first < scales.size(); first += kVqMaxScales) {
+    const size_t end = std::min(scales.size(), first + kVqMaxScales);
+    VqLatentSource& part = prepare.source;
+    part.num_scales = static_cast<int>(end - first);
+    std::copy(scales.begin() + first, scales.begin() + end, part.scales);
+    part.first_token = scales[first].first_token;
+    part.end_token = end < scales.size() ? scales[end].first_token : source.tokens;
+    prepare.latent_rows = num_latents / source.tokens * (part.end_token - part.first_token);
+    launch_prepare(prepare, scope.stream());
+    prepare.code_rows = 0;
+  }
+  launch_score(prepare.problem, prepare.workspace, scope.stream());
+  const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
+                                indices.mutable_data_ptr<int64_t>()};
+  vq_resolve_kernel<<<vq_resolve_grid(prepare.problem), kVqResolveThreads, 0, scope.stream()>>>(
+      resolve);
+  check_launch(op);
   return indices;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) { m.impl("vq_lookup", TORCH_BOX(&vq_lookup_cuda)); }
+void check_codebook(const Tensor& latents, const Tensor& codebook, const char* op) {
+  check_rank(codebook, 2, op, "codebook");
+  check_dtype(codebook, ScalarType::Float, op, "codebook");
+  check_same_device(latents, codebook, op, "codebook");
+  const int64_t dim = latents.size(1);
+  STD_TORCH_CHECK(codebook.size(0) > 0 && codebook.size(1) == dim && dim > 0, op,
+                  ": codebook must be [V >= 1, C >= 1]");
+}
+
+Tensor vq_lookup_cuda(const Tensor& latents, const Tensor& codebook, bool normalize) {
+  const char* op = "vq_lookup";
+  check_rank(latents, 2, op, "latents");
+  check_dtype(latents, ScalarType::Float, op, "latents");
+  check_codebook(latents, codebook, op);
+  const Tensor rows = torch::stable::contiguous(latents);
+  VqLatentSource source{};
+  source.latents = rows.const_data_ptr<float>();
+  return look_up(source, {}, rows.size(0), codebook, normalize, op);
+}
+
+Tensor vq_lookup_multiscale_cuda(const Tensor& latent, const Tensor& codebook,
+                                 std::vector<int64_t> heights, std::vector<int64_t> widths,
+                                 bool normalize, std::string mode, bool antialias) {
+  const char* op = "vq_lookup_multiscale";
+  check_rank(latent, 4, op, "latent");
+  check_dtype(latent, ScalarType::Float, op, "latent");
+  check_codebook(latent, codebook, op);
+  STD_TORCH_CHECK(heights.size() == widths.size() && !heights.empty(), op,
+                  ": heights and widths must pair up");
+  check_side(latent.size(2), op, "latent's height");
+  check_side(latent.size(3), op, "latent's width");
+  const Tensor images = torch::stable::contiguous(latent);
+  VqLatentSource source{};
+  source.latents = images.const_data_ptr<float>();
+  source.mode = parse_resample_mode(mode, antialias, op);
+  source.height = static_cast<int>(images.size(2));
+  source.width = static_cast<int>(images.size(3));
+  std::vector<VqScaleSize> scales;
+  for (size_t i = 0; i < heights.size(); ++i) {
+    check_side(heights[i], op, "a scale's height");
+    check_side(widths[i], op, "a scale's width");
+    scales.push_back({source.tokens, static_cast<int>(heights[i]), static_cast<int>(widths[i])});
+    source.tokens += heights[i] * widths[i];
+  }
+  const Tensor indices =
+      look_up(source, scales, images.size(0) * source.tokens, codebook, normalize, op);
+  return torch::stable::view(indices, {images.size(0), source.tokens});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+  m.impl("vq_lookup", TORCH_BOX(&vq_lookup_cuda));
+  m.impl("vq_lookup_multiscale", TORCH_BOX(&vq_lookup_multiscale_cuda));
+}
 
 }  // namespace
 }  // namespace flexvar

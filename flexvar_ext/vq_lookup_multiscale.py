@@ -1,0 +1,79 @@
+"""Nearest codes of a latent at every scale of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexvar_ext._checks import check_choice, check_size
+from flexvar_ext._registration import register_autocast
+from flexvar_ext.vq_lookup import check_lookup_arguments
+
+_OP = "vq_lookup_multiscale"
+
+
+def vq_lookup_multiscale(
+    latent: Tensor,
+    codebook: Tensor,
+    scales: Sequence[tuple[int, int]],
+    *,
+    normalize: bool = True,
+    mode: str = "area",
+    antialias: bool = False,
+) -> Tensor:
+    """The latent resampled to every scale and looked up: the multi-scale tokens of FlexVAR (arXiv 2502.20313).
+
+    As ``vq_lookup(resample2d(latent, scale, mode=mode, antialias=antialias), codebook, normalize=normalize)`` for every
+    scale, with the resampled latents in float32, in one call and without tensors between the steps.
+
+    Args:
+        latent: [B, C, H, W], float32, float16 or bfloat16; B may be 0, H and W not. Tokens whose window holds a NaN or
+            an infinity get index 0.
+        codebook: [V, C]; see :func:`flexvar_ext.vq_lookup`.
+        scales: the (h, w) of every scale, each at least (1, 1), smaller or larger than the latent.
+        normalize: compare directions instead of points.
+        mode: "area", "bilinear", "bicubic" or "nearest"; see :func:`flexvar_ext.resample2d`.
+        antialias: only with "bilinear".
+
+    Returns: int64 [B, L] with L the sum of h * w: scale after scale, each row-major. There is no gradient.
+    Raises: TypeError, ValueError: ``vq_lookup_multiscale: argument, rule, value got``.
+    """
+    check_lookup_arguments(_OP, "latent", "[B, C, H, W]", latent, codebook)
+    check_choice(_OP, "mode", mode, ("area", "bilinear", "bicubic", "nearest"))
+    if antialias and mode != "bilinear":
+        raise ValueError(f"{_OP}: antialias must be False unless mode is bilinear, got mode {mode!r}")
+    if latent.shape[2] < 1 or latent.shape[3] < 1:
+        raise ValueError(f"{_OP}: latent must have H and W of at least 1, got shape {tuple(latent.shape)}")
+    heights, widths = _sides(scales)
+    result: Tensor = torch.ops.flexvar.vq_lookup_multiscale(
+        latent.float(), codebook.float(), heights, widths, normalize, mode, antialias
+    )
+    return result
+
+
+def _sides(scales: object) -> tuple[list[int], list[int]]:
+    if isinstance(scales, str) or not isinstance(scales, Sequence):
+        raise TypeError(f"{_OP}: scales must be a sequence of (height, width), got {type(scales).__name__}")
+    if len(scales) == 0:
+        raise ValueError(f"{_OP}: scales must hold at least one (height, width), got {scales!r}")
+    sizes = [check_size(_OP, "scales", scale) for scale in scales]
+    return [height for height, _ in sizes], [width for _, width in sizes]
+
+
+@torch.library.register_fake("flexvar::vq_lookup_multiscale")
+def _(
+    latent: Tensor,
+    codebook: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    normalize: bool,
+    mode: str,
+    antialias: bool,
+) -> Tensor:
+    tokens = sum(height * width for height, width in zip(heights, widths, strict=True))
+    return latent.new_empty((latent.shape[0], tokens), dtype=torch.int64)
+
+
+register_autocast("vq_lookup_multiscale", to=torch.float32)
