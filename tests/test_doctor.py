@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from flexvar.commands import choose_device
@@ -30,6 +32,14 @@ def test_an_op_that_is_wrong_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> No
     assert "vq_lookup             cpu: FAILS" in str(report)
     assert any(problem.startswith("vq_lookup on cpu: Tensor-likes are not") for problem in report.problems)
     assert not report.healthy
+
+
+def test_a_broken_installation_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flexvar_ext", None)
+    report = examine()
+    (problem,) = report.problems
+    assert "build again" in problem
+    assert f"torch {torch.__version__}" in str(report)
 
 
 def test_strict_turns_notes_into_problems(monkeypatch: pytest.MonkeyPatch) -> None:

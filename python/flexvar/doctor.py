@@ -49,8 +49,8 @@ def examine() -> Report:
     try:
         import flexvar_ext
         from flexvar_ext import _host
-    except ImportError as error:
-        report.problems.append(str(error))
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a library that is older than the Python files
+        report.problems.append(f"{error} (build again: pip install --no-build-isolation --no-deps -e .)")
         return report
     info: Mapping[str, Any] = _host.build_info()
     report.lines += _describe_build(info, flexvar_ext.HAS_CUDA_KERNELS, _host.cpu_isa())
