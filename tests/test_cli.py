@@ -24,6 +24,8 @@ from flexvar.cli import main
 from flexvar.image_io import read_settings
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("circle", "star", "../../evil name")
 
 Result = tuple[int, str, str]
