@@ -3,13 +3,49 @@
 // same functions from csrc/testing/ptx_on_cpu.h elsewhere. Kernels hold no `asm` of their own.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
+
+namespace flexvar::ptx {
+
+// Layout of matrix products d += a b, with a 16 x K row-major, b K x 8 column-major, d 16 x 8 in
+// fp32, g = lane / 4 and t = lane % 4. d[0], d[1] are (g, 2t), (g, 2t + 1); d[2], d[3] the same in
+// row g + 8. 16-bit elements, K = 16: a[0] is (g, 2t..2t + 1), a[1] (g + 8, 2t..), a[2] (g, 2t
+// + 8..), a[3] (g + 8, 2t + 8..); b[0] is (k = 2t..2t + 1, n = g), b[1] (k = 2t + 8.., n = g).
+// tf32, K = 8: a[0] is (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4); b[0] is
+// (k = t, n = g), b[1] (k = t + 4, n = g).
+
+// Without the instruction: every lane collects the rows of a and columns of b that it needs.
+// `kElements` per register: 2 (16-bit) or 1 (tf32); `decode(register, index)` yields the float.
+template <int kElements, class Decode>
+__device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2], Decode decode) {
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int source = 0; source < 4; ++source) {
+      const uint32_t low = __shfl_sync(0xffffffffu, a[2 * half], g * 4 + source);
+      const uint32_t high = __shfl_sync(0xffffffffu, a[2 * half + 1], g * 4 + source);
+      const uint32_t left = __shfl_sync(0xffffffffu, b[half], 2 * t * 4 + source);
+      const uint32_t right = __shfl_sync(0xffffffffu, b[half], (2 * t + 1) * 4 + source);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        d[0] = fmaf(decode(low, i), decode(left, i), d[0]);
+        d[1] = fmaf(decode(low, i), decode(right, i), d[1]);
+        d[2] = fmaf(decode(high, i), decode(left, i), d[2]);
+        d[3] = fmaf(decode(high, i), decode(right, i), d[3]);
+      }
+    }
+  }
+}
+
+}  // namespace flexvar::ptx
 
 #ifndef __CUDACC__
 #include "testing/ptx_on_cpu.h"
 #else
-
-#include <type_traits>
 
 namespace flexvar::ptx {
 
@@ -17,8 +53,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- Asynchronous copies, global to shared
-// --------------------------------------------------------
+// --- Asynchronous copies, global to shared -----------------------------------------------------
 
 // `kBytes` (4, 8 or 16) from `global` to `shared`, both aligned to kBytes. With valid = false
 // writes zeros and does not touch `global`. Done for this thread after cp_async_wait, for others
@@ -59,8 +94,7 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// --- Fragments
-// ------------------------------------------------------------------------------------
+// --- Fragments ---------------------------------------------------------------------------------
 
 // Four 8 x 8 matrices of 16-bit elements. Lane i points at row i % 8 of matrix i / 8 (16 bytes,
 // 16-byte aligned). Lane i receives in r[j] elements 2 * (i % 4) and + 1 of row i / 4 of matrix j;
@@ -91,37 +125,7 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
-// --- Matrix products: d += a b, a 16 x K row-major, b K x 8 column-major, d 16 x 8 in fp32
-// --------- With g = lane / 4 and t = lane % 4, d[0], d[1] are (g, 2t), (g, 2t + 1) and d[2], d[3]
-// the same in row g + 8. 16-bit elements, K = 16: a[0] is (g, 2t..2t+1), a[1] (g + 8, 2t..), a[2]
-// (g, 2t + 8..), a[3] (g + 8, 2t + 8..); b[0] is (k = 2t..2t+1, n = g), b[1] (k = 2t + 8.., n = g).
-// tf32, K = 8: a[0] is (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4); b[0] (t, g),
-// b[1] (t + 4, g).
-
-// Without the instruction: every lane collects the rows of a and columns of b that it needs.
-// `kElements` per register: 2 (16-bit) or 1 (tf32); `decode(register, index)` yields the float.
-template <int kElements, class Decode>
-__device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4],
-                                                const uint32_t (&b)[2], Decode decode) {
-  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int source = 0; source < 4; ++source) {
-      const uint32_t low = __shfl_sync(0xffffffffu, a[2 * half], g * 4 + source);
-      const uint32_t high = __shfl_sync(0xffffffffu, a[2 * half + 1], g * 4 + source);
-      const uint32_t left = __shfl_sync(0xffffffffu, b[half], 2 * t * 4 + source);
-      const uint32_t right = __shfl_sync(0xffffffffu, b[half], (2 * t + 1) * 4 + source);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        d[0] = fmaf(decode(low, i), decode(left, i), d[0]);
-        d[1] = fmaf(decode(low, i), decode(right, i), d[1]);
-        d[2] = fmaf(decode(high, i), decode(left, i), d[2]);
-        d[3] = fmaf(decode(high, i), decode(right, i), d[3]);
-      }
-    }
-  }
-}
+// --- Matrix products ---------------------------------------------------------------------------
 
 // T: __half or __nv_bfloat16.
 template <class T>
@@ -184,8 +188,7 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 #endif
 }
 
-// --- Named barriers and approximations
-// ------------------------------------------------------------
+// --- Named barriers and approximations ---------------------------------------------------------
 
 // Waits for `threads` threads (a multiple of 32) at barrier `id` (1 to 15; 0 is __syncthreads).
 __device__ __forceinline__ void barrier_sync(int id, int threads) {

@@ -29,8 +29,7 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// --- Barriers and fences
-// -----------------------------------------------------------------------------
+// --- Barriers and fences -----------------------------------------------------------------------
 
 #define FLEXVAR_WHERE \
   ::flexvar::emulation::Location where = ::flexvar::emulation::Location::current()
@@ -55,8 +54,7 @@ inline void __threadfence() { flexvar::emulation::thread_fence(); }
 inline void __threadfence_system() { flexvar::emulation::thread_fence(); }
 inline void __threadfence_block() { flexvar::emulation::thread_fence(); }
 
-// --- Shuffles, votes, matches, reductions
-// -------------------------------------------------------------
+// --- Shuffles, votes, matches, reductions ------------------------------------------------------
 
 namespace flexvar::emulation {
 
@@ -173,8 +171,7 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, FLEXVAR_WHERE) 
                                            where);
 }
 
-// --- Atomics: threads run one at a time, so a plain update is atomic
-// -----------------------------------
+// --- Atomics: threads run one at a time, so a plain update is atomic ---------------------------
 
 namespace flexvar::emulation {
 
@@ -214,8 +211,7 @@ T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T>
 
 #undef FLEXVAR_WHERE
 
-// --- Loads and stores with cache hints
-// -------------------------------------------------------------------
+// --- Loads and stores with cache hints ---------------------------------------------------------
 
 template <class T>
 T __ldg(const T* address) {
@@ -242,8 +238,7 @@ void __stcs(T* address, std::type_identity_t<T> value) {
 inline void __nanosleep(unsigned) {}
 inline long long clock64() { return 0; }
 
-// --- Shared memory (common/cuda.cuh documents both)
-// --------------------------------------------------
+// --- Shared memory (common/cuda.cuh documents both) --------------------------------------------
 
 namespace flexvar::emulation {
 

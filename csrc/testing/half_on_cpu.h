@@ -98,8 +98,7 @@ using half2 = __half2;
 using nv_bfloat16 = __nv_bfloat16;
 using nv_bfloat162 = __nv_bfloat162;
 
-// --- Conversions, with the names of cuda_fp16.h and cuda_bf16.h
-// ------------------------------------
+// --- Conversions, with the names of cuda_fp16.h and cuda_bf16.h --------------------------------
 
 inline float __half2float(__half x) { return x; }
 inline __half __float2half(float x) { return x; }
@@ -139,8 +138,7 @@ inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) {
   return std::bit_cast<__nv_bfloat16>(bits);
 }
 
-// --- Arithmetic
-// --------------------------------------------------------------------------------------
+// --- Arithmetic --------------------------------------------------------------------------------
 
 namespace flexvar::emulation {
 

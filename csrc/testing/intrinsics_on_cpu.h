@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-// --- Vector types
-// ------------------------------------------------------------------------------------
+// --- Vector types ------------------------------------------------------------------------------
 
 #define FLEXVAR_VECTOR_TYPES(name, type)                                                      \
   struct name##1 { type x; };                                                                 \
@@ -36,8 +35,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// --- Integers and bits
-// -------------------------------------------------------------------------------
+// --- Integers and bits -------------------------------------------------------------------------
 
 template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
@@ -88,8 +86,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
-// --- Bit casts and conversions
-// -----------------------------------------------------------------------
+// --- Bit casts and conversions -----------------------------------------------------------------
 
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
@@ -142,8 +139,7 @@ FLEXVAR_FLOAT_TO_INTEGER(ull, unsigned long long)
 #undef FLEXVAR_FLOAT_TO_INTEGER
 inline float __double2float_rn(double x) { return static_cast<float>(x); }
 
-// --- Arithmetic: nvcc's fast versions are correctly rounded here
-// --------------------------------------
+// --- Arithmetic: nvcc's fast versions are the accurate ones here -------------------------------
 
 // glibc declares some of these names itself without defining them, hence macros.
 #define __expf(x) std::exp(static_cast<float>(x))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "testing/scheduler.h"
@@ -173,6 +174,36 @@ void for_each_run(const uint64_t* records, size_t bytes, Check check) {
   }
 }
 
+// `Bytes`: size_t or a constant.
+template <class Bytes>
+inline void check_read_of(size_t offset, Bytes bytes, const Site& site) {
+  const uint64_t* written = writers + offset;
+  uint64_t* last = readers + offset;
+  uint64_t* other = other_readers + offset;
+  const uint64_t mine = Epoch::of(block.number, current->id, current->clock, false).bits;
+  const uint64_t record = written[0];
+  const bool fine =
+      is_epoch(record) ? in_order(record, false) : record == read_only || record == written_by_host;
+  uint64_t difference = 0, reader_difference = 0;
+  for (size_t i = 0; i < bytes; ++i) {
+    difference |= written[i] ^ record;
+    reader_difference |= last[i] ^ mine;
+  }
+  if (!fine || difference != 0) {
+    for_each_run(written, bytes, [&](uint64_t record, size_t i) {
+      const bool fine = is_epoch(record) ? in_order(record, false)
+                                         : record == read_only || record == written_by_host;
+      if (!fine) report(Access::read, offset + i, bytes - i, record, "wrote", site);
+    });
+  }
+  if (reader_difference == 0) return;
+  for (size_t i = 0; i < bytes; ++i) {
+    const bool same_thread = Epoch{last[i] ^ mine}.block_and_thread() == 0;
+    other[i] = same_thread ? other[i] : last[i];
+    last[i] = mine;
+  }
+}
+
 void check_update(char* pointer, size_t bytes, const Site& site, Access access) {
   const size_t offset = offset_of(pointer);
   const bool atomic = access == Access::atomic;
@@ -271,18 +302,16 @@ void* dynamic_shared_memory() {
 
 void check_read(const void* pointer, size_t bytes, const Site& site) {
   const size_t offset = offset_of(pointer);
-  for_each_run(writers + offset, bytes, [&](uint64_t record, size_t i) {
-    const bool fine = is_epoch(record) ? in_order(record, false)
-                                       : record == read_only || record == written_by_host;
-    if (!fine) report(Access::read, offset + i, bytes - i, record, "wrote", site);
-  });
-  const Epoch mine = Epoch::of(block.number, current->id, current->clock, false);
-  uint64_t* last = readers + offset;
-  uint64_t* other = other_readers + offset;
-  for (size_t i = 0; i < bytes; ++i) {
-    const bool same_thread = Epoch{last[i]}.block_and_thread() == mine.block_and_thread();
-    other[i] = same_thread ? other[i] : last[i];
-    last[i] = mine.bits;
+  // Common sizes, so that the loops unroll.
+  switch (bytes) {
+    case 2:
+      return check_read_of(offset, std::integral_constant<size_t, 2>(), site);
+    case 4:
+      return check_read_of(offset, std::integral_constant<size_t, 4>(), site);
+    case 16:
+      return check_read_of(offset, std::integral_constant<size_t, 16>(), site);
+    default:
+      return check_read_of(offset, bytes, site);
   }
 }
 

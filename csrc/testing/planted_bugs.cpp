@@ -19,8 +19,7 @@ struct Tile {
   alignas(16) float values[256];
 };
 
-// --- Bounds
-// ---------------------------------------------------------------------------------------
+// --- Bounds ------------------------------------------------------------------------------------
 
 template <bool kBug>
 __global__ void read_past_end(Params p) {
@@ -85,8 +84,7 @@ __global__ void misaligned_vector(Params p) {
   p.y[threadIdx.x] = four.x + four.w;
 }
 
-// --- Initialisation
-// ----------------------------------------------------------------------------------
+// --- Initialisation ----------------------------------------------------------------------------
 
 template <bool kBug>
 __global__ void shared_not_written(Params p) {
@@ -106,8 +104,7 @@ __global__ void output_not_complete(Params p) {
   if (threadIdx.x < (kBug ? 255 : 256)) p.y[threadIdx.x] = 1;
 }
 
-// --- Races
-// ---------------------------------------------------------------------------------------------
+// --- Races -------------------------------------------------------------------------------------
 
 template <bool kBug>
 __global__ void read_before_barrier(Params p) {
@@ -192,8 +189,7 @@ __global__ void atomic_and_plain(Params p) {
   p.y[threadIdx.x] = 1;
 }
 
-// --- Barriers and warps
-// ----------------------------------------------------------------------------------
+// --- Barriers and warps ------------------------------------------------------------------------
 
 template <bool kBug>
 __global__ void barrier_in_branch(Params p) {
@@ -255,8 +251,7 @@ __global__ void mask_without_caller(Params p) {
   p.y[threadIdx.x] = static_cast<float>(__any_sync(kBug ? 0x7fffffffu : 0xffffffffu, 1));
 }
 
-// --- Asynchronous copies and matrices
-// ------------------------------------------------------------------------
+// --- Asynchronous copies and matrices ----------------------------------------------------------
 
 template <bool kBug>
 __global__ void copy_not_waited_for(Params p) {
@@ -347,8 +342,7 @@ __global__ void mma_in_branch(Params p) {
   p.y[threadIdx.x] = d[0];
 }
 
-// --- Arithmetic and launches
-// ------------------------------------------------------------------------------------
+// --- Arithmetic and launches -------------------------------------------------------------------
 
 template <bool kBug>
 __global__ void integer_overflow(Params p) {

@@ -46,8 +46,7 @@ void launch(const LaunchShape& shape, const Options& options, void (*body)(void*
 // Ends the running kernel: launch() throws KernelError with `message`, the block and the thread.
 [[noreturn]] void fail(const std::string& message);
 
-// --- What waits for other threads
-// ---------------------------------------------------------------------
+// --- What waits for other threads --------------------------------------------------------------
 
 enum class Vote { none, all, any, count };
 // `threads` = 0: all of the block.
@@ -84,8 +83,7 @@ struct WarpArguments {
 void warp_collective(WarpOp op, unsigned mask, WarpArguments& arguments, Location where);
 int current_lane();
 
-// --- Memory
-// -----------------------------------------------------------------------------------------
+// --- Memory ------------------------------------------------------------------------------------
 
 // Static shared memory of the block: the same object for the same key.
 void* static_shared(const void* key, size_t bytes, size_t alignment, const char* type_name);
@@ -100,8 +98,7 @@ void cp_async(void* shared, const void* global, size_t bytes, bool valid, Locati
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 
-// --- For the bindings
-// ---------------------------------------------------------------------------------
+// --- For the bindings --------------------------------------------------------------------------
 
 // Runs kernel<<<grid, block, dynamic_shared>>>(arguments...) to its end. Throws KernelError.
 template <class... Parameters, class... Arguments>
