@@ -39,8 +39,8 @@ float decode(MatrixFormat format, uint32_t bits, int element) {
 
 float toward_zero(double x) {
   const auto rounded = static_cast<float>(x);
-  return std::fabs(static_cast<double>(rounded)) > std::fabs(x) ? std::nextafter(rounded, 0.0f)
-                                                                : rounded;
+  if (std::fabs(static_cast<double>(rounded)) <= std::fabs(x)) return rounded;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(rounded) - 1);  // one step smaller
 }
 
 // c + sum of a[i] b[i] as an A100 adds (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of
@@ -58,13 +58,16 @@ float dot_add(float c, const float* a, const float* b) {
   double total = 0;
   for (const double term : terms) total += term;
   if (!std::isfinite(total) || largest == 0) return static_cast<float>(total);
-  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24), per_unit = 1 / unit;
-  int64_t units = 0;
-  for (const double term : terms) units += static_cast<int64_t>(term * per_unit);
-  return toward_zero(static_cast<double>(units) * unit);
+  // The power of two at or below the largest term, and 24 bits below it.
+  const double power = std::bit_cast<double>(std::bit_cast<uint64_t>(largest) & (0x7ffull << 52));
+  const double unit = power * 0x1p-24, per_unit = 1 / unit;
+  int32_t units[kTerms + 1], sum = 0;
+  for (int i = 0; i <= kTerms; ++i) units[i] = static_cast<int32_t>(terms[i] * per_unit);
+  for (const int32_t term : units) sum += term;
+  return toward_zero(sum * unit);
 }
 
-// K = 4 * kBlock / 2 ... the hardware adds K / kBlock partial dot products one after the other.
+// The hardware adds dot products of kBlock terms, one after the other.
 template <int kK, int kBlock>
 void multiply(const WarpGroup& group) {
   constexpr int kElements = kK / 8;  // per register: 1 (tf32) or 2
@@ -125,9 +128,15 @@ void complete_matrix_load(const WarpGroup& group, unsigned warp) {
       current = &block.fibers[warp * 32 + lane];
       const LoadOperands& own = *operands(lane);
       const int g = lane / 4, t = lane % 4;
+      if (!own.transposed) {
+        const char* source = rows[g] + 4 * t;
+        check_read(source, 4, site);
+        std::memcpy(&own.registers[matrix], source, 4);
+        continue;
+      }
       uint16_t elements[2];
       for (int i = 0; i < 2; ++i) {
-        const char* source = own.transposed ? rows[2 * t + i] + 2 * g : rows[g] + 2 * (2 * t + i);
+        const char* source = rows[2 * t + i] + 2 * g;
         check_read(source, 2, site);
         std::memcpy(&elements[i], source, 2);
       }

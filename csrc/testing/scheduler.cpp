@@ -186,7 +186,7 @@ void make_runnable(Fiber& fiber) { fiber.state = Fiber::runnable; }
 
 bool same_place(const Location& a, const Location& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-         std::string_view(a.file_name()) == b.file_name();
+         (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
 }
 
 std::string describe(const Fiber& fiber) { return "thread " + index_text(fiber.thread_index); }
