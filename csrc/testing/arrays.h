@@ -19,6 +19,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "testing/cuda_on_cpu.h"
@@ -44,11 +45,16 @@ py::dtype numpy_type() {
   }
 }
 
-// Device memory for the launches of one call; freed at the end of the scope.
+// All device memory for the launches of one call; freed at the end of the scope. One at a time.
 class DeviceMemory {
  public:
-  explicit DeviceMemory(const EmulationOptions& options) : options_(options) {}
-  ~DeviceMemory() { free_all(); }
+  explicit DeviceMemory(const EmulationOptions& options) : options_(options) {
+    if (std::exchange(exists_, true)) throw KernelError("DeviceMemory: there is one already");
+  }
+  ~DeviceMemory() {
+    free_all();
+    exists_ = false;
+  }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
@@ -64,11 +70,12 @@ class DeviceMemory {
   // Holds poison until a kernel writes it.
   template <class T>
   T* output(const char* name, const std::vector<py::ssize_t>& shape) {
-    const Array array{name, numpy_type<T>(), shape};
-    void* data = allocate(name, array.bytes(), unwritten, options_.misalignment * sizeof(T),
-                          options_.poison);
-    arrays_.emplace(data, array);
-    return static_cast<T*>(data);
+    return unwritten_array<T>(name, shape, options_.misalignment * sizeof(T));
+  }
+  // The same, aligned to 256 bytes whatever the options say: what a launcher allocates itself.
+  template <class T>
+  T* workspace(const char* name, const std::vector<py::ssize_t>& shape) {
+    return unwritten_array<T>(name, shape, 0);
   }
 
   template <class... Parameters, class... Arguments>
@@ -119,6 +126,15 @@ class DeviceMemory {
     return static_cast<T*>(data);
   }
 
+  template <class T>
+  T* unwritten_array(const char* name, const std::vector<py::ssize_t>& shape, size_t misalignment) {
+    const Array array{name, numpy_type<T>(), shape};
+    void* data = allocate(name, array.bytes(), unwritten, misalignment, options_.poison);
+    arrays_.emplace(data, array);
+    return static_cast<T*>(data);
+  }
+
+  static inline bool exists_ = false;
   EmulationOptions options_;
   std::map<const void*, Array> arrays_;
 };

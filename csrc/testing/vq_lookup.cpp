@@ -23,27 +23,24 @@ void launch_score(DeviceMemory& memory, const VqProblem& problem, const VqWorksp
   }
 }
 
-// The launcher's three steps. The workspace is aligned, whatever the inputs are.
-py::array look_up(DeviceMemory& memory, const EmulationOptions& options, VqPrepareParams prepare) {
+// The launcher's three steps.
+py::array look_up(DeviceMemory& memory, VqPrepareParams prepare) {
   const VqProblem& problem = prepare.problem;
-  EmulationOptions aligned_options = options;
-  aligned_options.misalignment = 0;
-  DeviceMemory aligned(aligned_options);
   const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
   VqWorkspace& workspace = prepare.workspace;
-  workspace.codes = aligned.output<float>("codes", {codes, problem.padded_dim});
-  workspace.latents = aligned.output<float>("latents", {rows, problem.padded_dim});
-  workspace.half_norms = aligned.output<double>("half_norms", {codes});
-  workspace.negative_half = aligned.output<float>("negative_half", {codes});
-  workspace.latent_norms = aligned.output<double>("latent_norms", {rows});
+  workspace.codes = memory.workspace<float>("codes", {codes, problem.padded_dim});
+  workspace.latents = memory.workspace<float>("latents", {rows, problem.padded_dim});
+  workspace.half_norms = memory.workspace<double>("half_norms", {codes});
+  workspace.negative_half = memory.workspace<float>("negative_half", {codes});
+  workspace.latent_norms = memory.workspace<double>("latent_norms", {rows});
   py::array_t<float> zero(1);
   zero.mutable_data()[0] = 0;
-  workspace.max_code_norm = aligned.input_output<float>("max_code_norm", zero);
+  workspace.max_code_norm = memory.input_output<float>("max_code_norm", zero);
   if (problem.tensor_dim > 0) {
-    workspace.codes_half = aligned.output<__half>("codes_half", {codes, problem.tensor_dim});
-    workspace.latents_half = aligned.output<__half>("latents_half", {rows, problem.tensor_dim});
+    workspace.codes_half = memory.workspace<__half>("codes_half", {codes, problem.tensor_dim});
+    workspace.latents_half = memory.workspace<__half>("latents_half", {rows, problem.tensor_dim});
   }
-  auto* tops = aligned.output<float>("tops", {problem.splits, rows, kVqSubgroups, 3});
+  auto* tops = memory.workspace<float>("tops", {problem.splits, rows, kVqSubgroups, 3});
   workspace.tops = reinterpret_cast<VqTop*>(tops);
   prepare.code_rows = codes;
   prepare.latent_rows = rows;
@@ -71,7 +68,7 @@ EMULATED_BINDINGS(vq_lookup, module) {
                            normalize, multiprocessors);
         prepare.codebook = memory.input<float>("codebook", codebook);
         prepare.source.latents = memory.input<float>("latents", latents);
-        return look_up(memory, options, prepare);
+        return look_up(memory, prepare);
       },
       "[N, C], [V, C] float32 -> int64 [N], as planned for a GPU with `multiprocessors`.");
   module.def(
@@ -94,7 +91,7 @@ EMULATED_BINDINGS(vq_lookup, module) {
                                          static_cast<int>(codebook.shape(1)), normalize, 1);
         prepare.codebook = memory.input<float>("codebook", codebook);
         source.latents = memory.input<float>("latent", latent);
-        return look_up(memory, options, prepare);
+        return look_up(memory, prepare);
       },
       "[B, C, H, W], [V, C] float32 -> int64 [B * L]; `mode` counts csrc/resample's ResampleMode.");
 }
