@@ -15,6 +15,19 @@ AttentionCudaTensor view_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Asynchronous copies of 16-bit elements take 16 aligned bytes at a time.
+Tensor with_copyable_rows(const Tensor& t) {
+  const Tensor rows = with_contiguous_rows(t);
+  if (t.scalar_type() != ScalarType::Half && t.scalar_type() != ScalarType::BFloat16) return rows;
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 &&
+                       rows.stride(0) % 8 == 0 && rows.stride(1) % 8 == 0 &&
+                       rows.stride(2) % 8 == 0;
+  if (aligned) return rows;
+  Tensor copy = torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 // Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
 template <class T, class Run>
 void dispatch_dim(int64_t dim, const Run& run) {
@@ -64,17 +77,6 @@ void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_b
   }
 }
 
-template <class T, int kDim>
-void launch_forward(const AttentionForwardCuda& params, const std::vector<int64_t>& scale_lengths,
-                    int64_t key_count, int64_t heads, cudaStream_t stream) {
-  using Shared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
-  std::vector<QueryTile> tiles =
-      key_count < 0 ? longest_first(query_tiles(scale_lengths, Shared::Tile::kRows))
-                    : step_tiles(scale_lengths[0], key_count, Shared::Tile::kRows);
-  launch(&attention_forward_plain<T, kDim>, kPlainThreads, sizeof(Shared), params, tiles, heads,
-         stream);
-}
-
 std::tuple<Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, const Tensor& k_in,
                                                 const Tensor& v_in,
                                                 std::vector<int64_t> scale_lengths,
@@ -86,13 +88,16 @@ std::tuple<Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, const Tensor
   Tensor logsumexp =
       torch::stable::new_empty(q_in, {batch, heads, tokens}, attention_arithmetic(q_in));
   if (batch * tokens * heads == 0) return {out, logsumexp};
-  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
-               v = with_contiguous_rows(v_in);
+  const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
+               v = with_copyable_rows(v_in);
   const AttentionForwardCuda params{
       view_of(q), view_of(k), view_of(v),   out.mutable_data_ptr(), logsumexp.mutable_data_ptr(),
       heads,      tokens,     softmax_scale};
   dispatch(q, [&]<class T, int kDim>() {
-    launch_forward<T, kDim>(params, scale_lengths, -1, batch * heads, scope.stream());
+    using Kernels = AttentionKernels<T, kDim>;
+    launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
+           longest_first(query_tiles(scale_lengths, Kernels::kForwardRows)), batch * heads,
+           scope.stream());
   });
   return {out, logsumexp};
 }
@@ -107,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cuda(
   Tensor grad_q = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
   Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
   if (batch * tokens * heads == 0) return {grad_q, grad_k, grad_v};
-  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
-               v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in),
-               grad_out = with_contiguous_rows(grad_out_in),
+  const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
+               v = with_copyable_rows(v_in), out = with_copyable_rows(out_in),
+               grad_out = with_copyable_rows(grad_out_in),
                logsumexp = torch::stable::contiguous(logsumexp_in);
   const Tensor delta = torch::stable::empty_like(logsumexp);
   const AttentionBackwardCuda params{view_of(q),
@@ -126,17 +131,19 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cuda(
                                      tokens,
                                      softmax_scale};
   dispatch(q, [&]<class T, int kDim>() {
-    using Shared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
-    const int rows = Shared::Tile::kRows;
+    using Kernels = AttentionKernels<T, kDim>;
+    constexpr size_t kShared = sizeof(typename Kernels::BackwardShared);
     const int64_t all_tokens = batch * heads * tokens;
     attention_delta<T, kDim>
         <<<static_cast<unsigned>((all_tokens + 15) / 16), kPlainThreads, 0, scope.stream()>>>(
             params, all_tokens);
     check_launch("scale_attention_backward");
-    launch(&attention_grad_queries_plain<T, kDim>, kPlainThreads, sizeof(Shared), params,
-           longest_first(query_tiles(scale_lengths, rows)), batch * heads, scope.stream());
-    launch(&attention_grad_keys_plain<T, kDim>, kPlainThreads, sizeof(Shared), params,
-           longest_first(key_tiles(scale_lengths, rows)), batch * heads, scope.stream());
+    launch(Kernels::kGradQueries, Kernels::kThreads, kShared, params,
+           longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
+           scope.stream());
+    launch(Kernels::kGradKeys, Kernels::kThreads, kShared, params,
+           longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
+           scope.stream());
   });
   return {grad_q, grad_k, grad_v};
 }
@@ -148,12 +155,14 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
   const CudaScope scope(q_in);
   Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
   if (batch * tokens * heads == 0) return out;
-  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
-               v = with_contiguous_rows(v_in);
+  const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
+               v = with_copyable_rows(v_in);
   const AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
                                     nullptr,    heads,      tokens,     softmax_scale};
   dispatch(q, [&]<class T, int kDim>() {
-    launch_forward<T, kDim>(params, {tokens}, kv_length, batch * heads, scope.stream());
+    using Kernels = AttentionKernels<T, kDim>;
+    launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
+           step_tiles(tokens, kv_length, Kernels::kForwardRows), batch * heads, scope.stream());
   });
   return out;
 }

@@ -1,4 +1,40 @@
 // Every CUDA kernel of attention. Raw pointers only: this source also runs on the CPU in the tests.
 #pragma once
 
+#include <type_traits>
+
 #include "scale_attention/kernel_plain.cuh"
+#include "scale_attention/kernel_tensor_core.cuh"
+
+namespace flexvar {
+
+template <class T>
+constexpr bool kOnTensorCores = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
+
+// Which kernels an element type and head dim take, and how they are launched. Grids are (B * H,
+// tiles).
+template <class T, int kDim, bool kTensorCore = kOnTensorCores<T>>
+struct AttentionKernels {
+  static constexpr int kThreads = kPlainThreads;
+  static constexpr auto kForward = &attention_forward_plain<T, kDim>;
+  static constexpr auto kGradQueries = &attention_grad_queries_plain<T, kDim>;
+  static constexpr auto kGradKeys = &attention_grad_keys_plain<T, kDim>;
+  using ForwardShared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
+  using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
+  static constexpr int kForwardRows = ForwardShared::Tile::kRows;
+  static constexpr int kBackwardRows = BackwardShared::Tile::kRows;
+};
+
+template <class T, int kDim>
+struct AttentionKernels<T, kDim, true> {
+  static constexpr int kThreads = kTensorCoreThreads;
+  static constexpr auto kForward = &attention_forward_tensor_core<T, kDim>;
+  static constexpr auto kGradQueries = &attention_grad_queries_tensor_core<T, kDim>;
+  static constexpr auto kGradKeys = &attention_grad_keys_tensor_core<T, kDim>;
+  using ForwardShared = TensorCoreForwardShared<T, kDim>;
+  using BackwardShared = TensorCoreBackwardShared<T, kDim>;
+  static constexpr int kForwardRows = kTensorCoreRows;
+  static constexpr int kBackwardRows = kTensorCoreRows;
+};
+
+}  // namespace flexvar

@@ -1,5 +1,4 @@
-// Attention with ordinary multiply-adds, for every element type on every GPU: float32 and float64,
-// and 16-bit types where tensor cores do not take them.
+// Attention with ordinary multiply-adds: float32 and float64.
 //
 // 128 threads are 16 groups of 8 lanes. Group g owns the rows g, g + 16, …; of a product with a
 // tile of columns its lane t owns the columns t, t + 8, …: a row never leaves its group, so softmax

@@ -1,0 +1,403 @@
+// Attention of 16-bit tensors on tensor cores, after FlashAttention-2 (arXiv 2307.08691): products
+// in fragments of registers, tiles of columns brought in by asynchronous copies while the one
+// before is worked on. Products are summed in fp32; softmax weights enter the second product in 16
+// bits.
+//
+// 4 warps own 16 rows each of a tile of 64. Within a fragment of accumulators, with g = lane / 4
+// and t = lane % 4, elements 0 and 1 are columns 2t and 2t + 1 of row g, elements 2 and 3 those of
+// row g + 8. Rows are queries in the forward pass and for dQ, keys for dK and dV.
+//
+// Rows of D elements must be 16-byte aligned in global memory.
+#pragma once
+
+#include <type_traits>
+
+#include "scale_attention/kernel_common.cuh"
+
+namespace flexvar {
+
+constexpr int kTensorCoreThreads = 128;
+constexpr int kTensorCoreRows = 64;
+
+// A row is 16 bytes longer than its elements: 8 rows of an 8 x 8 matrix lie in different banks.
+template <class T, int kRows, int kDim>
+using HalfTile = T[kRows][kDim + 8];
+
+template <class T, int kDim>
+struct TensorCoreForwardShared {
+  static constexpr int kColumns = kDim <= 64 ? 64 : 32;
+  alignas(16) HalfTile<T, kTensorCoreRows, kDim> queries;
+  alignas(16) HalfTile<T, kColumns, kDim> keys[2];
+  alignas(16) HalfTile<T, kColumns, kDim> values[2];
+};
+
+// `first`, `second`: Q and dO in rows, K and V in columns for dQ; the other way round for dK, dV.
+template <class T, int kDim>
+struct TensorCoreBackwardShared {
+  static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 96 ? 32 : 16;
+  alignas(16) HalfTile<T, kTensorCoreRows, kDim> first_rows;
+  alignas(16) HalfTile<T, kTensorCoreRows, kDim> second_rows;
+  alignas(16) HalfTile<T, kColumns, kDim> first_columns[2];
+  alignas(16) HalfTile<T, kColumns, kDim> second_columns[2];
+};
+
+// Starts copying rows [begin, begin + kRows) of a head; zeros from `end` on.
+template <class T, int kRows, int kStride>
+__device__ __forceinline__ void copy_rows_async(T (&shared)[kRows][kStride], const T* head,
+                                                int64_t token_stride, int begin, int end) {
+  constexpr int kChunks = (kStride - 8) / 8;  // of 16 bytes in a row
+#pragma unroll
+  for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
+    const int i = start + static_cast<int>(threadIdx.x);
+    if (kRows * kChunks % kTensorCoreThreads != 0 && i >= kRows * kChunks) break;
+    const int row = i / kChunks, d = i % kChunks * 8;
+    const bool valid = begin + row < end;
+    const T* source = head + (valid ? begin + row : 0) * token_stride + d;
+    ptx::cp_async<16>(&shared[row][d], source, valid);
+  }
+}
+
+// The 16 x 16 block at (row, column) as the left factor of a product, or, transposed, as two right
+// factors whose rows (keys of V, queries of dO, …) are the depth of the product.
+template <class T, int kRows, int kStride>
+__device__ __forceinline__ void load_left(uint32_t (&fragment)[4], const T (&tile)[kRows][kStride],
+                                          int row, int column) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  ptx::ldmatrix_x4(fragment, &tile[row + lane % 16][column + lane / 16 * 8]);
+}
+template <class T, int kRows, int kStride>
+__device__ __forceinline__ void load_right_transposed(uint32_t (&fragment)[4],
+                                                      const T (&tile)[kRows][kStride], int row,
+                                                      int column) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  ptx::ldmatrix_x4_trans(fragment, &tile[row + lane % 16][column + lane / 16 * 8]);
+}
+// Two right factors for 16 rows of the tile as columns of the product, with depth 16 from `column`.
+template <class T, int kRows, int kStride>
+__device__ __forceinline__ void load_right(uint32_t (&fragment)[4], const T (&tile)[kRows][kStride],
+                                           int row, int column) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  ptx::ldmatrix_x4(fragment, &tile[row + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]);
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_pair(float (&left_sums)[4], float (&right_sums)[4],
+                                              const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+  ptx::mma_m16n8k16<T>(left_sums, a, first);
+  ptx::mma_m16n8k16<T>(right_sums, a, second);
+}
+
+// scores = rows [warp_row, warp_row + 16) times all columns, over the whole depth kDim.
+template <class T, int kTiles, int kRows, int kColumns, int kStride>
+__device__ __forceinline__ void tile_scores(float (&scores)[kTiles][4],
+                                            const T (&rows)[kRows][kStride],
+                                            const T (&columns)[kColumns][kStride], int warp_row) {
+  static_assert(kTiles * 8 == kColumns);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] = 0;
+  }
+#pragma unroll
+  for (int d = 0; d < kStride - 8; d += 16) {
+    uint32_t left[4];
+    load_left(left, rows, warp_row, d);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t right[4];
+      load_right(right, columns, n * 8, d);
+      multiply_pair<T>(scores[n], scores[n + 1], left, right);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half_as_ushort(__float2half_rn(low)) |
+           static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+  } else {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+           static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+  }
+}
+
+// sums += weights (16 rows of this warp x columns, as accumulators) times the columns' rows of D.
+template <class T, int kTiles, int kDimTiles, int kColumns, int kStride>
+__device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
+                                                const float (&weights)[kTiles][4],
+                                                const T (&columns)[kColumns][kStride]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+    const uint32_t left[4] = {pack_pair<T>(weights[n][0], weights[n][1]),
+                              pack_pair<T>(weights[n][2], weights[n][3]),
+                              pack_pair<T>(weights[n + 1][0], weights[n + 1][1]),
+                              pack_pair<T>(weights[n + 1][2], weights[n + 1][3])};
+#pragma unroll
+    for (int d = 0; d < kDimTiles; d += 2) {
+      uint32_t right[4];
+      load_right_transposed(right, columns, n * 8, d * 8);
+      multiply_pair<T>(sums[d], sums[d + 1], left, right);
+    }
+  }
+}
+
+// Row `half` * 8 + g of accumulators, times `factor`, to a row of D elements.
+template <class T, int kDimTiles>
+__device__ __forceinline__ void store_row(T* row, const float (&sums)[kDimTiles][4], int half,
+                                          float factor) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int d = 0; d < kDimTiles; ++d) {
+    *reinterpret_cast<uint32_t*>(row + d * 8 + 2 * t) =
+        pack_pair<T>(sums[d][2 * half] * factor, sums[d][2 * half + 1] * factor);
+  }
+}
+
+// Over the 4 lanes that share a row; all lanes of the warp take part.
+__device__ __forceinline__ float row_maximum(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTensorCoreThreads)
+    attention_forward_tensor_core(AttentionForwardCuda params, TileList<QueryTile> list) {
+  using Shared = TensorCoreForwardShared<T, kDim>;
+  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
+  Shared& shared = *dynamic_shared<Shared>();
+  const QueryTile tile = list.tiles[blockIdx.y];
+  const int64_t head = blockIdx.x;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const T* keys = head_of<T>(params.k, head, params.heads);
+  const T* values = head_of<T>(params.v, head, params.heads);
+  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E);
+
+  copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
+                  tile.query_begin, tile.query_end);
+  copy_rows_async(shared.keys[0], keys, params.k.token_stride, 0, tile.key_end);
+  copy_rows_async(shared.values[0], values, params.v.token_stride, 0, tile.key_end);
+  ptx::cp_async_commit();
+
+  float maximum[2] = {-INFINITY, -INFINITY};  // of scores in base 2
+  float sum[2] = {0, 0};                      // this lane's part
+  float out[kDim / 8][4] = {};
+  int stage = 0;
+  for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
+    const int next = begin + kColumns;
+    if (next < tile.key_end) {
+      copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, tile.key_end);
+      copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, tile.key_end);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    float weights[kTiles][4];
+    tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = maximum[half];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = weights[n][2 * half + i];
+          score = begin + n * 8 + 2 * t + i < tile.key_end ? score * factor : -INFINITY;
+          highest = fmaxf(highest, score);
+        }
+      }
+      highest = row_maximum(highest);
+      // While all scores are -inf the maximum is no number to subtract.
+      const float base = highest == -INFINITY ? 0.0f : highest;
+      const float correction = ptx::exp2_approx(maximum[half] - base);
+      maximum[half] = highest;
+      sum[half] *= correction;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& weight = weights[n][2 * half + i];
+          weight = ptx::exp2_approx(weight - base);
+          sum[half] += weight;
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        out[d][2 * half] *= correction;
+        out[d][2 * half + 1] *= correction;
+      }
+    }
+    tile_accumulate(out, weights, shared.values[stage]);
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = row_sum(sum[half]);
+    const int64_t token = tile.query_begin + warp_row + g + 8 * half;
+    if (token >= tile.query_end) continue;
+    store_row(static_cast<T*>(params.out) +
+                  contiguous_offset<kDim>(head, params.heads, params.query_count, token),
+              out, half, 1 / total);
+    if (params.logsumexp != nullptr && t == 0) {
+      static_cast<float*>(params.logsumexp)[head * params.query_count + token] =
+          maximum[half] * static_cast<float>(kAttentionLn2) + logf(total);
+    }
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTensorCoreThreads)
+    attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
+  using Shared = TensorCoreBackwardShared<T, kDim>;
+  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
+  Shared& shared = *dynamic_shared<Shared>();
+  const QueryTile tile = list.tiles[blockIdx.y];
+  const int64_t head = blockIdx.x;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const T* keys = head_of<T>(params.k, head, params.heads);
+  const T* values = head_of<T>(params.v, head, params.heads);
+  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E);
+
+  copy_rows_async(shared.first_rows, head_of<T>(params.q, head, params.heads),
+                  params.q.token_stride, tile.query_begin, tile.query_end);
+  copy_rows_async(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
+                  params.grad_out.token_stride, tile.query_begin, tile.query_end);
+  copy_rows_async(shared.first_columns[0], keys, params.k.token_stride, 0, tile.key_end);
+  copy_rows_async(shared.second_columns[0], values, params.v.token_stride, 0, tile.key_end);
+  ptx::cp_async_commit();
+
+  float logsumexp[2], delta[2];  // the former in base 2
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t token = tile.query_begin + warp_row + g + 8 * half;
+    const int64_t offset = head * params.query_count + token;
+    const bool valid = token < tile.query_end;
+    logsumexp[half] = valid ? static_cast<const float*>(params.logsumexp)[offset] *
+                                  static_cast<float>(kAttentionLog2E)
+                            : 0;
+    delta[half] = valid ? static_cast<const float*>(params.delta)[offset] : 0;
+  }
+
+  float grad[kDim / 8][4] = {};
+  int stage = 0;
+  for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
+    const int next = begin + kColumns;
+    if (next < tile.key_end) {
+      copy_rows_async(shared.first_columns[stage ^ 1], keys, params.k.token_stride, next,
+                      tile.key_end);
+      copy_rows_async(shared.second_columns[stage ^ 1], values, params.v.token_stride, next,
+                      tile.key_end);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    float weights[kTiles][4], grad_scores[kTiles][4];
+    tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
+    tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = begin + n * 8 + 2 * t + i % 2 < tile.key_end
+                                 ? ptx::exp2_approx(weights[n][i] * factor - logsumexp[i / 2])
+                                 : 0.0f;
+        grad_scores[n][i] = weight * (grad_scores[n][i] - delta[i / 2]);
+      }
+    }
+    tile_accumulate(grad, grad_scores, shared.first_columns[stage]);
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t token = tile.query_begin + warp_row + g + 8 * half;
+    if (token >= tile.query_end) continue;
+    store_row(static_cast<T*>(params.grad_q) +
+                  contiguous_offset<kDim>(head, params.heads, params.query_count, token),
+              grad, half, static_cast<float>(params.softmax_scale));
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTensorCoreThreads)
+    attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
+  using Shared = TensorCoreBackwardShared<T, kDim>;
+  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
+  Shared& shared = *dynamic_shared<Shared>();
+  const KeyTile tile = list.tiles[blockIdx.y];
+  const int64_t head = blockIdx.x;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const int tokens = static_cast<int>(params.query_count);
+  const T* queries = head_of<T>(params.q, head, params.heads);
+  const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
+  const float* logsumexp = static_cast<const float*>(params.logsumexp) + head * tokens;
+  const float* delta = static_cast<const float*>(params.delta) + head * tokens;
+  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E);
+
+  copy_rows_async(shared.first_rows, head_of<T>(params.k, head, params.heads),
+                  params.k.token_stride, tile.key_begin, tile.key_end);
+  copy_rows_async(shared.second_rows, head_of<T>(params.v, head, params.heads),
+                  params.v.token_stride, tile.key_begin, tile.key_end);
+  copy_rows_async(shared.first_columns[0], queries, params.q.token_stride, tile.query_begin,
+                  tokens);
+  copy_rows_async(shared.second_columns[0], grads_out, params.grad_out.token_stride,
+                  tile.query_begin, tokens);
+  ptx::cp_async_commit();
+
+  float grad_keys[kDim / 8][4] = {}, grad_values[kDim / 8][4] = {};
+  int stage = 0;
+  for (int begin = tile.query_begin; begin < tokens; begin += kColumns, stage ^= 1) {
+    const int next = begin + kColumns;
+    if (next < tokens) {
+      copy_rows_async(shared.first_columns[stage ^ 1], queries, params.q.token_stride, next,
+                      tokens);
+      copy_rows_async(shared.second_columns[stage ^ 1], grads_out, params.grad_out.token_stride,
+                      next, tokens);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    float weights[kTiles][4], grad_scores[kTiles][4];
+    tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
+    tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int query = begin + n * 8 + 2 * t + i;
+        const bool valid = query < tokens;
+        const float base = valid ? logsumexp[query] * static_cast<float>(kAttentionLog2E) : 0.0f;
+        const float shift = valid ? delta[query] : 0.0f;
+#pragma unroll
+        for (int j = i; j < 4; j += 2) {
+          weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * factor - base) : 0.0f;
+          grad_scores[n][j] = weights[n][j] * (grad_scores[n][j] - shift);
+        }
+      }
+    }
+    tile_accumulate(grad_keys, grad_scores, shared.first_columns[stage]);
+    tile_accumulate(grad_values, weights, shared.second_columns[stage]);
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t token = tile.key_begin + warp_row + g + 8 * half;
+    if (token >= tile.key_end) continue;
+    const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
+    store_row(static_cast<T*>(params.grad_k) + offset, grad_keys, half,
+              static_cast<float>(params.softmax_scale));
+    store_row(static_cast<T*>(params.grad_v) + offset, grad_values, half, 1.0f);
+  }
+}
+
+}  // namespace flexvar

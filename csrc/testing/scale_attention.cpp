@@ -1,0 +1,129 @@
+#include "scale_attention/kernel.cuh"
+#include "scale_attention/plan.h"
+#include "testing/arrays.h"
+
+namespace flexvar::emulation {
+namespace {
+
+// A [B, L, H, D] view into an array [B, L, S, H, D] (S = 3 for fused queries, keys and values).
+template <class T>
+AttentionCudaTensor slice(const T* data, const py::array& array, int index) {
+  const int64_t slices = array.shape(2), heads = array.shape(3), dim = array.shape(4);
+  return {data + index * heads * dim, array.shape(1) * slices * heads * dim, slices * heads * dim,
+          dim};
+}
+
+template <class Tile>
+TileList<Tile> list_of(const std::vector<Tile>& tiles) {
+  TileList<Tile> list = {};
+  std::copy(tiles.begin(), tiles.end(), list.tiles);
+  return list;
+}
+
+template <class Tile>
+LaunchShape shape_of(int64_t heads, const std::vector<Tile>& tiles, int threads, size_t shared) {
+  return {{static_cast<unsigned>(heads), static_cast<unsigned>(tiles.size()), 1},
+          {static_cast<unsigned>(threads), 1, 1},
+          shared};
+}
+
+template <class T, int kDim>
+py::tuple forward(const py::array& qkv, const std::vector<int64_t>& scale_lengths,
+                  double softmax_scale, const EmulationOptions& options) {
+  using Kernels = AttentionKernels<T, kDim>;
+  using A = AttentionArithmetic<T>;
+  DeviceMemory memory(options);
+  const auto batch = qkv.shape(0), tokens = qkv.shape(1), heads = qkv.shape(3);
+  const T* data = memory.input<T>("qkv", qkv);
+  T* out = memory.output<T>("out", {batch, tokens, heads, kDim});
+  A* logsumexp = memory.output<A>("logsumexp", {batch, heads, tokens});
+  const auto tiles = longest_first(query_tiles(scale_lengths, Kernels::kForwardRows));
+  memory.launch(
+      Kernels::kForward,
+      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
+      AttentionForwardCuda{slice(data, qkv, 0), slice(data, qkv, 1), slice(data, qkv, 2), out,
+                           logsumexp, heads, tokens, softmax_scale},
+      list_of(tiles));
+  return py::make_tuple(memory.fetch(out), memory.fetch(logsumexp));
+}
+
+template <class T, int kDim>
+py::array step(const py::array& q, const py::array& cache, int64_t kv_length, double softmax_scale,
+               const EmulationOptions& options) {
+  using Kernels = AttentionKernels<T, kDim>;
+  DeviceMemory memory(options);
+  const auto batch = q.shape(0), tokens = q.shape(1), heads = q.shape(3);
+  const T* queries = memory.input<T>("q", q);
+  const T* data = memory.input<T>("cache", cache);
+  T* out = memory.output<T>("out", {batch, tokens, heads, kDim});
+  const auto tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
+  memory.launch(
+      Kernels::kForward,
+      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
+      AttentionForwardCuda{slice(queries, q, 0), slice(data, cache, 0), slice(data, cache, 1), out,
+                           nullptr, heads, tokens, softmax_scale},
+      list_of(tiles));
+  return memory.fetch(out);
+}
+
+template <class T, int kDim>
+py::tuple backward(const py::array& grad_out, const py::array& qkv, const py::array& out,
+                   const py::array& logsumexp, const std::vector<int64_t>& scale_lengths,
+                   double softmax_scale, const EmulationOptions& options) {
+  using Kernels = AttentionKernels<T, kDim>;
+  using A = AttentionArithmetic<T>;
+  DeviceMemory memory(options);
+  const auto batch = qkv.shape(0), tokens = qkv.shape(1), heads = qkv.shape(3);
+  const T* data = memory.input<T>("qkv", qkv);
+  A* delta = memory.output<A>("delta", {batch, heads, tokens});
+  T* grads[3];
+  for (T*& grad : grads) grad = memory.output<T>("grad", {batch, tokens, heads, kDim});
+  const AttentionBackwardCuda params{slice(data, qkv, 0),
+                                     slice(data, qkv, 1),
+                                     slice(data, qkv, 2),
+                                     slice(memory.input<T>("out", out), out, 0),
+                                     slice(memory.input<T>("grad_out", grad_out), grad_out, 0),
+                                     memory.input<A>("logsumexp", logsumexp),
+                                     delta,
+                                     grads[0],
+                                     grads[1],
+                                     grads[2],
+                                     heads,
+                                     tokens,
+                                     softmax_scale};
+  const int64_t all_tokens = batch * heads * tokens;
+  memory.launch(&attention_delta<T, kDim>,
+                {{static_cast<unsigned>((all_tokens + 15) / 16), 1, 1}, {kPlainThreads, 1, 1}, 0},
+                params, all_tokens);
+  const auto by_query = longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows));
+  const auto by_key = longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows));
+  const size_t shared = sizeof(typename Kernels::BackwardShared);
+  memory.launch(Kernels::kGradQueries, shape_of(batch * heads, by_query, Kernels::kThreads, shared),
+                params, list_of(by_query));
+  memory.launch(Kernels::kGradKeys, shape_of(batch * heads, by_key, Kernels::kThreads, shared),
+                params, list_of(by_key));
+  return py::make_tuple(memory.fetch(grads[0]), memory.fetch(grads[1]), memory.fetch(grads[2]));
+}
+
+// scale_attention_float32_64 and so on.
+template <class T, int kDim>
+void bind(py::module_& module, const std::string& dtype) {
+  const std::string suffix = dtype + "_" + std::to_string(kDim);
+  module.def(("scale_attention_" + suffix).c_str(), &forward<T, kDim>);
+  module.def(("scale_attention_step_" + suffix).c_str(), &step<T, kDim>);
+  module.def(("scale_attention_backward_" + suffix).c_str(), &backward<T, kDim>);
+}
+
+}  // namespace
+
+EMULATED_BINDINGS(scale_attention, module) {
+  bind<float, 32>(module, "float32");
+  bind<float, 128>(module, "float32");
+  bind<double, 64>(module, "float64");
+  bind<__half, 32>(module, "float16");
+  bind<__half, 96>(module, "float16");
+  bind<__nv_bfloat16, 64>(module, "bfloat16");
+  bind<__nv_bfloat16, 128>(module, "bfloat16");
+}
+
+}  // namespace flexvar::emulation

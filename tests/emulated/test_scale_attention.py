@@ -1,0 +1,81 @@
+"""The CUDA kernels of scale_attention, their own source on the CPU, against the reference in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from flexvar_ext import reference
+from tests.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_accurate_as_torch
+
+VARIANTS = [
+    (torch.float32, 32),
+    (torch.float32, 128),
+    (torch.float64, 64),
+    (torch.float16, 32),
+    (torch.float16, 96),
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 128),
+]
+
+
+def to_numpy(tensor):
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def to_torch(array, dtype):
+    return (
+        torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if dtype == torch.bfloat16 else torch.tensor(array)
+    )
+
+
+def random(shape, dtype, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def kernel(emulated, name, dtype, dim):
+    return getattr(emulated, f"{name}_{str(dtype).removeprefix('torch.')}_{dim}")
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+@pytest.mark.parametrize(
+    ("batch", "heads", "lengths", "scale"), [(1, 1, [1], 1.0), (1, 2, [3, 68], 0.2), (2, 1, [20], -0.1)]
+)
+def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, dtype, dim):
+    tokens = sum(lengths)
+    qkv = random((batch, tokens, 3, heads, dim), dtype)
+    grad_out = random((batch, tokens, 1, heads, dim), dtype, seed=1)
+
+    def expected(compute_dtype):
+        inputs = [part.to(compute_dtype).requires_grad_() for part in qkv.unbind(2)]
+        out = reference.scale_attention(*inputs, lengths, softmax_scale=scale)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad_out[:, :, 0].to(compute_dtype))
+
+    out, logsumexp = run_in_every_order(kernel(emulated, "scale_attention", dtype, dim), to_numpy(qkv), lengths, scale)
+    grads = run_in_every_order(
+        kernel(emulated, "scale_attention_backward", dtype, dim),
+        to_numpy(grad_out),
+        to_numpy(qkv),
+        out[:, :, None],
+        logsumexp,
+        lengths,
+        scale,
+    )
+    results = [to_torch(array, dtype) for array in (out, *grads)]
+    factors = (FORWARD_FACTOR, *[GRADIENT_FACTOR] * 3)
+    for result, same, exact, factor in zip(results, expected(dtype), expected(torch.float64), factors, strict=True):
+        assert_as_accurate_as_torch(result, same, exact, factor=factor)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+@pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (5, 67)])
+def test_step(emulated, run_in_every_order, queries, kv_length, dtype, dim):
+    q, cache = random((1, queries, 1, 2, dim), dtype), random((1, 70, 2, 2, dim), dtype, seed=1)
+    cache[:, kv_length:] = float("nan")
+    (out,) = run_in_every_order(
+        kernel(emulated, "scale_attention_step", dtype, dim), to_numpy(q), to_numpy(cache), kv_length, dim**-0.5
+    )
+    same = reference.scale_attention_step(q[:, :, 0], cache[:, :, 0], cache[:, :, 1], kv_length)
+    exact = reference.scale_attention_step(
+        q[:, :, 0].double(), cache[:, :, 0].double(), cache[:, :, 1].double(), kv_length
+    )
+    assert_as_accurate_as_torch(to_torch(out, dtype), same, exact)
