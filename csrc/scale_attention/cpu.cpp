@@ -49,6 +49,9 @@ char* aligned_scratch(const Tensor& scratch) {
   return reinterpret_cast<char*>((address + 63) / 64 * 64);
 }
 
+// Multiply-adds (tens of microseconds) below which waking another thread costs more than it saves.
+constexpr int64_t kWorthAThread = int64_t{1} << 20;
+
 // Runs of tiles of about equal cost, a few for each thread.
 void run_forward(const AttentionForwardParams& params, const std::vector<QueryTile>& tiles,
                  int64_t heads) {
@@ -56,8 +59,11 @@ void run_forward(const AttentionForwardParams& params, const std::vector<QueryTi
   for (const QueryTile& tile : tiles) {
     costs.push_back((tile.query_end - tile.query_begin + 15) / 16 * int64_t{tile.key_end});
   }
-  const std::vector<int64_t> bounds =
-      balanced_runs(costs, heads, 2 * int64_t{torch::stable::get_num_threads()});
+  int64_t total = 0;  // in multiples of 16 * D multiply-adds
+  for (const int64_t cost : costs) total += cost * heads;
+  const int64_t worthwhile = 1 + total * 16 * params.shape.dim / kWorthAThread;
+  const std::vector<int64_t> bounds = balanced_runs(
+      costs, heads, std::min(worthwhile, 2 * int64_t{torch::stable::get_num_threads()}));
   const int64_t runs = static_cast<int64_t>(bounds.size()) - 1;
   int64_t run_bytes = 0;
   const Tensor scratch = scratch_for(params.shape, runs, 2, 2, &run_bytes);

@@ -28,8 +28,8 @@ LaunchShape shape_of(int64_t heads, const std::vector<Tile>& tiles, int threads,
 }
 
 template <class T, int kDim>
-py::tuple forward(const py::array& qkv, const std::vector<int64_t>& scale_lengths,
-                  double softmax_scale, const EmulationOptions& options) {
+std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>& scale_lengths,
+                               double softmax_scale, const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
@@ -44,12 +44,12 @@ py::tuple forward(const py::array& qkv, const std::vector<int64_t>& scale_length
       AttentionForwardCuda{slice(data, qkv, 0), slice(data, qkv, 1), slice(data, qkv, 2), out,
                            logsumexp, heads, tokens, softmax_scale},
       list_of(tiles));
-  return py::make_tuple(memory.fetch(out), memory.fetch(logsumexp));
+  return {memory.fetch(out), memory.fetch(logsumexp)};
 }
 
 template <class T, int kDim>
-py::array step(const py::array& q, const py::array& cache, int64_t kv_length, double softmax_scale,
-               const EmulationOptions& options) {
+std::vector<py::array> step(const py::array& q, const py::array& cache, int64_t kv_length,
+                            double softmax_scale, const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   DeviceMemory memory(options);
   const auto batch = q.shape(0), tokens = q.shape(1), heads = q.shape(3);
@@ -63,13 +63,14 @@ py::array step(const py::array& q, const py::array& cache, int64_t kv_length, do
       AttentionForwardCuda{slice(queries, q, 0), slice(data, cache, 0), slice(data, cache, 1), out,
                            nullptr, heads, tokens, softmax_scale},
       list_of(tiles));
-  return memory.fetch(out);
+  return {memory.fetch(out)};
 }
 
 template <class T, int kDim>
-py::tuple backward(const py::array& grad_out, const py::array& qkv, const py::array& out,
-                   const py::array& logsumexp, const std::vector<int64_t>& scale_lengths,
-                   double softmax_scale, const EmulationOptions& options) {
+std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
+                                const py::array& out, const py::array& logsumexp,
+                                const std::vector<int64_t>& scale_lengths, double softmax_scale,
+                                const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
@@ -102,7 +103,7 @@ py::tuple backward(const py::array& grad_out, const py::array& qkv, const py::ar
                 params, list_of(by_query));
   memory.launch(Kernels::kGradKeys, shape_of(batch * heads, by_key, Kernels::kThreads, shared),
                 params, list_of(by_key));
-  return py::make_tuple(memory.fetch(grads[0]), memory.fetch(grads[1]), memory.fetch(grads[2]));
+  return {memory.fetch(grads[0]), memory.fetch(grads[1]), memory.fetch(grads[2])};
 }
 
 // scale_attention_float32_64 and so on.
@@ -118,9 +119,7 @@ void bind(py::module_& module, const std::string& dtype) {
 
 EMULATED_BINDINGS(scale_attention, module) {
   bind<float, 32>(module, "float32");
-  bind<float, 128>(module, "float32");
   bind<double, 64>(module, "float64");
-  bind<__half, 32>(module, "float16");
   bind<__half, 96>(module, "float16");
   bind<__nv_bfloat16, 64>(module, "bfloat16");
   bind<__nv_bfloat16, 128>(module, "bfloat16");
