@@ -12,9 +12,8 @@
 namespace flexvar {
 namespace {
 
-// Rows of a task, and rows whose group maxima are held at a time.
-constexpr int64_t kRowsPerTask = 64;
-constexpr int64_t kRowsPerPass = 1024;
+// Rows whose group maxima a worker holds at a time.
+constexpr int64_t kRowsAtATime = 64;
 // Multiply-adds below which another thread is not worth waking.
 constexpr int64_t kMinProducts = 1 << 20;
 
@@ -25,6 +24,60 @@ T* allocate(Tensor& owner, int64_t elements) {
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Everything that the scores need, in one parallel region: a unit is a block of codes or as many
+// latents.
+void prepare(VqLookupParams& params, int64_t padded_rows) {
+  const auto prepare_codes = FLEXVAR_SELECT_CPU_KERNEL(vq_prepare_codes);
+  const auto prepare_latents = FLEXVAR_SELECT_CPU_KERNEL(vq_prepare_latents);
+  const int64_t blocks = params.blocks();
+  const int64_t units = blocks + divide_up(padded_rows, kVqBlockCodes);
+  torch::stable::parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
+    prepare_codes(params, begin, std::min(end, blocks));
+    prepare_latents(params, std::max(begin - blocks, int64_t(0)) * kVqBlockCodes,
+                    std::min((end - blocks) * kVqBlockCodes, padded_rows));
+  });
+  params.max_code_norm = *std::max_element(params.block_norms, params.block_norms + blocks);
+}
+
+// Each worker looks up rows of its own.
+void split_rows(const VqLookupParams& params, int64_t padded_rows, int64_t workers) {
+  const auto score = FLEXVAR_SELECT_CPU_KERNEL(vq_score);
+  const auto resolve = FLEXVAR_SELECT_CPU_KERNEL(vq_resolve);
+  const int64_t units = padded_rows / kVqRowMultiple;
+  const int64_t scratch_size = kRowsAtATime * params.blocks() * kVqMaxLanes;
+  Tensor owner;
+  float* scratch = allocate<float>(owner, workers * scratch_size);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      VqLookupParams part = params;
+      part.group_max = scratch + worker * scratch_size;
+      const int64_t last = units * (worker + 1) / workers * kVqRowMultiple;
+      for (int64_t row = units * worker / workers * kVqRowMultiple; row < last;
+           row += kRowsAtATime) {
+        part.first_row = row;
+        const int64_t row_end = std::min(row + kRowsAtATime, last);
+        score(part, row, row_end, 0, params.blocks());
+        resolve(part, row, std::min(row_end, params.num_latents));
+      }
+    }
+  });
+}
+
+// With few rows, each worker scores all of them against codes of its own.
+void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
+  const auto score = FLEXVAR_SELECT_CPU_KERNEL(vq_score);
+  const auto resolve = FLEXVAR_SELECT_CPU_KERNEL(vq_resolve);
+  const int64_t blocks = params.blocks();
+  Tensor owner;
+  params.first_row = 0;
+  params.group_max = allocate<float>(owner, padded_rows * blocks * kVqMaxLanes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    score(params, 0, padded_rows, blocks * begin / workers, blocks * end / workers);
+  });
+  torch::stable::parallel_for(0, params.num_latents, 64,
+                              [&](int64_t begin, int64_t end) { resolve(params, begin, end); });
+}
 
 // Looks up the rows of `latents` [N, C], or, with a pyramid, the N rows resampled from them.
 Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const Tensor& codebook,
@@ -44,44 +97,21 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   params.indices = indices.mutable_data_ptr<int64_t>();
   const int64_t blocks = params.blocks();
   const int64_t padded_rows = divide_up(n, kVqRowMultiple) * kVqRowMultiple;
-  Tensor owners[7];
+  Tensor owners[6];
   params.packed_codes = allocate<float>(owners[0], blocks * kVqBlockCodes * params.dim);
   params.negative_half = allocate<float>(owners[1], blocks * kVqBlockCodes);
   params.inverse_norms = allocate<double>(owners[2], params.num_codes);
   params.block_norms = allocate<double>(owners[3], blocks);
   params.queries = allocate<float>(owners[4], padded_rows * params.padded_dim());
   params.query_norms = allocate<double>(owners[5], n);
-  params.group_max =
-      allocate<float>(owners[6], std::min(padded_rows, kRowsPerPass) * blocks * kVqMaxLanes);
-
-  const auto prepare_codes = FLEXVAR_SELECT_CPU_KERNEL(vq_prepare_codes);
-  const auto prepare_latents = FLEXVAR_SELECT_CPU_KERNEL(vq_prepare_latents);
-  const auto score = FLEXVAR_SELECT_CPU_KERNEL(vq_score);
-  const auto resolve = FLEXVAR_SELECT_CPU_KERNEL(vq_resolve);
-  torch::stable::parallel_for(
-      0, blocks, 4, [&](int64_t begin, int64_t end) { prepare_codes(params, begin, end); });
-  params.max_code_norm = *std::max_element(params.block_norms, params.block_norms + blocks);
-  torch::stable::parallel_for(0, padded_rows, pyramid ? 16 : 512, [&](int64_t begin, int64_t end) {
-    prepare_latents(params, begin, end);
-  });
+  prepare(params, padded_rows);
+  const int64_t products = padded_rows * blocks * kVqBlockCodes * params.dim;
   const int64_t threads = torch::stable::get_num_threads();
-  for (params.first_row = 0; params.first_row < n; params.first_row += kRowsPerPass) {
-    const int64_t last_row = std::min(params.first_row + kRowsPerPass, padded_rows);
-    const int64_t row_tasks = divide_up(last_row - params.first_row, kRowsPerTask);
-    // With few queries the codes are split as well, so that every thread has work.
-    const int64_t splits = std::min(blocks, divide_up(2 * threads, row_tasks));
-    const int64_t products = std::min(last_row - params.first_row, kRowsPerTask) *
-                             divide_up(blocks, splits) * kVqBlockCodes * params.dim;
-    const int64_t grain = divide_up(kMinProducts, products);
-    torch::stable::parallel_for(0, row_tasks * splits, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = params.first_row + task / splits * kRowsPerTask, split = task % splits;
-        score(params, row, std::min(row + kRowsPerTask, last_row), split * blocks / splits,
-              (split + 1) * blocks / splits);
-      }
-    });
-    torch::stable::parallel_for(params.first_row, std::min(last_row, n), 64,
-                                [&](int64_t begin, int64_t end) { resolve(params, begin, end); });
+  const int64_t workers = std::clamp(products / kMinProducts, int64_t(1), threads);
+  if (padded_rows >= workers * kRowsAtATime) {
+    split_rows(params, padded_rows, workers);
+  } else {
+    split_codes(params, padded_rows, workers);
   }
   return indices;
 }

@@ -48,7 +48,7 @@ struct VqLookupParams {
   // Made by vq_prepare_latents:
   float* queries;       // [N rounded up][padded_dim]
   double* query_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
-  // Made by the launcher:
+  // Taken from block_norms by the launcher:
   double max_code_norm;
   // Made by vq_score for the rows [first_row, first_row + rows of the buffer):
   float* group_max;  // [rows][blocks * kVqMaxLanes]

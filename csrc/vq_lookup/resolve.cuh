@@ -85,7 +85,7 @@ __device__ __forceinline__ void vq_score_split(const VqResolveParams& params, co
   }
 }
 
-__global__ void __launch_bounds__(kVqResolveThreads) vq_resolve_kernel(VqResolveParams params) {
+__global__ void __launch_bounds__(kVqResolveThreads, 4) vq_resolve_kernel(VqResolveParams params) {
   const VqProblem& problem = params.problem;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t row =
@@ -129,13 +129,14 @@ __global__ void __launch_bounds__(kVqResolveThreads) vq_resolve_kernel(VqResolve
       vq_score_split(params, latent, entry / kVqSubgroups, static_cast<int>(entry % kVqSubgroups),
                      nearest);
     }
-#pragma unroll
+#pragma unroll 1
     for (int place = 0; place < 2; ++place) {
-      const bool candidate = own < entries && !unsettled && top.values[place] >= threshold;
+      const float value = place == 0 ? top.values[0] : top.values[1];
+      const bool candidate = own < entries && !unsettled && value >= threshold;
       unsigned candidates = __ballot_sync(0xffffffffu, candidate);
       for (; candidates != 0; candidates &= candidates - 1) {
         const int source = __ffs(static_cast<int>(candidates)) - 1;
-        const uint32_t bits = __shfl_sync(0xffffffffu, __float_as_uint(top.values[place]), source);
+        const uint32_t bits = __shfl_sync(0xffffffffu, __float_as_uint(value), source);
         const int64_t entry = base + source, chunk = bits & ((1u << kVqChunkBits) - 1);
         const int64_t first_code =
             entry / kVqSubgroups * problem.stages_per_split * kVqStageCodes + chunk * kVqChunkCodes;

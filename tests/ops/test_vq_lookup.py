@@ -1,5 +1,7 @@
 """vq_lookup: nearest codes, compared by distance in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,3 +277,39 @@ def test_bad_tensors_do_not_reach_the_kernel():
     for arguments in ((randn(4, 8), randn(5, 9)), (randn(4, 8).half(), randn(5, 8)), (randn(8), randn(5, 8))):
         with pytest.raises(RuntimeError, match="vq_lookup: "):
             torch.ops.flexvar.vq_lookup(*arguments, True)
+
+
+def test_calls_from_many_threads(device):
+    inputs = [(randn(40 + n, 32, seed=n, device=device), randn(300, 32, seed=9, device=device)) for n in range(8)]
+    expected = [flexvar_ext.vq_lookup(*pair) for pair in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for results in [list(pool.map(lambda pair: flexvar_ext.vq_lookup(*pair), inputs)) for _ in range(5)]:
+            assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.cuda
+def test_side_stream_and_graph_replay():
+    latents, codebook = randn(680, 32).cuda(), randn(8912, 32, seed=1).cuda()
+    expected = flexvar_ext.vq_lookup(latents, codebook)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(flexvar_ext.vq_lookup(latents, codebook), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(latents)
+    with torch.cuda.graph(graph):
+        indices = flexvar_ext.vq_lookup(static, codebook)
+    for order in (latents, latents.flip(0)):
+        static.copy_(order)
+        graph.replay()
+        assert torch.equal(indices, flexvar_ext.vq_lookup(order, codebook))
+
+
+@pytest.mark.cuda
+def test_more_than_2_to_the_31_elements():
+    codebook = randn(16, 8, seed=1).cuda()
+    rows = torch.arange(2**28 + 100, device="cuda") % 16  # codes in turn, 2**31 + 800 elements
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    assert torch.equal(flexvar_ext.vq_lookup(codebook[rows], codebook), rows)
