@@ -1,0 +1,68 @@
+"""The user's own pictures: one sub-folder for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ImageFolder:
+    """Pictures in ``root/<class name>/**``, turned upright, cropped at the centre and resized to height × width.
+
+    Classes are the sub-folders in alphabetical order. Hidden files and files that are not pictures by their suffix are left out.
+
+    Args:
+        root: the folder.
+        height, width: size in pixels of the images returned.
+
+    Raises:
+        ValueError: root is no folder, has no sub-folders, or they hold no pictures.
+    """
+
+    def __init__(self, root: str | Path, height: int = 64, width: int = 64) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f"ImageFolder: root must be a folder, got {str(root)!r}")
+        if height < 1 or width < 1:
+            raise ValueError(f"ImageFolder: height and width must be >= 1, got {height} and {width}")
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not folders:
+            raise ValueError(f"ImageFolder: root must hold one sub-folder for each class, got none in {str(root)!r}")
+        self.height, self.width = height, width
+        self.class_names = tuple(folder.name for folder in folders)
+        self.items = [
+            (path, label)
+            for label, folder in enumerate(folders)
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        ]
+        if not self.items:
+            raise ValueError(f"ImageFolder: the sub-folders must hold pictures ({' '.join(SUFFIXES)}), got none")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """uint8 [N, 3, height, width] and int64 [N]. Raises ValueError for a file that is not a readable picture."""
+        images = np.empty((len(indices), self.height, self.width, 3), np.uint8)
+        labels = []
+        for image, index in zip(images, indices, strict=True):
+            path, label = self.items[index]
+            image[...] = self._read(path)
+            labels.append(label)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64)
+
+    def _read(self, path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as picture:
+                upright = ImageOps.exif_transpose(picture).convert("RGB")
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"ImageFolder: {str(path)!r} must be a readable picture, got {error}") from error
+        return np.asarray(ImageOps.fit(upright, (self.width, self.height), Image.Resampling.LANCZOS))

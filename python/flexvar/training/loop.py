@@ -1,0 +1,162 @@
+"""The training loop that tokenizer, transformer and classifier share."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flexvar.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from flexvar.training.config import TrainingConfig
+
+Losses = dict[str, Tensor]
+StepFunction = Callable[[int, np.random.Generator], Losses]
+
+LOG_NAME = "log.jsonl"
+
+
+def train(
+    module: nn.Module,
+    compute_losses: StepFunction,
+    config: TrainingConfig,
+    folder: str | Path,
+    *,
+    description: str,
+    values: dict[str, Any],
+    device: torch.device,
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Trains ``module`` in place and leaves it with the moving average of its weights, in eval mode.
+
+    Args:
+        compute_losses: called with the step and a generator of its own for everything random that is not torch's;
+            returns scalars, of which ``"loss"`` is minimised and the others are logged.
+        folder: gets ``log.jsonl`` (one line a step) and the checkpoint.
+        values: JSON values that describe the run; a checkpoint with other values is refused.
+        resume: continue the checkpoint in ``folder``, with the very steps that an uninterrupted run would have taken.
+
+    Raises:
+        ValueError: ``resume`` without a checkpoint, of a damaged one or one of another run; not ``resume`` although
+            there is a checkpoint; a loss that is no longer finite.
+    """
+    folder = Path(folder)
+    if has_checkpoint(folder) and not resume:
+        raise ValueError(f"train: folder {str(folder)!r} already holds a run; resume it or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {**values, "training": config.to_dict()}
+    module.to(device).train()
+    optimizer = _optimizer(module, config)
+    average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    first = _restore(folder, module, optimizer, average, values) if resume else 0
+    _truncate_log(folder / LOG_NAME, first)
+
+    with ExitStack() as stack:
+        # Everything that torch draws is seeded step by step below; the caller's generators come back unchanged.
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        log = stack.enter_context(open(folder / LOG_NAME, "a", encoding="utf-8", buffering=1))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=first, desc=description, unit="step", disable=not progress)
+        )
+        for step in range(first, config.steps):
+            start = time.perf_counter()
+            rng = np.random.default_rng((config.seed, step))
+            torch.manual_seed(int(rng.integers(1 << 62)))
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+                losses = compute_losses(step, rng)
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
+            entry = {name: float(loss.detach()) for name, loss in losses.items()} | {"gradient_norm": float(norm)}
+            if not all(map(math.isfinite, entry.values())):
+                raise ValueError(f"train: losses must stay finite, got {entry} at step {step}; lower the learning rate")
+            optimizer.step()
+            _update_average(average, module, config.ema_decay, step)
+            entry |= {"learning_rate": config.learning_rate_at(step), "seconds": time.perf_counter() - start}
+            log.write(json.dumps({"step": step, **entry}) + "\n")
+            bar.set_postfix({name: f"{value:.3f}" for name, value in entry.items() if name in losses}, refresh=False)
+            bar.update()
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                log.flush()
+                _save(folder, step + 1, module, optimizer, average, values)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(average[name])
+    module.eval()
+
+
+def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    decayed, others = [], []
+    for parameter in module.parameters():
+        (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+@torch.no_grad()
+def _update_average(average: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
+    decay = min(decay, (1 + step) / (10 + step))  # short memory at first, or the initial weights would stay in it
+    for name, parameter in module.named_parameters():
+        average[name].lerp_(parameter.detach(), 1 - decay)
+
+
+def _save(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    values: dict[str, Any],
+) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    save_checkpoint(folder, step, tensors, values)
+
+
+def _restore(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    values: dict[str, Any],
+) -> int:
+    step, tensors, saved_values = load_checkpoint(folder)
+    for name in sorted(values.keys() | saved_values.keys()):
+        # Through JSON, as the saved ones went: tuples are lists there.
+        wanted, saved = json.loads(json.dumps(values.get(name))), saved_values.get(name)
+        if wanted != saved:
+            raise ValueError(f"train: to resume, {name} must be that of the checkpoint, {saved}, got {wanted}")
+    parts: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    module.load_state_dict(parts["module"])
+    for name, tensor in parts["average"].items():
+        average[name].copy_(tensor)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        index, _, rest = name.partition(".")
+        state.setdefault(int(index), {})[rest] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
+
+
+def _truncate_log(path: Path, steps: int) -> None:
+    """Drops the lines of steps that a killed run took after its last checkpoint: they are taken again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+        path.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,161 @@
+"""Training of the multi-scale tokenizer.
+
+Each batch is encoded once; the latent is resampled to a few random sizes and to its own, quantised and decoded at each,
+and every reconstruction is compared with the image at that size (arXiv 2502.20313, section 3.1).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexvar._backend import ops
+from flexvar.data.dataset import ImageDataset, to_model_range
+from flexvar.schedule import ScaleSchedule
+from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
+from flexvar.training.config import TokenizerTrainingConfig
+from flexvar.training.loop import Losses, train
+
+REVIVE_BATCHES = 8
+
+
+def train_tokenizer(
+    dataset: ImageDataset,
+    folder: str | Path,
+    model_config: TokenizerConfig,
+    config: TokenizerTrainingConfig,
+    *,
+    device: str | torch.device = "cpu",
+    backend: str = "native",
+    resume: bool = False,
+    progress: bool = True,
+) -> MultiScaleTokenizer:
+    """Trains a tokenizer from scratch.
+
+    Args:
+        dataset: images; their height and width must be multiples of the tokenizer's patch size. Labels are not used.
+        folder: gets the log and the checkpoint, see :func:`flexvar.training.loop.train`.
+        resume: continue the run in ``folder``.
+        progress: show a progress bar.
+
+    Returns:
+        The tokenizer with averaged weights, in eval mode, on ``device``.
+
+    Raises:
+        ValueError: an empty data set, an image size that does not fit, or as :func:`flexvar.training.loop.train`.
+    """
+    if len(dataset) == 0:
+        raise ValueError("train_tokenizer: dataset must hold at least one image, got none")
+    for name, side in (("height", dataset.height), ("width", dataset.width)):
+        if side % model_config.patch_size:
+            raise ValueError(
+                f"train_tokenizer: {name} of the images must be a multiple of patch size {model_config.patch_size}, got {side}"
+            )
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        tokenizer = MultiScaleTokenizer(model_config, backend=backend)
+    grid = (dataset.height // model_config.patch_size, dataset.width // model_config.patch_size)
+
+    def draw_images(rng: np.random.Generator) -> Tensor:
+        images, _ = dataset.batch(rng.integers(len(dataset), size=config.batch_size).tolist())
+        return to_model_range(images.to(device))
+
+    def compute_losses(step: int, rng: np.random.Generator) -> Losses:
+        images = draw_images(rng)
+        latent = tokenizer.encode(images).float()
+        sizes = random_sizes(rng, grid, config.num_scales)
+        codebook = commitment = latent.new_zeros(())
+        if step < config.continuous_steps:
+            codes = [continuous_codes(tokenizer, latent, size) for size in sizes]
+        else:
+            revive(step, sizes, rng)
+            scales = tokenizer.quantize_straight_through(latent, sizes)
+            codes = [scale.codes for scale in scales]
+            codebook = torch.stack([scale.codebook_loss for scale in scales]).mean()
+            commitment = torch.stack([scale.commitment_loss for scale in scales]).mean()
+        differences = []
+        for grid_codes in codes:
+            decoded = tokenizer.decode(grid_codes).float()
+            target = F.interpolate(images, decoded.shape[2:], mode="bilinear", align_corners=False, antialias=True)
+            differences.append(decoded - target)
+        reconstruction = torch.stack([d.abs().mean() + d.square().mean() for d in differences]).mean()
+        gradient = torch.stack([d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean() for d in differences]).mean()
+        loss = (
+            reconstruction
+            + config.gradient_weight * gradient
+            + config.codebook_weight * codebook
+            + config.commitment_weight * commitment
+        )
+        return {
+            "loss": loss,
+            "reconstruction": reconstruction,
+            "gradient": gradient,
+            "codebook": codebook,
+            "mean_absolute_error": differences[-1].abs().mean(),  # at the full size, of images in [-1, 1]
+        }
+
+    @torch.no_grad()
+    def revive(step: int, sizes: ScaleSchedule, rng: np.random.Generator) -> None:
+        starts = step == config.continuous_steps
+        if not starts and (not config.revive_every or step % config.revive_every or 2 * step >= config.steps):
+            return
+        # One batch holds too few latents to tell which codes are unused.
+        batches = [draw_images(rng) for _ in range(REVIVE_BATCHES)]
+        latent = torch.cat([tokenizer.encode(images).float() for images in batches])
+        every_code = torch.arange(model_config.codebook_size, device=device)
+        move_codes_to_latents(tokenizer, every_code if starts else unused_codes(tokenizer, latent, sizes), latent)
+
+    train(
+        tokenizer,
+        compute_losses,
+        config,
+        folder,
+        description="tokenizer",
+        values={"tokenizer": model_config.to_dict()},
+        device=device,
+        resume=resume,
+        progress=progress,
+    )
+    return tokenizer
+
+
+def random_sizes(rng: np.random.Generator, grid: tuple[int, int], count: int) -> ScaleSchedule:
+    """``count`` sizes in rising order: random ones between a single token and the grid, of its aspect ratio, then the grid."""
+    height, width = grid
+    longer = max(grid)
+    sides = np.sort(rng.integers(1, longer, size=count - 1, endpoint=True)).tolist()
+    return ScaleSchedule(
+        [(max(1, height * side // longer), max(1, width * side // longer)) for side in sides] + [(height, width)]
+    )
+
+
+def continuous_codes(tokenizer: MultiScaleTokenizer, latent: Tensor, size: tuple[int, int]) -> Tensor:
+    """A latent [B, codebook_dim, H, W] at a size (h, w), as it goes to the codebook: [B, codebook_dim, h, w]."""
+    config = tokenizer.config
+    codes = ops(tokenizer.backend).resample2d(
+        latent, size, mode=config.downsample_mode, antialias=config.downsample_antialias
+    )
+    return F.normalize(codes, dim=1) if config.normalize_codes else codes
+
+
+@torch.no_grad()
+def unused_codes(tokenizer: MultiScaleTokenizer, latent: Tensor, sizes: ScaleSchedule) -> Tensor:
+    """int64 [N]: the codes that a latent [B, codebook_dim, h, w] uses at none of these sizes."""
+    used = torch.zeros(len(tokenizer.codebook), dtype=torch.bool, device=latent.device)
+    for indices in tokenizer.quantize(latent, sizes):
+        used[indices.flatten()] = True
+    return (~used).nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def move_codes_to_latents(tokenizer: MultiScaleTokenizer, codes: Tensor, latent: Tensor) -> None:
+    """Sets each code of ``codes`` (int64 [N]) to a random vector of a latent [B, codebook_dim, h, w]."""
+    vectors = latent.permute(0, 2, 3, 1).flatten(0, 2).to(tokenizer.codebook.dtype)
+    if tokenizer.config.normalize_codes:
+        vectors = F.normalize(vectors, dim=1)
+    tokenizer.codebook[codes] = vectors[torch.randint(len(vectors), (len(codes),), device=latent.device)]
