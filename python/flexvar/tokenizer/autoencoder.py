@@ -12,21 +12,21 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexvar.tokenizer.config import NORM_GROUPS, TokenizerConfig
+from flexvar.tokenizer.config import TokenizerConfig
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection (1x1 convolution where the channels change)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = _norm(in_channels, norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(out_channels, norm_groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -39,9 +39,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions, around a skip connection."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, norm_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -84,6 +84,7 @@ class Level(nn.Module):
         in_channels: int,
         out_channels: int,
         num_res_blocks: int,
+        norm_groups: int,
         *,
         attention: bool,
         downsample: bool = False,
@@ -91,8 +92,10 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         channels = [in_channels] + [out_channels] * num_res_blocks
-        self.res = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(channels))
-        self.attn = nn.ModuleList(AttentionBlock(out_channels) if attention else nn.Identity() for _ in self.res)
+        self.res = nn.ModuleList(ResidualBlock(a, b, norm_groups) for a, b in pairwise(channels))
+        self.attn = nn.ModuleList(
+            AttentionBlock(out_channels, norm_groups) if attention else nn.Identity() for _ in self.res
+        )
         self.downsample = Downsample(out_channels) if downsample else nn.Identity()
         self.upsample = Upsample(out_channels) if upsample else nn.Identity()
 
@@ -102,8 +105,12 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def _middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+def _middle(channels: int, norm_groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels, norm_groups),
+        AttentionBlock(channels, norm_groups),
+        ResidualBlock(channels, channels, norm_groups),
+    )
 
 
 class Encoder(nn.Module):
@@ -115,11 +122,11 @@ class Encoder(nn.Module):
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(a, b, config.num_res_blocks, attention=index == last, downsample=index != last)
+            Level(a, b, config.num_res_blocks, config.norm_groups, attention=index == last, downsample=index != last)
             for index, (a, b) in enumerate(pairwise([config.base_channels, *channels]))
         )
-        self.mid = _middle(channels[-1])
-        self.norm_out = _norm(channels[-1])
+        self.mid = _middle(channels[-1], config.norm_groups)
+        self.norm_out = _norm(channels[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(channels[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,12 +144,12 @@ class Decoder(nn.Module):
         channels = [config.base_channels * m for m in reversed(config.channel_multipliers)]
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.z_channels, channels[0], 3, padding=1)
-        self.mid = _middle(channels[0])
+        self.mid = _middle(channels[0], config.norm_groups)
         self.conv_blocks = nn.ModuleList(
-            Level(a, b, config.num_res_blocks + 1, attention=index == 0, upsample=index != last)
+            Level(a, b, config.num_res_blocks + 1, config.norm_groups, attention=index == 0, upsample=index != last)
             for index, (a, b) in enumerate(pairwise([channels[0], *channels]))
         )
-        self.norm_out = _norm(channels[-1])
+        self.norm_out = _norm(channels[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     @property

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from flexvar._config import JsonConfig
 
-NORM_GROUPS = 32  # groups of every GroupNorm; channel counts are multiples of it
-
 _DOWNSAMPLE_MODES = ("area", "bilinear", "bicubic", "nearest")
 _UPSAMPLE_MODES = ("bicubic", "bilinear", "nearest", "area")
 
@@ -20,9 +18,11 @@ class TokenizerConfig(JsonConfig):
         codebook_size: number of codes.
         codebook_dim: channels of a code.
         z_channels: channels between encoder and ``quant_conv``.
-        base_channels: channels of the first level, a multiple of 32.
+        base_channels: channels of the first level, a multiple of ``norm_groups``.
         channel_multipliers: channels of each level over ``base_channels``; levels but the last halve the resolution.
         num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
+        norm_groups: groups of every GroupNorm. A group of a single channel would forget that channel's mean over the image,
+            and with it the image's colours: models of few channels want fewer groups.
         normalize_codes: compare and embed codes on the unit sphere.
         downsample_mode: how a latent goes to a smaller grid; "bilinear" is antialiased.
         upsample_mode: how codes go to the next step's grid.
@@ -34,6 +34,7 @@ class TokenizerConfig(JsonConfig):
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
+    norm_groups: int = 32
     normalize_codes: bool = True
     downsample_mode: str = "area"
     upsample_mode: str = "bicubic"
@@ -42,10 +43,11 @@ class TokenizerConfig(JsonConfig):
         self._check_int("codebook_size", 1, 1 << 24)
         self._check_int("codebook_dim", 1, 1 << 12)
         self._check_int("z_channels", 1, 1 << 14)
-        self._check_int("base_channels", NORM_GROUPS, 1 << 12)
-        if self.base_channels % NORM_GROUPS:
+        self._check_int("norm_groups", 1, 1 << 12)
+        self._check_int("base_channels", 1, 1 << 12)
+        if self.base_channels % self.norm_groups:
             raise ValueError(
-                f"TokenizerConfig: base_channels must be a multiple of {NORM_GROUPS}, got {self.base_channels}"
+                f"TokenizerConfig: base_channels must be a multiple of norm_groups {self.norm_groups}, got {self.base_channels}"
             )
         multipliers = self.channel_multipliers
         if not isinstance(multipliers, (list, tuple)) or any(type(m) is not int for m in multipliers):
