@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexvar.cli_train import train_app
+
 if TYPE_CHECKING:
     from flexvar.generation import FlexVARPipeline
 
@@ -21,6 +23,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(train_app, name="train")
 
 
 class GuidanceStyle(str, Enum):
@@ -99,6 +104,7 @@ def flexvar(
     ```
     flexvar generate star                     # a star, drawn by the bundled demo model
     flexvar reconstruct photo.jpg             # what the tokenizer keeps of a photograph, scale by scale
+    flexvar train tokenizer                   # your own model, or the bundled one again
     flexvar doctor                            # what was built, and what runs where
     ```
     """

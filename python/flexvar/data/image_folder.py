@@ -16,7 +16,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 class ImageFolder:
     """Pictures in ``root/<class name>/**``, turned upright, cropped at the centre and resized to height × width.
 
-    Classes are the sub-folders in alphabetical order. Hidden files and files that are not pictures by their suffix are left out.
+    Classes are the sub-folders in alphabetical order. Files that are hidden or no pictures are left out.
 
     Args:
         root: the folder.

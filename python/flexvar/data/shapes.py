@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ def _half_plane(x: Array, y: Array, start: tuple[float, float], end: tuple[float
 def _convex(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
     """A convex polygon from its corners, clockwise as seen on screen."""
     distance = _half_plane(x, y, corners[-1], corners[0])
-    for start, end in zip(corners, corners[1:], strict=False):
+    for start, end in pairwise(corners):
         np.maximum(distance, _half_plane(x, y, start, end), out=distance)
     return distance
 

@@ -21,8 +21,8 @@ class TokenizerConfig(JsonConfig):
         base_channels: channels of the first level, a multiple of ``norm_groups``.
         channel_multipliers: channels of each level over ``base_channels``; levels but the last halve the resolution.
         num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
-        norm_groups: groups of every GroupNorm. A group of a single channel would forget that channel's mean over the image,
-            and with it the image's colours: models of few channels want fewer groups.
+        norm_groups: groups of every GroupNorm. A group of a single channel would forget that channel's mean over the
+            image, and with it the image's colours: models of few channels want fewer groups.
         normalize_codes: compare and embed codes on the unit sphere.
         downsample_mode: how a latent goes to a smaller grid; "bilinear" is antialiased.
         upsample_mode: how codes go to the next step's grid.
@@ -47,7 +47,8 @@ class TokenizerConfig(JsonConfig):
         self._check_int("base_channels", 1, 1 << 12)
         if self.base_channels % self.norm_groups:
             raise ValueError(
-                f"TokenizerConfig: base_channels must be a multiple of norm_groups {self.norm_groups}, got {self.base_channels}"
+                f"TokenizerConfig: base_channels must be a multiple of norm_groups {self.norm_groups}, "
+                f"got {self.base_channels}"
             )
         multipliers = self.channel_multipliers
         if not isinstance(multipliers, (list, tuple)) or any(type(m) is not int for m in multipliers):

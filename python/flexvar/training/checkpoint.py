@@ -1,15 +1,14 @@
 """Checkpoints that survive a crash at any moment, and are refused when damaged.
 
-A run's folder holds ``step-<n>.safetensors`` and ``checkpoint.json``, which names that file and its SHA-256, and carries
-a SHA-256 of its own contents. Files are written under another name, flushed to the disk and renamed; ``checkpoint.json``
-comes last, so that it always names a complete file.
+A run's folder holds ``step-<n>.safetensors`` and ``checkpoint.json``, which names that file and its SHA-256, and
+carries a SHA-256 of its own contents. Files are written under another name, flushed to the disk and renamed;
+``checkpoint.json`` comes last, so that it always names a complete file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from flexvar._files import write_atomically
+
 INDEX_NAME = "checkpoint.json"
-
-
-def write_atomically(path: Path, contents: bytes) -> None:
-    """After a crash the file is as before or as wanted, never in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -46,7 +32,12 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], valu
     contents = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
     path = folder / f"step-{step:07d}.safetensors"
     write_atomically(path, contents)
-    index = {"step": step, "file": path.name, "file_sha256": hashlib.sha256(contents).hexdigest(), "values": dict(values)}
+    index = {
+        "step": step,
+        "file": path.name,
+        "file_sha256": hashlib.sha256(contents).hexdigest(),
+        "values": dict(values),
+    }
     index["sha256"] = _digest(index)
     write_atomically(folder / INDEX_NAME, json.dumps(index, indent=1).encode())
     for other in folder.glob("step-*.safetensors*"):
@@ -76,8 +67,8 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any
     contents = path.read_bytes()
     if hashlib.sha256(contents).hexdigest() != index["file_sha256"]:
         raise ValueError(
-            f"load_checkpoint: {str(path)!r} is truncated or damaged: its {len(contents)} bytes do not have the checksum "
-            f"in {INDEX_NAME}"
+            f"load_checkpoint: {str(path)!r} is truncated or damaged: its {len(contents)} bytes do not have the "
+            f"checksum in {INDEX_NAME}"
         )
     return index["step"], load_safetensors(contents), index["values"]
 

@@ -13,7 +13,7 @@ from flexvar.data.dataset import ImageDataset, to_model_range
 from flexvar.training.config import TrainingConfig
 from flexvar.training.loop import Losses, train
 
-DEFAULT_CONFIG = TrainingConfig(steps=600, batch_size=64, learning_rate=2e-3, warmup_steps=20, ema_decay=0.98)
+DEFAULT_CONFIG = TrainingConfig(steps=500, batch_size=48, learning_rate=2e-3, warmup_steps=20, ema_decay=0.98)
 
 
 class ShapeClassifier(nn.Module):
@@ -50,7 +50,7 @@ def train_classifier(
     resume: bool = False,
     progress: bool = True,
 ) -> ShapeClassifier:
-    """Trains a classifier on labelled data sets that share their classes. Errors as :func:`flexvar.training.loop.train`."""
+    """Trains a classifier on data sets that share their classes. Errors as :func:`flexvar.training.loop.train`."""
     device = torch.device(device)
     names = datasets[0].class_names
     with torch.random.fork_rng(devices=[]):
@@ -58,7 +58,7 @@ def train_classifier(
         model = ShapeClassifier(len(names))
 
     def compute_losses(step: int, rng: np.random.Generator) -> Losses:
-        dataset = datasets[step % len(datasets)]
+        dataset = datasets[int(rng.integers(len(datasets)))]
         images, labels = dataset.batch(rng.integers(len(dataset), size=config.batch_size).tolist())
         logits = model(to_model_range(images.to(device))).float()
         labels = labels.to(device)

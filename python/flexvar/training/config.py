@@ -72,12 +72,12 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Training of the tokenizer.
 
     Attributes:
-        num_scales: sizes at which each batch is quantised and decoded; the last is the full grid (K of the paper, section 3.1).
+        num_scales: sizes at which each batch is quantised and decoded; the last is the full grid (the paper's K).
         gradient_weight: of the L1 distance between image gradients, which keeps edges sharp.
         codebook_weight: of the loss that pulls codes to latents.
         commitment_weight: of the loss that pulls latents to codes.
-        continuous_steps: the first steps leave latents unquantised; the codebook then starts from the latents of a batch.
-        revive_every: steps between moves of unused codes onto latents of the batch, in the first half of the run; 0 is never.
+        continuous_steps: the first steps leave latents unquantised; the codebook then starts from latents of the data.
+        revive_every: steps between moves of unused codes onto latents of the data, in the first half; 0 is never.
     """
 
     num_scales: int = 5
@@ -102,8 +102,8 @@ class TransformerTrainingConfig(TrainingConfig):
 
     Attributes:
         step_dropout: part of the steps left out of a schedule; the first and last stay.
-        short_steps: the first steps of the run train on schedules without the large scales (sides up to half of the grid):
-            they are a prefix of the full schedules, cost a quarter, and decide what the image shows.
+        short_steps: the first steps of the run train on schedules without the scales above half of the grid: a prefix
+            of the full schedules that costs a quarter, and decides what the image shows.
         short_batch_size: images a step during these.
     """
 

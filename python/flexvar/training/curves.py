@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+CURVES_NAME = "curves.png"
+
 _PANEL = (420, 260)
 _MARGIN = 44
 _COLUMNS = 3
@@ -25,7 +27,9 @@ def read_log(path: str | Path) -> dict[str, list[float]]:
             for name, value in json.loads(line).items():
                 columns.setdefault(name, []).append(float(value))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"read_log: line {number} of {str(path)!r} must be a step's JSON, got {line[:60]!r}") from error
+            raise ValueError(
+                f"read_log: line {number} of {str(path)!r} must be a step's JSON, got {line[:60]!r}"
+            ) from error
     if not columns:
         raise ValueError(f"read_log: {str(path)!r} must hold at least one step, got none")
     return columns
@@ -53,7 +57,10 @@ def _draw_panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], name: str, v
     def points(curve: Sequence[float]) -> list[tuple[float, float]]:
         across = (right - left) / max(1, len(curve) - 1)
         clipped = (min(max(value, low), high) for value in curve)
-        return [(left + i * across, bottom - (value - low) / (high - low) * (bottom - top)) for i, value in enumerate(clipped)]
+        return [
+            (left + i * across, bottom - (value - low) / (high - low) * (bottom - top))
+            for i, value in enumerate(clipped)
+        ]
 
     draw.rectangle((left, top, right, bottom), outline="#888888")
     for curve, colour, width in ((values, "#d0d0d0", 1), (smooth, "#1f5fbf", 2)):

@@ -76,7 +76,7 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
                 losses = compute_losses(step, rng)
             optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(module.parameters(), config.gradient_clip)
             entry = {name: float(loss.detach()) for name, loss in losses.items()} | {"gradient_norm": float(norm)}
             if not all(map(math.isfinite, entry.values())):
@@ -98,7 +98,8 @@ def train(
 
 def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in module.parameters():
         (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -16,9 +16,12 @@ from torch import Tensor
 from flexvar._backend import ops
 from flexvar.data.dataset import ImageDataset, to_model_range
 from flexvar.schedule import ScaleSchedule
+from flexvar.storage import save_model
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.training.config import TokenizerTrainingConfig
-from flexvar.training.loop import Losses, train
+from flexvar.training.curves import CURVES_NAME, draw_curves
+from flexvar.training.loop import LOG_NAME, Losses, train
+from flexvar.training.losses import gradient_loss, reconstruction_loss
 
 REVIVE_BATCHES = 8
 
@@ -38,7 +41,7 @@ def train_tokenizer(
 
     Args:
         dataset: images; their height and width must be multiples of the tokenizer's patch size. Labels are not used.
-        folder: gets the log and the checkpoint, see :func:`flexvar.training.loop.train`.
+        folder: gets the model (:func:`flexvar.storage.load_tokenizer`), loss curves, the log and the checkpoint.
         resume: continue the run in ``folder``.
         progress: show a progress bar.
 
@@ -53,7 +56,8 @@ def train_tokenizer(
     for name, side in (("height", dataset.height), ("width", dataset.width)):
         if side % model_config.patch_size:
             raise ValueError(
-                f"train_tokenizer: {name} of the images must be a multiple of patch size {model_config.patch_size}, got {side}"
+                f"train_tokenizer: {name} of the images must be a multiple of patch size {model_config.patch_size}, "
+                f"got {side}"
             )
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
@@ -83,8 +87,8 @@ def train_tokenizer(
             decoded = tokenizer.decode(grid_codes).float()
             target = F.interpolate(images, decoded.shape[2:], mode="bilinear", align_corners=False, antialias=True)
             differences.append(decoded - target)
-        reconstruction = torch.stack([d.abs().mean() + d.square().mean() for d in differences]).mean()
-        gradient = torch.stack([d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean() for d in differences]).mean()
+        reconstruction = torch.stack([reconstruction_loss(d) for d in differences]).mean()
+        gradient = torch.stack([gradient_loss(d) for d in differences]).mean()
         loss = (
             reconstruction
             + config.gradient_weight * gradient
@@ -121,11 +125,13 @@ def train_tokenizer(
         resume=resume,
         progress=progress,
     )
+    save_model(tokenizer, folder)
+    draw_curves(Path(folder) / LOG_NAME, Path(folder) / CURVES_NAME)
     return tokenizer
 
 
 def random_sizes(rng: np.random.Generator, grid: tuple[int, int], count: int) -> ScaleSchedule:
-    """``count`` sizes in rising order: random ones between a single token and the grid, of its aspect ratio, then the grid."""
+    """``count`` sizes in rising order: random ones of the grid's aspect ratio, from one token up, then the grid."""
     height, width = grid
     longer = max(grid)
     sides = np.sort(rng.integers(1, longer, size=count - 1, endpoint=True)).tolist()

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from flexvar.data.dataset import ImageDataset, to_model_range
 from flexvar.schedule import ScaleSchedule
+from flexvar.storage import save_model
 from flexvar.tokenizer import MultiScaleTokenizer
 from flexvar.training.config import TransformerTrainingConfig
-from flexvar.training.loop import Losses, train
+from flexvar.training.curves import CURVES_NAME, draw_curves
+from flexvar.training.loop import LOG_NAME, Losses, train
 from flexvar.transformer import FlexVARTransformer, TransformerConfig, next_scale_inputs
 
 ENCODE_BATCH = 64
@@ -40,9 +42,9 @@ def train_transformer(
     """Trains a transformer from scratch on the codes of a trained tokenizer.
 
     Args:
-        datasets: labelled images with the same classes. Each has images of one size; several make a model that knows several
-            aspect ratios. A batch comes from one of them, each as often as it is long.
-        folder: gets the log and the checkpoint, see :func:`flexvar.training.loop.train`.
+        datasets: labelled images with the same classes. Each has images of one size; several make a model that knows
+            several aspect ratios. A batch comes from one of them, each as often as it is long.
+        folder: gets the model (:func:`flexvar.storage.load_transformer`), loss curves, the log and the checkpoint.
         tokenizer: is moved to ``device`` and left in eval mode, otherwise unchanged.
         model_config: its codebook and upsampling mode must be the tokenizer's, its classes those of the data sets.
         resume: continue the run in ``folder``.
@@ -68,7 +70,9 @@ def train_transformer(
     def compute_losses(step: int, rng: np.random.Generator) -> Losses:
         short = step < config.short_steps
         latents, labels = encoded[rng.choice(len(encoded), p=proportions)]
-        indices = torch.from_numpy(rng.integers(len(labels), size=config.short_batch_size if short else config.batch_size))
+        indices = torch.from_numpy(
+            rng.integers(len(labels), size=config.short_batch_size if short else config.batch_size)
+        )
         latent, class_labels = latents[indices].to(device).float(), labels[indices].to(device)
         schedule = random_schedule(rng, (latent.shape[2], latent.shape[3]), config.step_dropout, short=short)
         pyramid = tokenizer.quantize(latent, schedule)
@@ -100,6 +104,8 @@ def train_transformer(
         resume=resume,
         progress=progress,
     )
+    save_model(model, folder)
+    draw_curves(Path(folder) / LOG_NAME, Path(folder) / CURVES_NAME)
     return model
 
 
@@ -113,7 +119,9 @@ def encode_dataset(
     shape = (len(dataset), dim, dataset.height // patch_size, dataset.width // patch_size)
     latents, labels = torch.empty(shape, dtype=torch.float16), torch.empty(len(dataset), dtype=torch.int64)
     size = f"{dataset.width}x{dataset.height}"
-    for start in tqdm(range(0, len(dataset), ENCODE_BATCH), desc=f"encoding {size}", unit="batch", disable=not progress):
+    for start in tqdm(
+        range(0, len(dataset), ENCODE_BATCH), desc=f"encoding {size}", unit="batch", disable=not progress
+    ):
         part = slice(start, min(start + ENCODE_BATCH, len(dataset)))
         images, labels[part] = dataset.batch(range(part.start, part.stop))
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):

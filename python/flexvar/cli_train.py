@@ -1,0 +1,178 @@
+"""The commands ``flexvar train …``. Torch is imported when a command needs it, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from flexvar.data import ImageDataset
+    from flexvar.training import TrainingConfig
+
+    ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+
+train_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Train a tokenizer, then a transformer on its codes; see what they are worth.",
+)
+
+
+class Backend(str, Enum):
+    """Which implementation of the ops."""
+
+    native = "native"
+    reference = "reference"
+
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="A folder with one sub-folder of pictures for each class; by default shapes, drawn on the fly."),
+]
+HeightOption = Annotated[int, typer.Option(help="Height in pixels that pictures of --data are cropped and resized to.")]
+WidthOption = Annotated[int, typer.Option(help="Their width.")]
+StepsOption = Annotated[int | None, typer.Option(help="Optimiser steps.")]
+BatchOption = Annotated[int | None, typer.Option(help="Images a step.")]
+RateOption = Annotated[float | None, typer.Option(help="Highest learning rate.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out after a stop or a crash.")]
+DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.")]
+BackendOption = Annotated[Backend, typer.Option(help="`reference` is plain PyTorch: slow, and the specification.")]
+
+
+@train_app.command()
+def tokenizer(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/tokenizer"),
+    data: DataOption = None,
+    height: HeightOption = 64,
+    width: WidthOption = 64,
+    steps: StepsOption = None,
+    batch_size: BatchOption = None,
+    learning_rate: RateOption = None,
+    seed: SeedOption = 0,
+    resume: ResumeOption = False,
+    device: DeviceOption = "auto",
+    backend: BackendOption = Backend.native,
+) -> None:
+    """Train a tokenizer. Without options: the bundled demo's, in about ten minutes on two CPU cores.
+
+    ```
+    flexvar train tokenizer
+    flexvar train tokenizer --data photos --steps 20000 --out runs/photos-tokenizer
+    ```
+
+    The folder gets the model, the log (`log.jsonl`), loss curves (`curves.png`) and a checkpoint for `--resume`.
+    """
+    from flexvar.commands import choose_device
+    from flexvar.training import presets, train_tokenizer
+
+    config = _override(
+        presets.DEMO_TOKENIZER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
+    dataset = _folder(data, height, width) if data else presets.demo_tokenizer_data()
+    train_tokenizer(
+        dataset,
+        out,
+        presets.DEMO_TOKENIZER,
+        config,
+        device=choose_device(device),
+        backend=backend.value,
+        resume=resume,
+    )
+
+
+@train_app.command()
+def transformer(
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/tokenizer"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/transformer"),
+    data: DataOption = None,
+    height: HeightOption = 64,
+    width: WidthOption = 64,
+    steps: StepsOption = None,
+    batch_size: BatchOption = None,
+    learning_rate: RateOption = None,
+    seed: SeedOption = 0,
+    resume: ResumeOption = False,
+    device: DeviceOption = "auto",
+    backend: BackendOption = Backend.native,
+) -> None:
+    """Train a transformer on a tokenizer's codes. Without options: the bundled demo's, in under an hour on two cores.
+
+    ```
+    flexvar train transformer
+    flexvar train transformer --tokenizer runs/photos-tokenizer --data photos --out runs/photos-transformer
+    ```
+    """
+    from flexvar.commands import choose_device
+    from flexvar.storage import load_tokenizer
+    from flexvar.training import presets, train_transformer
+
+    config = _override(
+        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
+    frozen = load_tokenizer(tokenizer, backend=backend.value)
+    datasets = [_folder(data, height, width)] if data else presets.demo_transformer_data()
+    model_config = replace(
+        presets.DEMO_TRANSFORMER,
+        num_classes=len(datasets[0].class_names),
+        class_names=datasets[0].class_names,
+        codebook_size=frozen.config.codebook_size,
+        codebook_dim=frozen.config.codebook_dim,
+        upsample_mode=frozen.config.upsample_mode,
+    )
+    train_transformer(
+        datasets, out, frozen, model_config, config,
+        device=choose_device(device), backend=backend.value, resume=resume,
+    )  # fmt: skip
+
+
+@train_app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The model's folder: what `flexvar generate --model` takes.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/tokenizer"),
+    transformer: Annotated[Path, typer.Option(help="Folder of the transformer's run.")] = Path("runs/transformer"),
+) -> None:
+    """Put a tokenizer and a transformer together, in half precision: `flexvar train export --out my-model`."""
+    import torch
+
+    from flexvar.generation import FlexVARPipeline
+    from flexvar.storage import load_tokenizer, load_transformer
+
+    FlexVARPipeline(load_tokenizer(tokenizer), load_transformer(transformer)).save_pretrained(out, dtype=torch.float16)
+
+
+@train_app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="`demo`, or a folder; its classes must be the shapes'.")] = "demo",
+    images_per_class: Annotated[int, typer.Option(help="Images of each class and schedule.", min=1)] = 20,
+    classifier: Annotated[Path, typer.Option(help="Folder of the classifier's run; trained there if need be.")] = Path(
+        "runs/classifier"
+    ),
+    backend: BackendOption = Backend.native,
+) -> None:
+    """Print how often a classifier names the class that was asked for, by schedule and aspect ratio, as Markdown."""
+    from flexvar.generation import FlexVARPipeline
+    from flexvar.training.evaluate import evaluation_table, shape_classifier
+
+    pipeline = FlexVARPipeline.from_pretrained(model, backend=backend.value)
+    print(evaluation_table(pipeline, shape_classifier(classifier), images_per_class))
+
+
+def _override(config: ConfigT, **values: Any) -> ConfigT:
+    """The config with the values that were given. Schedules of the run shrink and grow with its steps."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if "steps" in given:
+        for name in ("warmup_steps", "continuous_steps", "short_steps"):
+            if hasattr(config, name):
+                given[name] = getattr(config, name) * given["steps"] // config.steps
+    return replace(config, **given)
+
+
+def _folder(root: Path, height: int, width: int) -> ImageDataset:
+    from flexvar.data import ImageFolder
+
+    return ImageFolder(root, height, width)

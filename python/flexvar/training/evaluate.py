@@ -1,0 +1,84 @@
+"""How often a classifier names the class that was asked for: the table that ``flexvar train evaluate`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flexvar.data import ImageDataset, ShapeDataset
+from flexvar.data.dataset import to_model_range
+from flexvar.generation import FlexVARPipeline
+from flexvar.generation.settings import GenerationOptions
+from flexvar.training.checkpoint import has_checkpoint
+from flexvar.training.classifier import ShapeClassifier, accuracy, train_classifier
+
+STEPS = range(4, 13)
+DEFAULT_STEPS = 10
+SQUARE, WIDE, TALL = (64, 64), (48, 96), (96, 48)  # (height, width) in pixels
+BATCH = 48
+TRAINING_SEED, TEST_SEED = 1, 2  # of the classifier's data; the models' own data is of seed 0
+
+
+def classifier_data(seed: int, squares: int, others: int) -> list[ImageDataset]:
+    """Square, wide and tall images of shapes."""
+    return [
+        ShapeDataset(squares, *SQUARE, seed=seed),
+        ShapeDataset(others, *WIDE, seed=seed),
+        ShapeDataset(others, *TALL, seed=seed),
+    ]
+
+
+def shape_classifier(folder: str | Path) -> ShapeClassifier:
+    """The classifier of a run in ``folder``, trained there first where there is none (about a minute)."""
+    return train_classifier(classifier_data(TRAINING_SEED, 48_000, 12_000), folder, resume=has_checkpoint(Path(folder)))
+
+
+def real_accuracy(classifier: ShapeClassifier, dataset: ImageDataset) -> float:
+    """The part of a data set that the classifier names rightly."""
+    images, labels = dataset.batch(range(len(dataset)))
+    return accuracy(classifier, to_model_range(images), labels)
+
+
+def generated_accuracy(
+    pipeline: FlexVARPipeline,
+    classifier: ShapeClassifier,
+    size: tuple[int, int],
+    steps: int,
+    images_per_class: int,
+    **settings: object,
+) -> float:
+    """The part of the generated images whose class the classifier names rightly.
+
+    Args:
+        size: (height, width) in pixels.
+        settings: further :class:`~flexvar.generation.settings.GenerationSettings`.
+    """
+    labels = [label for label in range(len(pipeline.class_names)) for _ in range(images_per_class)]
+    options: GenerationOptions = {"height": size[0], "width": size[1], "steps": steps, **settings}  # type: ignore[typeddict-item]
+    right = 0
+    for start in range(0, len(labels), BATCH):
+        part = labels[start : start + BATCH]
+        ids = list(range(start, start + len(part)))
+        images = pipeline(part, seed=0, image_ids=ids, output_type="pt", **options).images
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"generated_accuracy: images must be a tensor, got {type(images).__name__}")
+        right += round(len(part) * accuracy(classifier, images.clamp(-1, 1).cpu(), torch.tensor(part)))
+    return right / len(labels)
+
+
+def evaluation_table(
+    pipeline: FlexVARPipeline, classifier: ShapeClassifier, images_per_class: int, steps: Sequence[int] = STEPS
+) -> str:
+    """The Markdown table: real images, the default schedule, other numbers of steps, other aspect ratios."""
+    jobs = [(f"{n} steps{' (default)' if n == DEFAULT_STEPS else ''}", SQUARE, n) for n in steps]
+    jobs += [("1:2, 10 steps", TALL, DEFAULT_STEPS), ("2:1, 10 steps", WIDE, DEFAULT_STEPS)]
+    lines = ["| images | size | named rightly |", "|---|---|---|"]
+    real = real_accuracy(classifier, ShapeDataset(1200, *SQUARE, seed=TEST_SEED))
+    lines.append(f"| real | 64 × 64 | {100 * real:.1f} % |")
+    for name, size, count in tqdm(jobs, desc="evaluating", unit="schedule"):
+        part = generated_accuracy(pipeline, classifier, size, count, images_per_class)
+        lines.append(f"| {name} | {size[1]} × {size[0]} | {100 * part:.1f} % |")
+    return "\n".join(lines)
