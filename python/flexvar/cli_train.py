@@ -38,7 +38,7 @@ WidthOption = Annotated[int, typer.Option(help="Their width.")]
 StepsOption = Annotated[int | None, typer.Option(help="Optimiser steps.")]
 BatchOption = Annotated[int | None, typer.Option(help="Images a step.")]
 RateOption = Annotated[float | None, typer.Option(help="Highest learning rate.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of everything random.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out after a stop or a crash.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.")]
 BackendOption = Annotated[Backend, typer.Option(help="`reference` is plain PyTorch: slow, and the specification.")]
@@ -53,7 +53,7 @@ def tokenizer(
     steps: StepsOption = None,
     batch_size: BatchOption = None,
     learning_rate: RateOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.native,
@@ -89,13 +89,16 @@ def tokenizer(
 def transformer(
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/tokenizer"),
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/transformer"),
+    start_from: Annotated[
+        Path | None, typer.Option(help="Folder of a transformer to train further, on other images; a shorter run.")
+    ] = None,
     data: DataOption = None,
     height: HeightOption = 64,
     width: WidthOption = 64,
     steps: StepsOption = None,
     batch_size: BatchOption = None,
     learning_rate: RateOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.native,
@@ -104,18 +107,19 @@ def transformer(
 
     ```
     flexvar train transformer
+    flexvar train transformer --start-from runs/transformer --out runs/refined
     flexvar train transformer --tokenizer runs/photos-tokenizer --data photos --out runs/photos-transformer
     ```
     """
     from flexvar.commands import choose_device
-    from flexvar.storage import load_tokenizer
+    from flexvar.storage import load_tokenizer, load_transformer
     from flexvar.training import presets, train_transformer
 
-    config = _override(
-        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-    )
+    preset = presets.DEMO_REFINEMENT if start_from else presets.DEMO_TRANSFORMER_TRAINING
+    config = _override(preset, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     frozen = load_tokenizer(tokenizer, backend=backend.value)
-    datasets = [_folder(data, height, width)] if data else presets.demo_transformer_data()
+    shapes = presets.demo_refinement_data if start_from else presets.demo_transformer_data
+    datasets = [_folder(data, height, width)] if data else shapes()
     model_config = replace(
         presets.DEMO_TRANSFORMER,
         num_classes=len(datasets[0].class_names),
@@ -125,8 +129,8 @@ def transformer(
         upsample_mode=frozen.config.upsample_mode,
     )
     train_transformer(
-        datasets, out, frozen, model_config, config,
-        device=choose_device(device), backend=backend.value, resume=resume,
+        datasets, out, frozen, model_config, config, device=choose_device(device), backend=backend.value, resume=resume,
+        start_from=load_transformer(start_from, backend=backend.value) if start_from else None,
     )  # fmt: skip
 
 

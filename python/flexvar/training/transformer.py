@@ -35,11 +35,12 @@ def train_transformer(
     config: TransformerTrainingConfig,
     *,
     device: str | torch.device = "cpu",
+    start_from: FlexVARTransformer | None = None,
     backend: str = "native",
     resume: bool = False,
     progress: bool = True,
 ) -> FlexVARTransformer:
-    """Trains a transformer from scratch on the codes of a trained tokenizer.
+    """Trains a transformer on the codes of a trained tokenizer.
 
     Args:
         datasets: labelled images with the same classes. Each has images of one size; several make a model that knows
@@ -47,6 +48,7 @@ def train_transformer(
         folder: gets the model (:func:`flexvar.storage.load_transformer`), loss curves, the log and the checkpoint.
         tokenizer: is moved to ``device`` and left in eval mode, otherwise unchanged.
         model_config: its codebook and upsampling mode must be the tokenizer's, its classes those of the data sets.
+        start_from: a trained model of the same config whose weights to start from, for further training; else random.
         resume: continue the run in ``folder``.
         progress: show progress bars.
 
@@ -65,6 +67,12 @@ def train_transformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = FlexVARTransformer(model_config, backend=backend)
+    if start_from is not None:
+        if start_from.config != model_config:
+            raise ValueError(
+                f"train_transformer: start_from must have the config {model_config}, got {start_from.config}"
+            )
+        model.load_state_dict(start_from.state_dict())
     codebook = tokenizer.codebook.detach()
 
     def compute_losses(step: int, rng: np.random.Generator) -> Losses:

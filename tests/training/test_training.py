@@ -1,0 +1,207 @@
+"""The trainers learn, and a run that stopped continues as if it had not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from flexvar.data import SHAPE_NAMES, ShapeDataset
+from flexvar.storage import load_tokenizer, load_transformer
+from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
+from flexvar.training import (
+    TokenizerTrainingConfig,
+    TransformerTrainingConfig,
+    train_tokenizer,
+    train_transformer,
+)
+from flexvar.training.classifier import train_classifier
+from flexvar.training.config import TrainingConfig
+from flexvar.training.transformer import random_schedule
+from flexvar.transformer import TransformerConfig
+
+DATA = ShapeDataset(240, 16, 16)
+TOKENIZER = TokenizerConfig(
+    codebook_size=32, codebook_dim=8, z_channels=16, base_channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1,
+    norm_groups=2, downsample_mode="bilinear", upsample_mode="bilinear",
+)  # fmt: skip
+TOKENIZER_TRAINING = TokenizerTrainingConfig(
+    steps=12, batch_size=4, learning_rate=4e-3, warmup_steps=2, ema_decay=0.5, num_scales=2, continuous_steps=3,
+    revive_every=2, checkpoint_every=6, seed=5,
+)  # fmt: skip
+TRANSFORMER = TransformerConfig(
+    depth=2, width=64, heads=2, num_classes=12, class_names=SHAPE_NAMES, codebook_size=32, codebook_dim=8,
+    upsample_mode="bilinear",
+)  # fmt: skip
+TRANSFORMER_TRAINING = TransformerTrainingConfig(
+    steps=12, batch_size=4, learning_rate=4e-3, warmup_steps=2, ema_decay=0.5, short_steps=6, short_batch_size=8,
+    checkpoint_every=6, seed=5,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+class StoppingDataset(ShapeDataset):
+    """A data set that stops the run at its n-th batch."""
+
+    def __init__(self, *args, batches, **kwargs):
+        self.left = 10**9
+        super().__init__(*args, **kwargs)
+        self.left = batches
+
+    def batch(self, indices):
+        if self.left == 0:
+            raise Stopped
+        self.left -= 1
+        return super().batch(indices)
+
+
+def run_tokenizer(folder, data=DATA, config=TOKENIZER_TRAINING, **kwargs):
+    return train_tokenizer(data, folder, TOKENIZER, config, backend="reference", progress=False, **kwargs)
+
+
+def run_transformer(folder, config=TRANSFORMER_TRAINING, data=(DATA,), **kwargs):
+    torch.manual_seed(0)
+    tokenizer = MultiScaleTokenizer(TOKENIZER, backend="reference")
+    return train_transformer(
+        data, folder, tokenizer, TRANSFORMER, config, backend="reference", progress=False, **kwargs
+    )
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_tokenizer_learns_and_is_saved(tmp_path):
+    state = torch.get_rng_state()
+    config = replace(TOKENIZER_TRAINING, steps=40, batch_size=16, continuous_steps=20, num_scales=1, revive_every=0)
+    tokenizer = run_tokenizer(tmp_path, config=config)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers stay the caller's"
+    curve = losses(tmp_path)
+    assert len(curve) == 40
+    assert sum(curve[-4:]) / 4 < 0.8 * curve[0]
+    assert not tokenizer.training
+    assert same_weights(load_tokenizer(tmp_path, backend="reference"), tokenizer)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_transformer_learns_and_is_saved(tmp_path):
+    model = run_transformer(tmp_path, replace(TRANSFORMER_TRAINING, steps=30, short_steps=15))
+    curve = losses(tmp_path)
+    assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    assert same_weights(load_transformer(tmp_path, backend="reference"), model)
+
+
+def test_tokenizer_resumes_exactly(tmp_path):
+    whole = run_tokenizer(tmp_path / "whole")
+    batches = TOKENIZER_TRAINING.steps * 2  # with those of the revivals it stops in the second half
+    with pytest.raises(Stopped):
+        run_tokenizer(tmp_path / "stopped", StoppingDataset(240, 16, 16, batches=batches))
+    resumed = run_tokenizer(tmp_path / "stopped", resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert same_weights(resumed, whole)
+
+
+def test_transformer_resumes_exactly(tmp_path, monkeypatch):
+    whole = run_transformer(tmp_path / "whole")
+
+    import flexvar.training.transformer as module
+
+    calls = iter(range(9))
+
+    def stopping(*args, **kwargs):
+        if next(calls, None) is None:
+            raise Stopped
+        return random_schedule(*args, **kwargs)
+
+    monkeypatch.setattr(module, "random_schedule", stopping)
+    with pytest.raises(Stopped):
+        run_transformer(tmp_path / "stopped")
+    monkeypatch.undo()
+    resumed = run_transformer(tmp_path / "stopped", resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert same_weights(resumed, whole)
+
+
+def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    with pytest.raises(ValueError, match=r"folder must hold checkpoint\.json"):
+        run_tokenizer(tmp_path, config=config, resume=True)
+    run_tokenizer(tmp_path, config=config)
+    with pytest.raises(ValueError, match="already holds a run; resume it or choose another folder"):
+        run_tokenizer(tmp_path, config=config)
+    with pytest.raises(ValueError, match="to resume, training must be that of the checkpoint"):
+        run_tokenizer(tmp_path, config=replace(config, learning_rate=1.0), resume=True)
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    config = TrainingConfig(steps=20, batch_size=4, learning_rate=1e30, warmup_steps=0, bfloat16=False)
+    with pytest.raises(ValueError, match="losses must stay finite, got .* lower the learning rate"):
+        train_classifier([DATA], tmp_path, config, progress=False)
+
+
+def test_random_schedules():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for grid in ((16, 16), (12, 24), (24, 12)):
+        lengths = set()
+        for _ in range(200):
+            schedule = random_schedule(rng, grid, 0.1)
+            assert schedule.final_size == grid
+            assert schedule[0] == (1, 1)
+            assert 2 <= len(schedule) <= 12
+            lengths.add(len(schedule))
+            short = random_schedule(rng, grid, 0.1, short=True)
+            assert 2 * max(short.final_size) <= max(grid)
+        assert lengths >= set(range(4, 12))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be from 1 to"),
+        ({"steps": 2.5}, TypeError, "steps must be an int, got 2.5"),
+        ({"learning_rate": 0.0}, ValueError, r"learning_rate must be above 0, got 0\.0"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate must be a float, got 'fast'"),
+        ({"weight_decay": -1.0}, ValueError, r"weight_decay must be at least 0, got -1\.0"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay must be at least 0 and below 1"),
+        ({"bfloat16": 1}, TypeError, "bfloat16 must be a bool, got 1"),
+        ({"num_scales": 0}, ValueError, "num_scales must be from 1 to 64, got 0"),
+    ],
+)
+def test_bad_configs(values, error, message):
+    with pytest.raises(error, match=message):
+        TokenizerTrainingConfig(**values)
+
+
+def test_data_and_models_must_fit(tmp_path):
+    with pytest.raises(ValueError, match="dataset must hold at least one image"):
+        run_tokenizer(tmp_path, ShapeDataset(0))
+    with pytest.raises(ValueError, match="height of the images must be a multiple of patch size 4, got 18"):
+        run_tokenizer(tmp_path, ShapeDataset(12, 18, 16))
+    with pytest.raises(ValueError, match="datasets must each hold at least one image"):
+        run_transformer(tmp_path, data=())
+    tokenizer = MultiScaleTokenizer(TOKENIZER, backend="reference")
+    for changes, message in (
+        ({"codebook_size": 16}, "codebook_size must be that of the tokenizer, 32, got 16"),
+        ({"upsample_mode": "bicubic"}, "upsample_mode must be that of the tokenizer, 'bilinear', got 'bicubic'"),
+        ({"num_classes": 11, "class_names": ()}, "num_classes = 11"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_transformer(
+                [DATA], tmp_path, tokenizer, replace(TRANSFORMER, **changes), TRANSFORMER_TRAINING, progress=False
+            )
