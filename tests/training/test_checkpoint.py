@@ -1,5 +1,6 @@
 """Checkpoints: complete at every moment of a save, refused when damaged."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,12 +49,13 @@ def test_every_truncation_and_bit_flip_is_refused(tmp_path, name):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
-        try:
+        if name != INDEX_NAME:
+            with pytest.raises(ValueError, match="damaged"):
+                load_checkpoint(tmp_path)
+            continue
+        # A flip between kinds of white space leaves the index as it was: what is read is right, or nothing is.
+        with contextlib.suppress(ValueError):
             step, tensors, values = load_checkpoint(tmp_path)
-        except ValueError as error:
-            assert "damaged" in str(error)  # noqa: PT017: a flip of whitespace or letter case may leave the values as they were
-        else:
-            assert name == INDEX_NAME
             assert (step, values, tensors["weight"][0].item()) == (3, {"seed": 7}, 3.0)
     for length in rng.integers(len(whole), size=50):
         path.write_bytes(whole[:length])

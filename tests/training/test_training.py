@@ -46,7 +46,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for a kill in the middle of a run."""
 
 
@@ -60,7 +60,7 @@ class StoppingDataset(ShapeDataset):
 
     def batch(self, indices):
         if self.left == 0:
-            raise Stopped
+            raise StoppedError
         self.left -= 1
         return super().batch(indices)
 
@@ -108,7 +108,7 @@ def test_transformer_learns_and_is_saved(tmp_path):
 def test_tokenizer_resumes_exactly(tmp_path):
     whole = run_tokenizer(tmp_path / "whole")
     batches = TOKENIZER_TRAINING.steps * 2  # with those of the revivals it stops in the second half
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_tokenizer(tmp_path / "stopped", StoppingDataset(240, 16, 16, batches=batches))
     resumed = run_tokenizer(tmp_path / "stopped", resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -124,11 +124,11 @@ def test_transformer_resumes_exactly(tmp_path, monkeypatch):
 
     def stopping(*args, **kwargs):
         if next(calls, None) is None:
-            raise Stopped
+            raise StoppedError
         return random_schedule(*args, **kwargs)
 
     monkeypatch.setattr(module, "random_schedule", stopping)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_transformer(tmp_path / "stopped")
     monkeypatch.undo()
     resumed = run_transformer(tmp_path / "stopped", resume=True)
@@ -149,7 +149,7 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
 
 def test_a_run_that_diverges_says_so(tmp_path):
     config = TrainingConfig(steps=20, batch_size=4, learning_rate=1e30, warmup_steps=0, bfloat16=False)
-    with pytest.raises(ValueError, match="losses must stay finite, got .* lower the learning rate"):
+    with pytest.raises(ValueError, match=r"losses must stay finite, got .* lower the learning rate"):
         train_classifier([DATA], tmp_path, config, progress=False)
 
 

@@ -47,8 +47,7 @@ class TokenizerConfig(JsonConfig):
         self._check_int("base_channels", 1, 1 << 12)
         if self.base_channels % self.norm_groups:
             raise ValueError(
-                f"TokenizerConfig: base_channels must be a multiple of norm_groups {self.norm_groups}, "
-                f"got {self.base_channels}"
+                f"TokenizerConfig: base_channels must be a multiple of {self.norm_groups}, got {self.base_channels}"
             )
         multipliers = self.channel_multipliers
         if not isinstance(multipliers, (list, tuple)) or any(type(m) is not int for m in multipliers):
