@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -275,6 +276,28 @@ def test_nan_weights_are_an_error(pipe: FlexVARPipeline) -> None:
     with torch.no_grad():
         bias.copy_(kept)
     assert pyramids_equal(pipe(1, schedule=SMALL).pyramid, expected)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(pipe: FlexVARPipeline) -> None:
+    on_gpu = FlexVARPipeline(deepcopy(pipe.tokenizer), deepcopy(pipe.transformer)).to("cuda")
+    labels, seeds = [3, 1, 4], [11, 12, 13]
+    together = on_gpu(labels, schedule=SMALL, seed=seeds).pyramid
+    assert together[0].device.type == "cuda"
+    for image in range(3):
+        alone = on_gpu(labels[image], schedule=SMALL, seed=seeds[image]).pyramid
+        assert pyramids_equal(alone, of_image(together, image))
+    assert len(on_gpu(labels, schedule=SMALL, autocast_dtype=torch.bfloat16).images) == 3
+    with torch.no_grad():
+        on_gpu.transformer.head.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits must be numbers"):  # seen after the last step only
+        on_gpu(labels, schedule=SMALL)
+
+
+def test_models_on_two_devices_are_refused(pipe: FlexVARPipeline) -> None:
+    apart = FlexVARPipeline(pipe.tokenizer, deepcopy(pipe.transformer).to("meta"))
+    with pytest.raises(ValueError, match="both models must be on one device, got cpu and meta"):
+        apart(1, schedule=SMALL)
 
 
 def test_training_mode_is_refused(pipe: FlexVARPipeline) -> None:
