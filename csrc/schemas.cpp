@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
   m.def(
       "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
       "float softmax_scale) -> Tensor");
+  m.def(
+      "guided_sample(Tensor logits, SymInt top_k, float top_p, Tensor seeds, Tensor image_ids, "
+      "SymInt step) -> Tensor");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");
   m.def("resample2d(Tensor x, SymInt height, SymInt width, str mode, bool antialias) -> Tensor");
   m.def(

@@ -108,15 +108,15 @@ def scale_attention_step(
 # multiples of 2**-18. Integer sums do not depend on their order, so every backend finds the same cumulative sums.
 _LOG2_E = float.fromhex("0x1.715476p0")  # float32(log2(e))
 _EXP2_COEFFICIENTS = tuple(
-    map(float.fromhex, ("0x1.051a04p-1", "0x1.3f8132p-2", "0x1.553942p-3", "-0x1.168a3cp-9", "0x1.bb7ca8p-7"))
+    map(float.fromhex, ("0x1.04d2a4p-1", "0x1.41077ep-2", "0x1.5226b4p-3", "-0x1.7fd96ap-10", "0x1.b7f730p-7"))
 )
 
 
 def _integer_weights(x: Tensor) -> Tensor:
     """float32 [..., V] without NaN -> int64 [..., V], at most 2**30; 0 below 2**-30 of the largest, and at -inf.
 
-    The arithmetic of csrc/guided_sample/weights.h, in which ``fma`` rounds once: a product of two float32 is exact in
-    float64, and so are all the sums here up to roundings that a test over all 2**18 fractions shows to be harmless.
+    The arithmetic of csrc/guided_sample/arithmetic.h. Its ``fma`` rounds once, and so does ``.float()`` here: what
+    comes before it is a multiple of 2**-48 below 4, hence exact in float64.
     """
     maximum = x.amax(-1, keepdim=True)
     difference = torch.where(x == maximum, 0.0, x - maximum)  # inf - inf is 0 here
@@ -170,7 +170,7 @@ def guided_sample(
     if top_k > 0:
         weights[..., top_k:] = 0
     if top_p > 0:
-        limit = (weights.sum(-1, keepdim=True).double() * top_p).ceil().long()
+        limit = (weights.sum(-1, keepdim=True).double() * top_p).ceil().clamp(min=1).long()
         weights[weights.cumsum(-1) - weights >= limit] = 0
     sums = torch.zeros_like(weights).scatter_(-1, tokens, weights).cumsum(-1)
     total = sums[..., -1]

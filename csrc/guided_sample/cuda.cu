@@ -1,0 +1,78 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "common/cuda_launch.h"
+#include "common/tensor_checks.h"
+#include "guided_sample/kernel.cuh"
+#include "guided_sample/launch.h"
+
+namespace flexvar {
+namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, which, device) == cudaSuccess,
+                  "guided_sample: cudaDeviceGetAttribute failed");
+  return value;
+}
+
+template <class T>
+void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
+  params.logits = static_cast<const T*>(logits.const_data_ptr());
+  const int device = logits.get_device_index();
+  const int64_t words = guided_sample_words(params.vocabulary, params.top_k);
+  const int64_t bytes = words * static_cast<int64_t>(sizeof(int32_t));
+  const auto all_rows = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
+  const int64_t shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
+                               static_cast<int64_t>(sizeof(SampleStorage));
+  if (bytes <= shared_limit) {
+    const auto kernel = guided_sample_kernel<T, true>;
+    STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(bytes)) == cudaSuccess,
+                    "guided_sample: cannot use ", bytes, " bytes of shared memory");
+    kernel<<<all_rows, kSampleThreads, bytes, stream>>>(params);
+  } else {
+    const auto blocks =
+        std::min<unsigned>(all_rows, 4u * attribute(cudaDevAttrMultiProcessorCount, device));
+    const Tensor workspace = torch::stable::new_empty(logits, {blocks, words}, ScalarType::Int);
+    params.workspace = workspace.mutable_data_ptr<int32_t>();
+    guided_sample_kernel<T, false><<<blocks, kSampleThreads, 0, stream>>>(params);
+  }
+  check_launch("guided_sample");
+}
+
+Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, const Tensor& seeds,
+                          const Tensor& image_ids, int64_t step) {
+  check_guided_sample(logits, top_k, top_p, seeds, image_ids);
+  const CudaScope scope(logits);
+  const int64_t length = logits.size(1), vocabulary = logits.size(2);
+  const int64_t rows = logits.size(0) * length;
+  Tensor tokens = torch::stable::new_empty(logits, {logits.size(0), length}, ScalarType::Long);
+  if (rows == 0) return tokens;
+  const Tensor x = torch::stable::contiguous(logits);
+  const Tensor seed = torch::stable::contiguous(seeds), id = torch::stable::contiguous(image_ids);
+  const auto run = [&]<class T>(T) {
+    launch<T>(
+        x,
+        {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
+         tokens.mutable_data_ptr<int64_t>(), nullptr, rows, length, step, top_p,
+         static_cast<int32_t>(vocabulary), static_cast<int32_t>(top_k < vocabulary ? top_k : 0)},
+        scope.stream());
+  };
+  if (x.scalar_type() == ScalarType::Half) {
+    run(__half{});
+  } else if (x.scalar_type() == ScalarType::BFloat16) {
+    run(__nv_bfloat16{});
+  } else {
+    run(float{});
+  }
+  return tokens;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+  m.impl("guided_sample", TORCH_BOX(&guided_sample_cuda));
+}
+
+}  // namespace
+}  // namespace flexvar
