@@ -66,7 +66,7 @@ def generate(run: Callable[..., Result], model: str) -> Callable[..., Result]:
 
 def test_version_and_help(run: Callable[..., Result]) -> None:
     assert run("--version") == (0, f"flexvar {__version__}\n", "")
-    for command in ([], ["generate"], ["reconstruct"], ["doctor"]):
+    for command in ([], ["generate"], ["reconstruct"], ["doctor"], ["train"], ["train", "tokenizer"]):
         code, text, _ = run(*command, "--help")
         assert code == 0
         assert "Usage" in text
@@ -174,6 +174,10 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
         (["generate", "--model", "."], "must hold tokenizer/config.json"),
         (["generate", "--frobnicate"], None),
         (["frobnicate"], None),
+        (["train", "tokenizer", "--data", "nowhere"], "root must be a folder, got 'nowhere'"),
+        (["train", "transformer", "--tokenizer", "nowhere"], "nowhere/config.json"),
+        (["train", "tokenizer", "--steps", "0"], "steps must be from 1 to"),
+        (["train", "evaluate", "--images-per-class", "0"], None),
         (["reconstruct"], None),
         (["reconstruct", "missing.jpg"], "missing.jpg: No such file or directory"),
         (["reconstruct", "."], ".: Is a directory"),
@@ -191,7 +195,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     Image.new("RGB", (64, 64)).save("photo.png")
     Image.effect_noise((64, 64), 50).save("truncated.png")
     Path("truncated.png").write_bytes(Path("truncated.png").read_bytes()[:900])
-    if "--model" not in arguments and len(arguments) > 1:
+    if "--model" not in arguments and arguments[0] in ("generate", "reconstruct") and len(arguments) > 1:
         arguments = [*arguments, "--model", model, "--backend", "reference"]
     code, _, error = run(*arguments)
     assert code == 2

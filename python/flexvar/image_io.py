@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from flexvar._files import write_atomically
@@ -71,6 +71,8 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     formats = [known for known in Image.ID if known not in _REFUSED_FORMATS]
     try:
         image = Image.open(file, formats=formats)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"open_image: {name} must be a picture that Pillow reads, got another format") from error
     except Exception as error:  # Pillow's format plugins raise nearly anything on a damaged header
         raise ValueError(f"open_image: {name} must be a picture that Pillow reads, got: {error}") from error
     with image:

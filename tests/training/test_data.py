@@ -96,5 +96,5 @@ def test_bad_image_folders(tmp_path):
     with pytest.raises(ValueError, match="the sub-folders must hold pictures"):
         ImageFolder(tmp_path)
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png' must be a readable picture"):
+    with pytest.raises(ValueError, match=r"broken\.png must be a picture"):
         ImageFolder(tmp_path).batch([0])

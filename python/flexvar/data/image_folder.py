@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from flexvar.image_io import open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -60,9 +62,5 @@ class ImageFolder:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64)
 
     def _read(self, path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as picture:
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"ImageFolder: {str(path)!r} must be a readable picture, got {error}") from error
-        return np.asarray(ImageOps.fit(upright, (self.width, self.height), Image.Resampling.LANCZOS))
+        picture = open_image(path)
+        return np.asarray(ImageOps.fit(picture, (self.width, self.height), Image.Resampling.LANCZOS))
