@@ -21,7 +21,7 @@ from flexvar.checkpoint import MissingCheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
 
-CONFIG = TransformerConfig(depth=1, width=32, heads=2, num_classes=2, codebook_size=6, codebook_dim=4, position_grid=4)
+CONFIG = TransformerConfig(depth=1, width=32, heads=1, num_classes=2, codebook_size=6, codebook_dim=4, position_grid=4)
 
 
 @pytest.fixture
