@@ -71,7 +71,7 @@ def published_shapes() -> dict[str, dict[str, list[int]]]:
     return files
 
 
-@pytest.fixture(scope="session", params=["reference"])
+@pytest.fixture(scope="session", params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
