@@ -96,7 +96,7 @@ __device__ void fill_patch_weights(Real (&weight)[kEmbedTile][kEmbedPatch<Real>]
 }
 
 template <class T, class Real, class Out>
-__global__ void __launch_bounds__(kEmbedThreads)
+__global__ void __launch_bounds__(kEmbedThreads, 2)
     embed_resample_kernel(EmbedResampleCudaParams<T, Real, Out> params) {
   constexpr int patch = kEmbedPatch<Real>;
   auto& shared = shared_storage<EmbedStorage<Real>>();
@@ -205,7 +205,7 @@ __device__ inline int64_t lower_bound(const int64_t* sorted, int64_t count, int6
 // kMinCodeNorm), the gradient (g - e (e . g)) / n through the normalisation, or g / n where the
 // norm is clamped.
 template <class T, class Real>
-__global__ void __launch_bounds__(kEmbedThreads)
+__global__ void __launch_bounds__(kEmbedThreads, 2)
     embed_scatter_kernel(EmbedScatterCudaParams<T, Real> params) {
   const int64_t v = blockIdx.x * static_cast<int64_t>(kEmbedWarps) + threadIdx.x / 32;
   if (v >= params.num_codes) return;

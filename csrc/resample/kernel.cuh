@@ -60,7 +60,7 @@ __device__ void fill_tile_weights(ResampleTileAxis<Real>& tile, const TapAxis<Re
 }
 
 template <class T, class Real, int kPlanes>
-__global__ void __launch_bounds__(kResampleThreads)
+__global__ void __launch_bounds__(kResampleThreads, 2)
     resample2d_kernel(Resample2dCudaParams<T, Real> params) {
   auto& shared = shared_storage<ResampleStorage<Real>>();
   const int64_t height = params.y.out_size(), width = params.x.out_size();
