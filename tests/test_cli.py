@@ -60,8 +60,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def generate(run: Callable[..., Result], model: str) -> Callable[..., Result]:
-    """``flexvar generate`` with the tiny pipeline on the reference ops."""
-    return lambda *arguments: run("generate", *arguments, "--model", model, "--backend", "reference")
+    """``flexvar generate`` with the tiny pipeline."""
+    return lambda *arguments: run("generate", *arguments, "--model", model, "--device", "cpu")
 
 
 def test_version_and_help(run: Callable[..., Result]) -> None:
@@ -94,7 +94,7 @@ def test_a_folder_and_what_its_settings_reproduce(generate: Callable[..., Result
     assert generate("--num", 4, "--schedule", "1,2x3", "--out", "images", "--grid", "--batch", 3)[0] == 0
     files = sorted(os.listdir("images"))
     assert files == ["0000-circle.png", "0001-star.png", "0002-evil-name.png", "0003-circle.png", "grid.png"]
-    pipe = FlexVARPipeline.from_pretrained(model, backend="reference")
+    pipe = FlexVARPipeline.from_pretrained(model)
     for file in files[:4]:
         settings = read_settings(Path("images", file))
         names = ("schedule", "steps", "height", "width", "guidance_scale", "guidance_style", "top_k", "top_p", "seed")
@@ -128,12 +128,12 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     Image.new("CMYK", (40, 31), (0, 200, 200, 0)).save("photo.jpg", exif=exif)
-    code, _, error = run("reconstruct", "photo.jpg", "--model", model, "--backend", "reference", "--steps", 3)
+    code, _, error = run("reconstruct", "photo.jpg", "--model", model, "--device", "cpu", "--steps", 3)
     assert (code, error) == (0, "")
     assert Image.open("reconstruction.png").height == 2 * (40 + 16 + 4) + 4  # the original and 3 scales, with captions
     code, _, error = run(
-        "reconstruct", "photo.jpg", "--model", model, "--backend", "reference", "--max-side", 20, "--out", "small.png",
-        "--schedule", "1,5x4",
+        "reconstruct", "photo.jpg", "--model", model, "--backend", "reference", "--device", "cpu", "--max-side", 20,
+        "--out", "small.png", "--schedule", "1,5x4",
     )  # fmt: skip
     assert code == 0
     assert "photo.jpg was shrunk from 31 x 40 to 15 x 20" in error
@@ -196,7 +196,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     Image.effect_noise((64, 64), 50).save("truncated.png")
     Path("truncated.png").write_bytes(Path("truncated.png").read_bytes()[:900])
     if "--model" not in arguments and arguments[0] in ("generate", "reconstruct") and len(arguments) > 1:
-        arguments = [*arguments, "--model", model, "--backend", "reference"]
+        arguments = [*arguments, "--model", model]
     code, _, error = run(*arguments)
     assert code == 2
     assert "Traceback" not in error
@@ -230,6 +230,6 @@ def test_out_of_memory_is_one_line(generate: Callable[..., Result], monkeypatch:
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.setattr(FlexVARTransformer, "begin", lambda *_, **__: [].pop())
-    monkeypatch.setattr(sys, "argv", ["flexvar", "generate", "star", "--model", model, "--backend", "reference"])
+    monkeypatch.setattr(sys, "argv", ["flexvar", "generate", "star", "--model", model])
     with pytest.raises(IndexError):
         main()
