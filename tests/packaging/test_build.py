@@ -1,0 +1,74 @@
+"""The build as a user meets it: a wheel from a copy of the sources, CUDA where there is none, a broken install."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "flexvar_ext", "python"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_wheel_holds_both_packages_and_works_unpacked(sources: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path)]
+    built = run(*pip, str(sources), FLEXVAR_CUDA="off")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("flexvar-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    for wanted in ("flexvar_ext/libflexvar_ops.so", "flexvar_ext/reference.py", "flexvar/cli.py", "flexvar/py.typed"):
+        assert wanted in names
+    assert any(name.startswith("flexvar/demo/") and name.endswith(".safetensors") for name in names)
+    assert not any(name.startswith(("tests/", "benchmarks/")) or name.endswith("_cuda.so") for name in names)
+
+    program = "import flexvar, flexvar_ext; print(flexvar_ext.__file__, flexvar_ext.HAS_CUDA_KERNELS)"
+    used = run(sys.executable, "-P", "-c", program, PYTHONPATH=str(tmp_path / "site"))
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.split() == [str(tmp_path / "site/flexvar_ext/__init__.py"), "False"]
+
+
+def test_cuda_asked_for_without_nvcc_is_an_error(sources: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"  # a PATH on which there is everything but nvcc
+    tools.mkdir()
+    for tool in ("cmake", "ninja", "c++", "g++", "gcc", "cc", "as", "ld", "ar", "ranlib", "uname", "sh", "objcopy"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    command = ["cmake", "-S", str(sources), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFLEXVAR_OUTPUT_DIR={tmp_path}"]
+    environment = {"PATH": str(tools), "CUDACXX": "", "CUDA_PATH": "", "CUDA_HOME": ""}
+    asked = run(*command, "-DFLEXVAR_CUDA=on", **environment)
+    assert asked.returncode != 0
+    assert "FLEXVAR_CUDA=on needs nvcc" in asked.stderr
+
+    wrong = run(*command, "-DFLEXVAR_CUDA=maybe", **environment)
+    assert wrong.returncode != 0
+    assert "FLEXVAR_CUDA must be auto, on or off, got 'maybe'" in wrong.stderr
+
+
+def test_missing_library_says_what_to_do(sources: Path) -> None:
+    used = run(sys.executable, "-P", "-c", "import flexvar_ext", PYTHONPATH=str(sources))
+    assert used.returncode != 0
+    assert "libflexvar_ops.so is missing" in used.stderr
+    assert "pip install --no-build-isolation" in used.stderr
