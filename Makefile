@@ -57,7 +57,7 @@ gpu: setup
 	$(BIN)/python -m benchmarks.report --require-cuda
 
 lint:
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]" --no-build-isolation
+	$(BIN)/python -m pip install --disable-pip-version-check -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
