@@ -20,7 +20,7 @@ DEFAULT_STEPS = 10
 SQUARE, WIDE, TALL = (64, 64), (48, 96), (96, 48)  # (height, width) in pixels
 BATCH = 48
 #: What suits the demo model: the same guidance at every step, and only the likelier codes.
-DEMO_SETTINGS: GenerationOptions = {"guidance_scale": 2.0, "guidance_style": "llamagen", "top_p": 0.7}
+DEMO_SETTINGS: GenerationOptions = {"guidance_scale": 2.0, "guidance_style": "llamagen", "top_p": 0.5}
 TRAINING_SEED, TEST_SEED = 1, 2  # of the classifier's data; the models' own data is of seed 0
 
 
