@@ -87,11 +87,11 @@ def same_weights(one, two):
 
 def test_tokenizer_learns_and_is_saved(tmp_path):
     state = torch.get_rng_state()
-    config = replace(TOKENIZER_TRAINING, steps=40, batch_size=16, continuous_steps=20, num_scales=1, revive_every=0)
+    config = replace(TOKENIZER_TRAINING, steps=24, batch_size=16, continuous_steps=12, num_scales=1, revive_every=0)
     tokenizer = run_tokenizer(tmp_path, config=config)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers stay the caller's"
     curve = losses(tmp_path)
-    assert len(curve) == 40
+    assert len(curve) == 24
     assert sum(curve[-4:]) / 4 < 0.8 * curve[0]
     assert not tokenizer.training
     assert same_weights(load_tokenizer(tmp_path, backend="reference"), tokenizer)
