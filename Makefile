@@ -41,7 +41,7 @@ emulated:
 
 demo: setup
 	mkdir -p out
-	$(BIN)/flexvar generate --num 24 --seed 0 --guidance-style llamagen --guidance 2 --top-p 0.5 --out out/demo.png
+	$(BIN)/flexvar generate --num 24 --seed 0 --out out/demo.png
 	@echo "look at out/demo.png"
 
 test: setup

@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         tokenizer = MultiScaleTokenizer(TokenizerConfig(32, 8, 32, 32, (1, 1, 2), num_res_blocks=1))
         transformer = FlexVARTransformer(TransformerConfig(1, 64, 2, 3, 32, 8, class_names=NAMES))
     folder = tmp_path_factory.mktemp("model")
-    FlexVARPipeline(tokenizer, transformer).save_pretrained(folder)
+    FlexVARPipeline(tokenizer, transformer, defaults={"guidance_style": "llamagen"}).save_pretrained(folder)
     return str(folder)
 
 
@@ -86,7 +86,8 @@ def test_one_image(generate: Callable[..., Result], model: str) -> None:
     assert Image.open("new/star.png").size == (16, 16)
     settings = read_settings("new/star.png")
     assert settings["class_labels"] == ["star"]
-    assert (settings["seed"], settings["height"], settings["steps"]) == (4, 16, 3)
+    assert (settings["seed"], settings["height"], len(settings["schedule"])) == (4, 16, 3)
+    assert settings["guidance_style"] == "llamagen"  # the model's own
     assert (settings["version"], settings["model"], settings["device"]) == (__version__, model, "cpu")
 
 
@@ -97,8 +98,8 @@ def test_a_folder_and_what_its_settings_reproduce(generate: Callable[..., Result
     pipe = FlexVARPipeline.from_pretrained(model)
     for file in files[:4]:
         settings = read_settings(Path("images", file))
-        names = ("schedule", "steps", "height", "width", "guidance_scale", "guidance_style", "top_k", "top_p", "seed")
-        options: dict[str, Any] = {name: settings[name] for name in (*names, "image_ids")}
+        names = ("seed", "image_ids", "schedule", "guidance_scale", "guidance_style", "top_k", "top_p")
+        options: dict[str, Any] = {name: settings[name] for name in names}
         again = pipe(settings["class_labels"], **options).images[0]
         assert np.array_equal(np.asarray(again), np.asarray(Image.open(Path("images", file))))
     assert read_settings("images/grid.png")["image_ids"] == [0, 1, 2, 3]

@@ -1,9 +1,15 @@
-"""Writing files whole or not at all."""
+"""Files of a model: written whole or not at all, read with suspicion."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from flexvar.checkpoint import MissingCheckpointError
+
+_MAX_JSON_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
@@ -26,3 +32,25 @@ def write_atomically(path: Path, contents: bytes) -> None:
         os.fsync(folder)  # so that the new name, too, is on the disk
     finally:
         os.close(folder)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a small JSON file holds.
+
+    Raises:
+        OSError: it cannot be read, or is not there (MissingCheckpointError, which is a ValueError too).
+        ValueError: it is longer than a mebibyte, or not JSON, or JSON of something else.
+    """
+    if not path.is_file():
+        raise MissingCheckpointError(f"{path} must exist, got no such file")
+    with path.open("rb") as file:
+        content = file.read(_MAX_JSON_BYTES + 1)
+    if len(content) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes, got more")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got: {error}") from error
+    if type(values) is not dict:
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values

@@ -6,7 +6,7 @@ import sys
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -126,12 +126,20 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels; any number.")] = None,
     steps: StepsOption = None,
     schedule: ScheduleOption = None,
-    guidance: Annotated[float, typer.Option(help="How strongly to insist on the class.")] = 2.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How strongly to insist on the class. This and the next three default to the model's."),
+    ] = None,
     guidance_style: Annotated[
-        GuidanceStyle, typer.Option(help="`var` rises from 0 over the steps, `llamagen` is constant (1 is none).")
-    ] = GuidanceStyle.var,
-    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest codes; 0 is all, 1 the likeliest.")] = 900,
-    top_p: Annotated[float, typer.Option(help="Then among the likeliest with this probability together.")] = 0.95,
+        GuidanceStyle | None,
+        typer.Option(help="`var` rises from 0 over the steps, `llamagen` is constant (1 is none), `off` is none."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the k likeliest codes; 0 is all, 1 the likeliest.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Then among the likeliest with this probability together; 1 is all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same whatever --num and --batch are.")] = 0,
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 16,
     published_greedy_quirk: Annotated[
@@ -156,23 +164,24 @@ def generate(
     """
     from flexvar import commands
 
-    settings = {
+    settings: dict[str, Any] = {
         "schedule": commands.parse_schedule(schedule),
         "height": size if height is None else height,
         "width": size if width is None else width,
         "steps": steps,
         "guidance_scale": guidance,
-        "guidance_style": guidance_style.value,
+        "guidance_style": None if guidance_style is None else guidance_style.value,
         "top_k": top_k,
         "top_p": top_p,
         "published_greedy_quirk": published_greedy_quirk,
     }
+    given = {name: value for name, value in settings.items() if value is not None}
     if size is not None and (height is not None or width is not None):
         raise ValueError(f"generate: --size must be left out where --height or --width is given, got {size}")
     target = commands.check_target(out, grid=grid)
     pipe = _load(model, device, backend)
     commands.generate(
-        pipe, labels or [], num=num, seed=seed, batch=batch, dtype=dtype.value, settings=settings, model=model,
+        pipe, labels or [], num=num, seed=seed, batch=batch, dtype=dtype.value, options=given, model=model,
         target=target, grid=grid, columns=columns,
     )  # fmt: skip
 

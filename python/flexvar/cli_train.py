@@ -140,13 +140,19 @@ def export(
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/tokenizer"),
     transformer: Annotated[Path, typer.Option(help="Folder of the transformer's run.")] = Path("runs/transformer"),
 ) -> None:
-    """Put a tokenizer and a transformer together, in half precision: `flexvar train export --out my-model`."""
+    """Put a tokenizer and a transformer together, in half precision: `flexvar train export --out my-model`.
+
+    The folder's `generation.json` says which guidance suits the model, at first what suits the demo; edit it freely.
+    """
     import torch
 
     from flexvar.generation import FlexVARPipeline
     from flexvar.storage import load_tokenizer, load_transformer
+    from flexvar.training.presets import DEMO_GENERATION
 
-    FlexVARPipeline(load_tokenizer(tokenizer), load_transformer(transformer)).save_pretrained(out, dtype=torch.float16)
+    FlexVARPipeline(load_tokenizer(tokenizer), load_transformer(transformer), defaults=DEMO_GENERATION).save_pretrained(
+        out, dtype=torch.float16
+    )
 
 
 @train_app.command()

@@ -89,7 +89,7 @@ def generate(
     seed: int,
     batch: int,
     dtype: str,
-    settings: dict[str, Any],
+    options: dict[str, Any],
     model: str,
     target: Path,
     grid: bool,
@@ -101,32 +101,35 @@ def generate(
     check_integer("--batch", batch, 1)
     if columns is not None:
         check_integer("--columns", columns, 1)
+    if dtype != "float32":
+        options = {**options, "autocast_dtype": getattr(torch, dtype)}
+    settings = pipe.settings(**options)
+    layout = settings.layout(pipe.patch_size)
     drawn_classes = [classes[i % len(classes)] for i in range(count)]
     images: list[Image.Image] = []
-    with tqdm(desc="generating", unit="step", disable=None) as bar:
+    total = math.ceil(count / batch) * len(layout.schedule)
+    with tqdm(total=total, desc="generating", unit="step", disable=None) as bar:
         for start in range(0, count, batch):
             part = range(start, min(start + batch, count))
-            stream = pipe.stream(
-                [drawn_classes[i] for i in part],
-                seed=seed,
-                image_ids=part,
-                autocast_dtype=None if dtype == "float32" else getattr(torch, dtype),
-                **settings,
-            )
-            for step in stream:
-                if start == 0 and step.index == 0:
-                    bar.total = step.num_steps * math.ceil(count / batch)
+            for step in pipe.stream([drawn_classes[i] for i in part], seed=seed, image_ids=part, **options):
                 bar.update()
-            images += step.preview()
+                if step.index + 1 == step.num_steps:
+                    images += step.preview()
     record = {
         "version": flexvar.__version__,
         "command": "generate",
         "model": model,
-        "seed": seed,
-        **settings,
-        "schedule": None if settings["schedule"] is None else [list(size) for size in settings["schedule"]],
-        "dtype": dtype,
         "device": pipe.device.type,
+        "dtype": dtype,
+        "seed": seed,
+        "height": layout.image_size[0],
+        "width": layout.image_size[1],
+        "schedule": [list(size) for size in layout.schedule],
+        "guidance_scale": settings.guidance_scale,
+        "guidance_style": settings.guidance_style,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "published_greedy_quirk": settings.published_greedy_quirk,
     }
     if target.suffix.lower() == ".png":
         sheet = images[0] if count == 1 else make_grid(images, columns=columns)

@@ -17,15 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from flexvar._files import write_atomically
-from flexvar.checkpoint import MissingCheckpointError, check_state_dict, load_checkpoint_file
+from flexvar._files import read_json_object, write_atomically
+from flexvar.checkpoint import check_state_dict, load_checkpoint_file
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.transformer import FlexVARTransformer, TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-_MAX_CONFIG_BYTES = 1 << 20
 _CHECKSUM = "crc32"
 
 
@@ -59,7 +58,7 @@ def load_tokenizer(folder: str | os.PathLike[str], *, backend: str = "native") -
         OSError: a file cannot be read, or is missing (MissingCheckpointError, which is a ValueError too).
         ValueError, TypeError: a file is damaged, or is not a tokenizer's.
     """
-    config = TokenizerConfig.from_dict(_read_config(Path(folder)))
+    config = TokenizerConfig.from_dict(read_json_object(Path(folder) / CONFIG_FILE))
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         tokenizer = MultiScaleTokenizer(config, backend=backend)
     _load_weights(tokenizer, Path(folder))
@@ -68,28 +67,11 @@ def load_tokenizer(folder: str | os.PathLike[str], *, backend: str = "native") -
 
 def load_transformer(folder: str | os.PathLike[str], *, backend: str = "native") -> FlexVARTransformer:
     """Reads a transformer that :func:`save_model` wrote; otherwise as :func:`load_tokenizer`."""
-    config = TransformerConfig.from_dict(_read_config(Path(folder)))
+    config = TransformerConfig.from_dict(read_json_object(Path(folder) / CONFIG_FILE))
     with torch.device("meta"):
         transformer = FlexVARTransformer(config, backend=backend)
     _load_weights(transformer, Path(folder))
     return transformer.eval()
-
-
-def _read_config(folder: Path) -> Mapping[str, object]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise MissingCheckpointError(f"{path} must exist, got no such file")
-    with path.open("rb") as file:
-        content = file.read(_MAX_CONFIG_BYTES + 1)
-    if len(content) > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} must have at most {_MAX_CONFIG_BYTES} bytes to be a config, got more")
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got: {error}") from error
-    if type(values) is not dict:
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _load_weights(model: MultiScaleTokenizer | FlexVARTransformer, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from flexvar import FlexVARPipeline, FlexVARTransformer, MultiScaleTokenizer, TokenizerConfig, TransformerConfig
-from flexvar.generation.pretrained import FILES, locate_pipeline
+from flexvar.generation.pretrained import FILES, SETTINGS_FILE, locate_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = MultiScaleTokenizer(TokenizerConfig(16, 8, 32, 32, (1, 2), num_res_blocks=1))
     transformer = FlexVARTransformer(TransformerConfig(1, 64, 2, 3, 16, 8, class_names=("a", "b", "c")))
     target = tmp_path_factory.mktemp("pipeline")
-    FlexVARPipeline(tokenizer, transformer).save_pretrained(target)
+    FlexVARPipeline(tokenizer, transformer, defaults={"guidance_scale": 4.0, "top_k": 7}).save_pretrained(target)
     return target
 
 
@@ -43,10 +44,37 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]
 def test_round_trip(folder: Path, tmp_path: Path) -> None:
     pipe = FlexVARPipeline.from_pretrained(folder, backend="reference")
     assert pipe.class_names == ("a", "b", "c")
-    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == sorted(FILES)
+    files = [*FILES, SETTINGS_FILE]
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == sorted(files)
     pipe.save_pretrained(tmp_path)
-    for file in FILES:
+    for file in files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_defaults_of_the_model(folder: Path, tmp_path: Path) -> None:
+    pipe = FlexVARPipeline.from_pretrained(folder, backend="reference")
+    settings = pipe.settings(top_k=9)
+    assert (settings.guidance_scale, settings.guidance_style, settings.top_k, settings.top_p) == (4.0, "var", 9, 0.95)
+    explicit = pipe("a", schedule=[1, 2], guidance_scale=4.0, top_k=7, output_type="np").images
+    assert (pipe("a", schedule=[1, 2], output_type="np").images == explicit).all()
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / SETTINGS_FILE).unlink()
+    assert FlexVARPipeline.from_pretrained(tmp_path / "copy").defaults == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ('{"height": 64}', "defaults of a model must be among guidance_scale, .* got height"),
+        ('{"top_k": -1}', "top_k must be at least 0, got -1"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_foreign_defaults_are_refused(folder: Path, tmp_path: Path, content: str, error: str) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / SETTINGS_FILE).write_text(content)
+    with pytest.raises((ValueError, TypeError), match=error):
+        FlexVARPipeline.from_pretrained(tmp_path / "copy")
 
 
 def test_dtype_and_backend(folder: Path) -> None:
@@ -75,7 +103,7 @@ def test_no_path_and_no_address_is_a_hub_id(name: str, hub: list[dict[str, objec
 
 def test_hub_fetches_four_files_and_no_others(hub: list[dict[str, object]], folder: Path) -> None:
     assert locate_pipeline("owner/name", "v1") == folder
-    assert hub == [{"repository": "owner/name", "revision": "v1", "allow_patterns": list(FILES)}]
+    assert hub == [{"repository": "owner/name", "revision": "v1", "allow_patterns": [*FILES, SETTINGS_FILE]}]
 
 
 def test_hub_errors_are_clear(hub: list[dict[str, object]]) -> None:

@@ -9,7 +9,7 @@ from flexvar.generation.pretrained import DEMO_FOLDER, FILES
 from flexvar.schedule import ScaleSchedule
 from flexvar.training.classifier import ShapeClassifier
 from flexvar.training.evaluate import generated_accuracy
-from flexvar.training.presets import DEMO_TOKENIZER, DEMO_TRANSFORMER
+from flexvar.training.presets import DEMO_GENERATION, DEMO_TOKENIZER, DEMO_TRANSFORMER
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def test_size_and_configs(demo):
     assert demo.tokenizer.config == DEMO_TOKENIZER
     assert demo.transformer.config == DEMO_TRANSFORMER
     assert demo.class_names == SHAPE_NAMES
+    assert demo.defaults == DEMO_GENERATION
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 96)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from flexvar._backend import ops
+from flexvar._files import read_json_object, write_atomically
 from flexvar.generation.guidance import guidance_weights, is_greedy_in_published_code, mix_guidance
 from flexvar.generation.outputs import GenerationOutput, GenerationStep, Images, OutputType, check_output_type
-from flexvar.generation.pretrained import TOKENIZER_FOLDER, TRANSFORMER_FOLDER, locate_pipeline
+from flexvar.generation.pretrained import SETTINGS_FILE, TOKENIZER_FOLDER, TRANSFORMER_FOLDER, locate_pipeline
 from flexvar.generation.request import Labels, Seeds, resolve_labels, resolve_seeds
-from flexvar.generation.settings import GenerationOptions, GenerationSettings, Layout, make_settings
+from flexvar.generation.settings import (
+    GenerationOptions,
+    GenerationSettings,
+    Layout,
+    check_model_defaults,
+    make_settings,
+)
 from flexvar.image_io import image_to_tensor, tensor_to_images, tensor_to_uint8
 from flexvar.schedule import ScaleSchedule, Size
 from flexvar.storage import load_tokenizer, load_transformer, save_model
@@ -32,12 +40,22 @@ class FlexVARPipeline:
     >>> pipe = FlexVARPipeline.from_pretrained("demo")
     >>> pipe(["star", "heart"], seed=1).images[0].save("star.png")
 
+    Args:
+        tokenizer, transformer: models of one codebook.
+        defaults: guidance_scale, guidance_style, top_k, top_p: those that suit the models, where a call does not say.
+
     Raises:
-        TypeError: not a tokenizer and a transformer.
-        ValueError: their codebooks or upsampling modes differ.
+        TypeError: not a tokenizer and a transformer, or a default of something else.
+        ValueError: their codebooks or upsampling modes differ, or a default is out of range.
     """
 
-    def __init__(self, tokenizer: MultiScaleTokenizer, transformer: FlexVARTransformer) -> None:
+    def __init__(
+        self,
+        tokenizer: MultiScaleTokenizer,
+        transformer: FlexVARTransformer,
+        *,
+        defaults: GenerationOptions | None = None,
+    ) -> None:
         for name, model, kind in (
             ("tokenizer", tokenizer, MultiScaleTokenizer),
             ("transformer", transformer, FlexVARTransformer),
@@ -50,6 +68,7 @@ class FlexVARPipeline:
                 raise ValueError(f"FlexVARPipeline: {name} of both models must agree, got {ours!r} and {theirs!r}")
         self.tokenizer = tokenizer.eval()
         self.transformer = transformer.eval()
+        self.defaults = check_model_defaults(defaults or {})
 
     @classmethod
     def from_pretrained(
@@ -80,13 +99,15 @@ class FlexVARPipeline:
         pipeline = cls(
             load_tokenizer(folder / TOKENIZER_FOLDER, backend=backend),
             load_transformer(folder / TRANSFORMER_FOLDER, backend=backend),
+            defaults=_read_defaults(folder),
         )
         return pipeline.to(device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Writes both models into a folder, which is made if need be, in ``dtype`` if given. Raises OSError."""
+        """Writes models and defaults into a folder, which is made if need be, in ``dtype`` if given. Raises OSError."""
         save_model(self.tokenizer, Path(folder) / TOKENIZER_FOLDER, dtype=dtype)
         save_model(self.transformer, Path(folder) / TRANSFORMER_FOLDER, dtype=dtype)
+        write_atomically(Path(folder) / SETTINGS_FILE, (json.dumps(self.defaults, indent=2) + "\n").encode())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FlexVARPipeline:
         """Moves both models, in place; returns the pipeline."""
@@ -108,6 +129,10 @@ class FlexVARPipeline:
     def class_names(self) -> tuple[str, ...]:
         """What the classes are called; empty where the model has only numbers."""
         return self.transformer.config.class_names
+
+    def settings(self, **options: Unpack[GenerationOptions]) -> GenerationSettings:
+        """The settings of a call with these options: where they say nothing the model's defaults, then the paper's."""
+        return make_settings({**self.defaults, **options})
 
     def __call__(
         self,
@@ -131,7 +156,7 @@ class FlexVARPipeline:
                 seed, 0), and is then the same image alone, in any batch and at any place.
             image_ids: stand in for i and 0: ``seed=7, image_ids=[3]`` is image 3 of the batch of seed 7.
             output_type: "pil", "np", "pt" or "latent", see :data:`flexvar.generation.outputs.Images`.
-            settings: the fields of :class:`GenerationSettings`.
+            settings: the fields of :class:`GenerationSettings`; what is left out is as in ``defaults``, then as there.
 
         Raises:
             TypeError, ValueError: an argument breaks its rule, or the model gives NaN.
@@ -152,7 +177,7 @@ class FlexVARPipeline:
 
         Arguments, and errors, are those of a call. They are checked at once; a step is computed when it is asked for.
         """
-        resolved = make_settings(settings)
+        resolved = self.settings(**settings)
         config = self.transformer.config
         labels = resolve_labels(class_labels, config.num_classes, config.class_names)
         seeds, ids = resolve_seeds(seed, image_ids, len(labels))
@@ -285,6 +310,11 @@ class FlexVARPipeline:
             raise ValueError(
                 f"generate: both models must be on one device, got {self.tokenizer.codebook.device} and {self.device}"
             )
+
+
+def _read_defaults(folder: Path) -> GenerationOptions:
+    path = folder / SETTINGS_FILE
+    return check_model_defaults(read_json_object(path)) if path.is_file() else {}
 
 
 def _outside_inference_mode(tensor: Tensor) -> Tensor:

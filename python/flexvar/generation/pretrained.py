@@ -14,7 +14,8 @@ DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 
 TOKENIZER_FOLDER = "tokenizer"
 TRANSFORMER_FOLDER = "transformer"
-#: The only files that are ever read or fetched.
+SETTINGS_FILE = "generation.json"
+#: What a pipeline's folder holds, besides the optional :data:`SETTINGS_FILE`. Nothing else is ever read or fetched.
 FILES = tuple(
     f"{part}/{file}" for part in (TOKENIZER_FOLDER, TRANSFORMER_FOLDER) for file in (CONFIG_FILE, WEIGHTS_FILE)
 )
@@ -66,7 +67,7 @@ def _download(repository: str, revision: str | None) -> Path:
             "installed: pip install huggingface_hub"
         ) from error
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*FILES, SETTINGS_FILE]))
     except (OSError, ValueError) as error:  # its errors are all of these: offline, not found, no access, a bad id
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"from_pretrained: {repository!r} cannot be fetched from the Hub: {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -37,7 +37,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What can be set about a generation.
+    """What can be set about a generation. The defaults are the paper's; a model may bring some of its own.
 
     Attributes:
         schedule: the (h, w) of every step, in tokens: a :class:`ScaleSchedule`, or a list of sides or (h, w) pairs.
@@ -129,13 +129,27 @@ class GenerationOptions(TypedDict, total=False):
     autocast_dtype: torch.dtype | None
 
 
+#: What a model may bring its own defaults for.
+MODEL_DEFAULTS = ("guidance_scale", "guidance_style", "top_k", "top_p")
+
+
 def make_settings(options: GenerationOptions) -> GenerationSettings:
     """The settings that keyword arguments ask for. Raises TypeError for a name that is no setting."""
-    known = GenerationOptions.__annotations__
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise TypeError(f"generate: settings must be among {', '.join(known)}, got {', '.join(unknown)}")
+    _check_names(options, tuple(GenerationOptions.__annotations__), "settings")
     return GenerationSettings(**options)
+
+
+def check_model_defaults(defaults: Mapping[str, Any]) -> GenerationOptions:
+    """The argument, once it holds nothing but valid :data:`MODEL_DEFAULTS`. Raises TypeError and ValueError."""
+    _check_names(defaults, MODEL_DEFAULTS, "defaults of a model")
+    GenerationSettings(**defaults)
+    return GenerationOptions(**defaults)  # type: ignore[typeddict-item]
+
+
+def _check_names(values: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise TypeError(f"generate: {what} must be among {', '.join(known)}, got {', '.join(unknown)}")
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:

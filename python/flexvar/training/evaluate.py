@@ -11,7 +11,6 @@ from tqdm import tqdm
 from flexvar.data import ImageDataset, ShapeDataset
 from flexvar.data.dataset import to_model_range
 from flexvar.generation import FlexVARPipeline
-from flexvar.generation.settings import GenerationOptions
 from flexvar.training.checkpoint import has_checkpoint
 from flexvar.training.classifier import ShapeClassifier, accuracy, train_classifier
 
@@ -19,8 +18,6 @@ STEPS = range(4, 13)
 DEFAULT_STEPS = 10
 SQUARE, WIDE, TALL = (64, 64), (48, 96), (96, 48)  # (height, width) in pixels
 BATCH = 48
-#: What suits the demo model: the same guidance at every step, and only the likelier codes.
-DEMO_SETTINGS: GenerationOptions = {"guidance_scale": 2.0, "guidance_style": "llamagen", "top_p": 0.5}
 TRAINING_SEED, TEST_SEED = 1, 2  # of the classifier's data; the models' own data is of seed 0
 
 
@@ -50,21 +47,16 @@ def generated_accuracy(
     size: tuple[int, int],
     steps: int,
     images_per_class: int,
-    settings: GenerationOptions = DEMO_SETTINGS,
 ) -> float:
-    """The part of the generated images whose class the classifier names rightly.
-
-    Args:
-        size: (height, width) in pixels.
-        settings: guidance and the like, see :class:`~flexvar.generation.settings.GenerationSettings`.
-    """
+    """The part of the generated images, of ``size`` (height, width) px, whose class the classifier names rightly."""
     labels = [label for label in range(len(pipeline.class_names)) for _ in range(images_per_class)]
-    options: GenerationOptions = {**settings, "height": size[0], "width": size[1], "steps": steps}
     right = 0
     for start in range(0, len(labels), BATCH):
         part = labels[start : start + BATCH]
         ids = list(range(start, start + len(part)))
-        images = pipeline(part, seed=0, image_ids=ids, output_type="pt", **options).images
+        images = pipeline(
+            part, seed=0, image_ids=ids, height=size[0], width=size[1], steps=steps, output_type="pt"
+        ).images
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"generated_accuracy: images must be a tensor, got {type(images).__name__}")
         right += round(len(part) * accuracy(classifier, images.clamp(-1, 1).cpu(), torch.tensor(part)))

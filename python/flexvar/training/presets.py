@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexvar.data import SHAPE_NAMES, ImageDataset, ShapeDataset
+from flexvar.generation.settings import GenerationOptions
 from flexvar.tokenizer import TokenizerConfig
 from flexvar.training.config import TokenizerTrainingConfig, TransformerTrainingConfig
 from flexvar.transformer import TransformerConfig
@@ -69,6 +70,9 @@ DEMO_REFINEMENT = TransformerTrainingConfig(
     short_steps=1400,
     short_batch_size=32,
 )
+
+#: What suits the demo's transformer: the same guidance at every step, and only the likelier codes.
+DEMO_GENERATION: GenerationOptions = {"guidance_scale": 2.0, "guidance_style": "llamagen", "top_p": 0.5}
 
 
 def demo_tokenizer_data() -> ImageDataset:
