@@ -5,19 +5,7 @@ import torch
 from torch import Tensor
 
 import flexvar_ext
-
-
-def sorted_multinomial(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """What generation code commonly does: threshold by topk, full sort for top-p, softmax, multinomial."""
-    if top_k > 0:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p > 0:
-        ordered, order = logits.sort(dim=-1, descending=False)
-        dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-        dropped[..., -1:] = False
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
+from benchmarks.released_formula import sorted_multinomial
 
 
 @pytest.mark.parametrize(

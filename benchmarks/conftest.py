@@ -27,7 +27,7 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
     flops, bytes_moved: the work in the result's terms, for the share of the machine's own matrix product and copy rate;
         ``gemm`` names the dtype whose matrix product is the limit.
     targets: peer -> the ratio aimed at.
-    seconds: time to spend on the rounds, at least five of them.
+    seconds: time to spend on the rounds, at least five of them (three where one takes seconds).
 
     pytest-benchmark times the native call; its rounds run the other implementations in their set-up.
     """
@@ -48,7 +48,8 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
                 check(name, result, results["reference"])
         del results
         clock = Clock(device)
-        times: dict[str, list[float]] = {name: [] for name in implementations}
+        # The first round tells how many are wanted.
+        times: dict[str, list[float]] = {name: [clock(call)] for name, call in implementations.items()}
 
         def time_one(name: str) -> None:
             times[name].append(clock(implementations[name]))
@@ -59,8 +60,8 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
                     time_one(name)
 
         benchmark.group = request.node.path.stem.removeprefix("bench_")
-        rounds = rounds_within(seconds, implementations, clock)
-        benchmark.pedantic(time_one, setup=lambda: time_others() or (("native",), {}), rounds=rounds)
+        rounds = rounds_within(seconds, sum(values[0] for values in times.values()))
+        benchmark.pedantic(time_one, setup=lambda: time_others() or (("native",), {}), rounds=rounds - 1)
         benchmark.extra_info.update(
             summarize(times, "native"), flops=flops, gemm=gemm, bytes_moved=bytes_moved, targets=dict(targets or {})
         )

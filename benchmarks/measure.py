@@ -15,6 +15,7 @@ import torch
 
 Implementation = Callable[[], Any]
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
+LONG_ROUND_SECONDS, LONG_ROUNDS = 4.0, 3  # rounds that take so long are repeated less
 
 
 class Clock:
@@ -41,10 +42,10 @@ class Clock:
         return begin.elapsed_time(end) * 1e-3
 
 
-def rounds_within(seconds: float, implementations: Mapping[str, Implementation], clock: Clock) -> int:
-    """How many rounds fit, from one that is also the last warm-up."""
-    one_round = sum(clock(run) for run in implementations.values())
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
+def rounds_within(seconds: float, one_round: float) -> int:
+    """How many rounds of ``one_round`` seconds to measure."""
+    fewest = LONG_ROUNDS if one_round > LONG_ROUND_SECONDS else MIN_ROUNDS
+    return max(fewest, min(MAX_ROUNDS, int(seconds / one_round)))
 
 
 def summarize(times: Mapping[str, list[float]], baseline: str) -> dict[str, Any]:

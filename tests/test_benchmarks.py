@@ -1,0 +1,62 @@
+"""What the benchmarks rest on: their peers compute the same thing, their tables say what was measured."""
+
+import pytest
+import torch
+from flexvar import (
+    FlexVARPipeline,
+    FlexVARTransformer,
+    MultiScaleTokenizer,
+    ScaleSchedule,
+    TokenizerConfig,
+    TransformerConfig,
+)
+
+from benchmarks import measure, released_formula, report
+
+
+def test_released_formula_gives_the_pipelines_codes():
+    torch.manual_seed(0)
+    tokenizer = MultiScaleTokenizer(
+        TokenizerConfig(codebook_size=64, z_channels=32, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1)
+    )
+    transformer = FlexVARTransformer(TransformerConfig(depth=2, width=128, heads=2, num_classes=5, codebook_size=64))
+    pipeline, schedule = FlexVARPipeline(tokenizer, transformer), ScaleSchedule([(1, 1), (2, 3), (4, 5)])
+    settings = {"guidance_scale": 2.5, "top_k": 1, "top_p": 0.0}
+    out = pipeline([3], schedule=schedule, output_type="pt", **settings)
+    with torch.inference_mode():
+        pyramid, image = released_formula.generate(pipeline, 3, schedule, **settings)
+    assert all(torch.equal(found, expected) for found, expected in zip(pyramid, out.pyramid, strict=True))
+    torch.testing.assert_close(image, out.images, atol=1e-4, rtol=1e-4)
+
+
+def test_summary_takes_medians_of_paired_ratios():
+    times = {"native": [1.0, 10.0, 2.0], "reference": [3.0, 30.0, 4.0]}
+    assert measure.summarize(times, "native") == {
+        "rounds": 3,
+        "seconds": {"native": 2.0, "reference": 4.0},
+        "ratios": {"reference": 3.0},
+    }
+
+
+@pytest.mark.parametrize(("one_round", "rounds"), [(0.1, 20), (1e-4, 300), (1.0, 5), (10.0, 3)])
+def test_long_rounds_are_repeated_less(one_round, rounds):
+    assert measure.rounds_within(2.0, one_round) == rounds
+
+
+def test_table():
+    case = {
+        "group": "vq_lookup", "case": "test_vq_lookup[680-32]", "seconds": {"native": 2e-3}, "bytes_moved": None,
+        "flops": 1e9, "gemm": "float32", "ratios": {"reference": 6.0, "compiled": 2.0},
+        "targets": {"reference": 5, "compiled": 3},
+    }  # fmt: skip
+    found = report.markdown(
+        {
+            "device": "a CPU", "commit": "c0ffee", "date": "2026-01-01", "torch": "2.13", "python": "3.12",
+            "yardsticks": {"gemm_float32": 1e12, "gemm_bfloat16": 2e12, "copy": 4e10},
+            "cases": [case], "failed": ["bench_x.py"],
+        }
+    )  # fmt: skip
+    assert "1 TFLOP/s in float32" in found
+    assert "| vq_lookup | 680-32 | 2 ms | 500 GFLOP/s = 50% of matrix product |" in found
+    assert "reference 6.00× (≥5) · compiled 2.00× (≥3, missed) |" in found
+    assert "Failed: bench_x.py" in found
