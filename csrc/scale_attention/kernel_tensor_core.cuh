@@ -18,6 +18,8 @@ namespace flexvar {
 
 constexpr int kTensorCoreThreads = 128;
 constexpr int kTensorCoreRows = 64;
+// The backward kernels ask for 2 blocks a multiprocessor and not for what the compiler takes for
+// granted: it would spill registers to make room for 4.
 
 // A row is 16 bytes longer than its elements: 8 rows of an 8 x 8 matrix lie in different banks.
 template <class T, int kRows, int kDim>
@@ -253,7 +255,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads)
+__global__ void __launch_bounds__(kTensorCoreThreads, 2)
     attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
   using Shared = TensorCoreBackwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
@@ -327,7 +329,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads)
+__global__ void __launch_bounds__(kTensorCoreThreads, 2)
     attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
   using Shared = TensorCoreBackwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
