@@ -24,7 +24,7 @@ __device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-#pragma unroll
+#pragma unroll 1  // a kernel holds hundreds of these products
     for (int source = 0; source < 4; ++source) {
       const uint32_t low = __shfl_sync(0xffffffffu, a[2 * half], g * 4 + source);
       const uint32_t high = __shfl_sync(0xffffffffu, a[2 * half + 1], g * 4 + source);

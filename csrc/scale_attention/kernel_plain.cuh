@@ -175,7 +175,7 @@ __device__ __forceinline__ A group_sum(A x) {
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kPlainThreads)
+__global__ void __launch_bounds__(kPlainThreads, 2)
     attention_forward_plain(AttentionForwardCuda params, TileList<QueryTile> list) {
   using A = AttentionArithmetic<T>;
   using Shared = PlainForwardShared<A, kDim>;
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kPlainThreads)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kPlainThreads)
+__global__ void __launch_bounds__(kPlainThreads, 2)
     attention_grad_queries_plain(AttentionBackwardCuda params, TileList<QueryTile> list) {
   using A = AttentionArithmetic<T>;
   using Shared = PlainBackwardShared<A, kDim>;
