@@ -303,7 +303,7 @@ __device__ inline void sample_row(const GuidedSampleCudaParams<T>& params, int64
 }
 
 template <class T, bool kInShared>
-__global__ void __launch_bounds__(kSampleThreads, 3)
+__global__ void __launch_bounds__(kSampleThreads, 2)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
   auto& shared = shared_storage<SampleStorage>();
   int32_t* words;
