@@ -80,6 +80,20 @@ def test_help_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
+def test_doctor_finds_this_installation_well(run: Callable[..., Result]) -> None:
+    code, text, _ = run("doctor")
+    assert code == 0, text
+    assert "demo model    /" in text
+    assert "problem" not in text
+
+
+def test_demo_model_by_default(run: Callable[..., Result]) -> None:
+    assert run("generate", "star", "--steps", 4)[0] == 0
+    settings = read_settings("flexvar.png")
+    assert (settings["model"], settings["guidance_style"], settings["top_p"]) == ("demo", "llamagen", 0.5)
+    assert Image.open("flexvar.png").size == (64, 64)
+
+
 def test_one_image(generate: Callable[..., Result], model: str) -> None:
     code, text, _ = generate("star", "--size", 16, "--steps", 3, "--seed", 4, "--out", "new/star.png")
     assert (code, text) == (0, "new/star.png\n")
