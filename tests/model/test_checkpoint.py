@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill
 from flexvar import (
     FlexVARTransformer,
     ScaleSchedule,
@@ -20,6 +19,8 @@ from flexvar import (
 from flexvar.checkpoint import MissingCheckpointError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.golden.recipe import fill
 
 CONFIG = TransformerConfig(depth=1, width=32, heads=1, num_classes=2, codebook_size=6, codebook_dim=4, position_grid=4)
 

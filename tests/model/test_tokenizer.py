@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill
 from flexvar import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
+
+from tests.golden.recipe import fill
 
 SMALL = {"codebook_size": 64, "codebook_dim": 8, "z_channels": 32, "base_channels": 32, "num_res_blocks": 1}
 CONFIG = TokenizerConfig(**SMALL, channel_multipliers=(1, 2))

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import fill
 from flexvar import FlexVARTransformer, KVCache, ScaleSchedule, TransformerConfig, next_scale_inputs
 from flexvar._backend import ops
 from torch import Tensor
+
+from tests.golden.recipe import fill
 
 SMALL = {"width": 64, "heads": 2, "num_classes": 10, "codebook_size": 48, "codebook_dim": 8, "position_grid": 8}
 SCHEDULES = {
