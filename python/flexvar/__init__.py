@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexvar.checkpoint import load_checkpoint_file, load_published_state_dict
-    from flexvar.generation import FlexVARPipeline, GenerationSettings
+    from flexvar.generation import Expand, FlexVARPipeline, GenerationSettings, Inpaint, Outpaint, Refine
     from flexvar.schedule import ScaleSchedule
     from flexvar.storage import load_tokenizer, load_transformer, save_model
     from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "Expand": "flexvar.generation",
     "FlexVARPipeline": "flexvar.generation",
     "FlexVARTransformer": "flexvar.transformer",
     "GenerationSettings": "flexvar.generation",
+    "Inpaint": "flexvar.generation",
     "KVCache": "flexvar.transformer",
     "MultiScaleTokenizer": "flexvar.tokenizer",
+    "Outpaint": "flexvar.generation",
+    "Refine": "flexvar.generation",
     "ScaleSchedule": "flexvar.schedule",
     "TokenizerConfig": "flexvar.tokenizer",
     "TransformerConfig": "flexvar.transformer",
@@ -36,11 +40,15 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Expand",
     "FlexVARPipeline",
     "FlexVARTransformer",
     "GenerationSettings",
+    "Inpaint",
     "KVCache",
     "MultiScaleTokenizer",
+    "Outpaint",
+    "Refine",
     "ScaleSchedule",
     "TokenizerConfig",
     "TransformerConfig",

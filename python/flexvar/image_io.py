@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ __all__ = [
     "image_to_tensor",
     "make_grid",
     "open_image",
+    "open_mask",
     "read_settings",
     "save_png",
     "tensor_to_images",
@@ -58,15 +59,32 @@ def open_image(
         OSError: the file cannot be read.
         ValueError: it is not a picture, is damaged, or has more than ``max_pixels`` pixels.
     """
+    return _open(source, max_pixels, _to_rgb)
+
+
+def open_mask(source: str | os.PathLike[str] | BinaryIO | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads any picture that Pillow reads as an upright 8-bit grey image (mode "L"), transparency as black.
+
+    Everything else is as in :func:`open_image`.
+    """
+    return _open(source, max_pixels, lambda image: _to_rgb(image, backdrop="black").convert("L"))
+
+
+_Conversion = Callable[[Image.Image], Image.Image]
+
+
+def _open(
+    source: str | os.PathLike[str] | BinaryIO | Image.Image, max_pixels: int, convert: _Conversion
+) -> Image.Image:
     if isinstance(source, Image.Image):
-        return _to_upright_rgb(source, "image", max_pixels)
+        return _upright(source, "image", max_pixels, convert)
     if isinstance(source, str | os.PathLike):
         with open(source, "rb") as file:
-            return _decode(file, os.fspath(source), max_pixels)
-    return _decode(source, str(getattr(source, "name", "file")), max_pixels)
+            return _decode(file, os.fspath(source), max_pixels, convert)
+    return _decode(source, str(getattr(source, "name", "file")), max_pixels, convert)
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Conversion) -> Image.Image:
     Image.init()
     formats = [known for known in Image.ID if known not in _REFUSED_FORMATS]
     try:
@@ -76,19 +94,18 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     except Exception as error:  # Pillow's format plugins raise nearly anything on a damaged header
         raise ValueError(f"open_image: {name} must be a picture that Pillow reads, got: {error}") from error
     with image:
-        return _to_upright_rgb(image, name, max_pixels)
+        return _upright(image, name, max_pixels, convert)
 
 
-def _to_upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _upright(image: Image.Image, name: str, max_pixels: int, convert: _Conversion) -> Image.Image:
     _check_pixels(image, name, max_pixels)
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        rgb = _to_rgb(upright)
+        converted = convert(ImageOps.exif_transpose(image))
     except Exception as error:  # as above: truncated data, broken EXIF, a mode without a way to RGB
         raise ValueError(f"open_image: {name} must be an undamaged picture, got: {error}") from error
-    _check_pixels(rgb, name, max_pixels)  # containers of several sizes settle on one only when they are decoded
-    return rgb
+    _check_pixels(converted, name, max_pixels)  # containers of several sizes settle on one only when they are decoded
+    return converted
 
 
 def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -97,12 +114,12 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ValueError(f"open_image: {name} must have 1 to {max_pixels} pixels, got {width} x {height}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, backdrop: str = "white") -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_grey_to_rgb(np.asarray(image))
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, backdrop), layers).convert("RGB")
     return image.convert("RGB")
 
 

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from typing_extensions import Unpack
 
 from flexvar._backend import ops
 from flexvar._files import read_json_object, write_atomically
+from flexvar.generation.editing import Edit, Expand, Inpaint, Outpaint, Refine
 from flexvar.generation.guidance import guidance_weights, is_greedy_in_published_code, mix_guidance
+from flexvar.generation.known_tokens import KnownTokens
 from flexvar.generation.outputs import GenerationOutput, GenerationStep, Images, OutputType, check_output_type
+from flexvar.generation.pictures import Masks, Pictures, pad_to_patches, to_pixels
 from flexvar.generation.pretrained import SETTINGS_FILE, TOKENIZER_FOLDER, TRANSFORMER_FOLDER, locate_pipeline
-from flexvar.generation.request import Labels, Seeds, resolve_labels, resolve_seeds
+from flexvar.generation.request import Labels, Seeds, match_batch, resolve_labels, resolve_seeds
 from flexvar.generation.settings import (
     GenerationOptions,
     GenerationSettings,
     Layout,
+    SizelessOptions,
     check_model_defaults,
     make_settings,
 )
-from flexvar.image_io import image_to_tensor, tensor_to_images, tensor_to_uint8
+from flexvar.image_io import tensor_to_images, tensor_to_uint8
 from flexvar.schedule import ScaleSchedule, Size
 from flexvar.storage import load_tokenizer, load_transformer, save_model
 from flexvar.tokenizer import MultiScaleTokenizer
 from flexvar.transformer import FlexVARTransformer
+
+
+class EditOptions(SizelessOptions, total=False):
+    """The keyword arguments of a call that every editing task has too."""
+
+    seed: Seeds
+    image_ids: Sequence[int] | Tensor | None
+    output_type: OutputType
 
 
 class FlexVARPipeline:
@@ -138,12 +149,13 @@ class FlexVARPipeline:
         self,
         class_labels: Labels,
         *,
+        edit: Edit | None = None,
         seed: Seeds = 0,
         image_ids: Sequence[int] | Tensor | None = None,
         output_type: OutputType = "pil",
         **settings: Unpack[GenerationOptions],
     ) -> GenerationOutput:
-        """Generates one image per label.
+        """Generates one image per label; with ``edit``, one around what it keeps of a picture.
 
         An image depends on its label, its seed and image id, and the settings: not on the other images of the batch,
         nor on its place among them, nor on any random state outside. Draws are exactly so. The matrix products and
@@ -153,6 +165,8 @@ class FlexVARPipeline:
         Args:
             class_labels: one or several: numbers, names where the model has them, None for no class; or an integer
                 tensor [B]. The number of classes is itself the number of no class.
+            edit: :class:`Inpaint`, :class:`Outpaint`, :class:`Expand` or :class:`Refine`. Its one picture serves every
+                label, or its pictures are one per label; one label serves every picture. It says the height and width.
             seed: from 0 to 2**63 - 1. One for all: image i draws as (seed, i). One per image: image i draws as (its
                 seed, 0), and is then the same image alone, in any batch and at any place.
             image_ids: stand in for i and 0: ``seed=7, image_ids=[3]`` is image 3 of the batch of seed 7.
@@ -163,32 +177,117 @@ class FlexVARPipeline:
             TypeError, ValueError: an argument breaks its rule, or the model gives NaN.
         """
         check_output_type(output_type)
-        steps = list(self.stream(class_labels, seed=seed, image_ids=image_ids, **settings))
+        steps = list(self.stream(class_labels, edit=edit, seed=seed, image_ids=image_ids, **settings))
         return GenerationOutput(images=steps[-1].preview(output_type), steps=steps)
 
     def stream(
         self,
         class_labels: Labels,
         *,
+        edit: Edit | None = None,
         seed: Seeds = 0,
         image_ids: Sequence[int] | Tensor | None = None,
         **settings: Unpack[GenerationOptions],
     ) -> Iterator[GenerationStep]:
         """A call step by step: each step is the whole image at its resolution, and ``step.preview()`` decodes it.
 
-        Arguments, and errors, are those of a call. They are checked at once; a step is computed when it is asked for.
+        Arguments, and errors, are those of a call. They are checked at once; a step is computed when it is asked for,
+        so leaving the loop is all it takes to cancel. Edits stream in the same way:
+
+        >>> for step in pipe.stream("star", edit=Inpaint("photo.png", "mask.png"), seed=3):
+        ...     step.preview()  # of the last step: the finished image, known pixels pasted
         """
         resolved = self.settings(**settings)
         config = self.transformer.config
         labels = resolve_labels(class_labels, config.num_classes, config.class_names)
+        if edit is not None:
+            if not isinstance(edit, Edit):
+                raise TypeError(f"generate: edit must be an Inpaint, Outpaint, Expand or Refine, got {edit!r}")
+            for name in ("height", "width"):
+                if getattr(resolved, name) is not None:
+                    raise ValueError(
+                        f"{edit.task}: {name} must be left out of the settings, got {getattr(resolved, name)}"
+                    )
+            resolved = replace(resolved, height=edit.size[0], width=edit.size[1])
+            labels = match_batch(labels, edit)
         seeds, ids = resolve_seeds(seed, image_ids, len(labels))
         layout = resolved.layout(self.patch_size)
+        cells = None if edit is None else edit.known_cells(layout, self.patch_size)
         self._check_models()
-        return self._generate(labels, seeds, ids, layout, resolved)
+        return self._generate(labels, seeds, ids, layout, resolved, edit, cells)
+
+    def inpaint(
+        self,
+        image: Pictures,
+        mask: Masks,
+        class_labels: Labels = None,
+        *,
+        paste: bool = True,
+        feather: int = 0,
+        **options: Unpack[EditOptions],
+    ) -> GenerationOutput:
+        """A call with ``edit=``:class:`Inpaint`: paints anew where the mask is white. ``options`` are those of a call.
+
+        >>> pipe.inpaint("photo.png", "mask.png", "star", seed=2, feather=4).images[0].save("edited.png")
+        """
+        return self(class_labels, edit=Inpaint(image, mask, paste=paste, feather=feather), **options)
+
+    def outpaint(
+        self,
+        image: Pictures,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        class_labels: Labels = None,
+        *,
+        paste: bool = True,
+        feather: int = 0,
+        **options: Unpack[EditOptions],
+    ) -> GenerationOutput:
+        """A call with ``edit=``:class:`Outpaint`: continues the picture by margins in pixels. ``options``: of a call.
+
+        >>> pipe.outpaint("photo.png", left=32, right=32, class_labels="star").images[0].save("wide.png")
+        """
+        edit = Outpaint(image, left, right, top, bottom, paste=paste, feather=feather)
+        return self(class_labels, edit=edit, **options)
+
+    def expand(
+        self,
+        image: Pictures,
+        height: int,
+        width: int,
+        class_labels: Labels = None,
+        *,
+        paste: bool = True,
+        feather: int = 0,
+        **options: Unpack[EditOptions],
+    ) -> GenerationOutput:
+        """A call with ``edit=``:class:`Expand`: the picture in the centre of a larger one. ``options``: of a call.
+
+        >>> pipe.expand("photo.png", 64, 128, "star").images[0].save("wide.png")  # the paper's 1:2
+        """
+        edit = Expand(image, height, width, paste=paste, feather=feather)
+        return self(class_labels, edit=edit, **options)
+
+    def refine(
+        self,
+        image: Pictures,
+        height: int,
+        width: int,
+        start_step: int | None = None,
+        class_labels: Labels = None,
+        **options: Unpack[EditOptions],
+    ) -> GenerationOutput:
+        """A call with ``edit=``:class:`Refine`: draws what the picture is too small to show. ``options``: of a call.
+
+        >>> pipe.refine("small.png", 128, 128, class_labels="star").images[0].save("large.png")
+        """
+        return self(class_labels, edit=Refine(image, height, width, start_step), **options)
 
     def reconstruct(
         self,
-        images: Image.Image | Sequence[Image.Image] | Tensor,
+        images: Pictures,
         *,
         schedule: ScaleSchedule | Iterable[int | Iterable[int]] | None = None,
         steps: int | None = None,
@@ -198,32 +297,35 @@ class FlexVARPipeline:
         """Images through the tokenizer and back, at every scale of a schedule.
 
         Args:
-            images: one or several of one size; a tensor is [B, 3, H, W] in [-1, 1]. Sides that are not multiples of the
-                patch size are continued with their edge pixels, and the results cropped.
+            images: see :data:`~flexvar.generation.pictures.Pictures`. Sides that are not multiples of the patch size
+                are continued with their edge pixels, and the results cropped.
             schedule: the (h, w) of every scale in tokens, the last that of the images.
             steps: how many scales, instead; 10 unless set.
             autocast_dtype, output_type: as of a call.
 
         Raises:
+            OSError: a file cannot be read.
             TypeError, ValueError: an argument breaks its rule.
         """
         check_output_type(output_type)
-        pixels = images if isinstance(images, Tensor) else image_to_tensor(images)
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
-            raise ValueError(f"reconstruct: images must have shape [B, 3, H, W], got {tuple(pixels.shape)}")
+        pixels = to_pixels("reconstruct", images)
         height, width = pixels.shape[2:]
         settings = GenerationSettings(schedule, height, width, steps, autocast_dtype=autocast_dtype)
         layout = settings.layout(self.patch_size)
         self._check_models()
-        padding = (0, -width % self.patch_size, 0, -height % self.patch_size)
-        with self._computing(autocast_dtype):
-            padded = F.pad(pixels.to(self.device, self.tokenizer.codebook.dtype), padding, mode="replicate")
-            pyramid = self.tokenizer.quantize(self.tokenizer.encode(padded), layout.schedule)
+        pyramid = self._encode(pad_to_patches(pixels, self.patch_size), layout.schedule, autocast_dtype)
         scales = [self._make_step(index, indices, layout, autocast_dtype) for index, indices in enumerate(pyramid)]
         return GenerationOutput(images=scales[-1].preview(output_type), steps=scales)
 
     def _generate(
-        self, labels: Tensor, seeds: Tensor, image_ids: Tensor, layout: Layout, settings: GenerationSettings
+        self,
+        labels: Tensor,
+        seeds: Tensor,
+        image_ids: Tensor,
+        layout: Layout,
+        settings: GenerationSettings,
+        edit: Edit | None,
+        known_cells: list[Tensor] | None,
     ) -> Iterator[GenerationStep]:
         """The loop over scales. What it carries lives in this frame, and no context stays entered across a step."""
         schedule, autocast_dtype = layout.schedule, settings.autocast_dtype
@@ -231,31 +333,61 @@ class FlexVARPipeline:
         if any(weight != 0 for weight in weights):
             labels = torch.cat((labels, torch.full_like(labels, self.transformer.config.null_class)))
         seeds, image_ids = seeds.to(self.device), image_ids.to(self.device)
+        known: KnownTokens | None = None
+        if edit is not None and known_cells is not None:
+            codes = self._encode(edit.pixels_to_encode(layout, self.patch_size), schedule, autocast_dtype)
+            known = KnownTokens(codes, [cells.to(self.device) for cells in known_cells])
+        num_drawn_steps = len(schedule) if known is None else known.num_drawn_steps
         with self._computing(autocast_dtype):
             state = self.transformer.begin(labels, schedule, cache_dtype=autocast_dtype)
         indices: Tensor | None = None
         for index, size in enumerate(schedule):
-            is_greedy = settings.published_greedy_quirk and is_greedy_in_published_code(size)
-            with self._computing(autocast_dtype):
-                hidden = self.transformer.step(state, self._inputs_of_step(indices, size))
-                if hidden.shape[0] > len(seeds):
-                    hidden = mix_guidance(hidden, weights[index])
-                drawn = ops(self.transformer.backend).guided_sample(
-                    self.transformer.head_logits(hidden),
-                    top_k=1 if is_greedy else settings.top_k,
-                    top_p=settings.top_p,
-                    seed=seeds,
-                    image_ids=image_ids,
-                    step=index,
-                )
-            # Looking costs a GPU a synchronisation, so there it is done once: NaN stays NaN in the steps that follow.
-            is_last = index + 1 == len(schedule)
-            if (self.device.type == "cpu" or is_last) and bool((drawn < 0).any()):
-                raise ValueError(
-                    f"generate: logits must be numbers, got only NaN or -infinity for a token of step {index}"
-                )
-            indices = drawn.unflatten(1, size)
-            yield self._make_step(index, indices, layout, autocast_dtype)
+            if index < num_drawn_steps:
+                with self._computing(autocast_dtype):
+                    hidden = self.transformer.step(state, self._inputs_of_step(indices, size))
+            if known is not None and known.complete[index]:
+                indices = known.whole(index, len(seeds))
+            else:
+                with self._computing(autocast_dtype):
+                    drawn = self._draw(hidden, weights[index], settings, seeds, image_ids, index, size)
+                # Looking costs a GPU a synchronisation, so there it is done once: NaN stays NaN in all later steps.
+                is_last = index + 1 == num_drawn_steps
+                if (self.device.type == "cpu" or is_last) and bool((drawn < 0).any()):
+                    raise ValueError(
+                        f"generate: logits must be numbers, got only NaN or -infinity for a token of step {index}"
+                    )
+                indices = drawn if known is None else known.force(index, drawn)
+            yield self._make_step(index, indices, layout, autocast_dtype, edit)
+
+    def _draw(
+        self,
+        hidden: Tensor,
+        guidance_weight: float,
+        settings: GenerationSettings,
+        seeds: Tensor,
+        image_ids: Tensor,
+        step: int,
+        size: Size,
+    ) -> Tensor:
+        """Codes int64 [B, h, w] of a step from its hidden states; -1 where the logits are not numbers."""
+        if hidden.shape[0] > len(seeds):
+            hidden = mix_guidance(hidden, guidance_weight)
+        is_greedy = settings.published_greedy_quirk and is_greedy_in_published_code(size)
+        drawn = ops(self.transformer.backend).guided_sample(
+            self.transformer.head_logits(hidden),
+            top_k=1 if is_greedy else settings.top_k,
+            top_p=settings.top_p,
+            seed=seeds,
+            image_ids=image_ids,
+            step=step,
+        )
+        return drawn.unflatten(1, size)
+
+    def _encode(self, pixels: Tensor, schedule: ScaleSchedule, autocast_dtype: torch.dtype | None) -> list[Tensor]:
+        """[B, 3, H, W] with sides that are multiples of the patch size -> for every step int64 [B, h_i, w_i]."""
+        with self._computing(autocast_dtype):
+            latent = self.tokenizer.encode(pixels.to(self.device, self.tokenizer.codebook.dtype))
+            return self.tokenizer.quantize(latent, schedule)
 
     def _inputs_of_step(self, previous: Tensor | None, size: Size) -> Tensor | None:
         """The codes of the step before, int64 [B, h, w], on this step's grid: [B, l, codebook_dim]. None at first."""
@@ -271,19 +403,31 @@ class FlexVARPipeline:
         return inputs.to(self.transformer.head.weight.dtype)
 
     def _make_step(
-        self, index: int, indices: Tensor, layout: Layout, autocast_dtype: torch.dtype | None
+        self,
+        index: int,
+        indices: Tensor,
+        layout: Layout,
+        autocast_dtype: torch.dtype | None,
+        edit: Edit | None = None,
     ) -> GenerationStep:
+        is_last = index + 1 == len(layout.schedule)
+        finish = edit.finish if edit is not None and is_last else None
         return GenerationStep(
             index=index,
             num_steps=len(layout.schedule),
             size=layout.schedule[index],
             indices=_outside_inference_mode(indices),
             image_size=layout.preview_size(index),
-            _decode=lambda codes, size, output_type: self._decode(codes, size, output_type, autocast_dtype),
+            _decode=lambda codes, size, output_type: self._decode(codes, size, output_type, autocast_dtype, finish),
         )
 
     def _decode(
-        self, indices: Tensor, image_size: Size, output_type: str, autocast_dtype: torch.dtype | None
+        self,
+        indices: Tensor,
+        image_size: Size,
+        output_type: str,
+        autocast_dtype: torch.dtype | None,
+        finish: Callable[[Tensor], Tensor] | None,
     ) -> Images:
         with self._computing(autocast_dtype):
             codes = self.tokenizer.quantize.embed(indices)
@@ -291,6 +435,8 @@ class FlexVARPipeline:
         if decoded is None:
             return _outside_inference_mode(codes)
         images = _outside_inference_mode(decoded)[:, :, : image_size[0], : image_size[1]].float()
+        if finish is not None:
+            images = finish(images)
         if output_type == "pt":
             return images
         return tensor_to_images(images) if output_type == "pil" else tensor_to_uint8(images)

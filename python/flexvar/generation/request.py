@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexvar.generation.editing import Edit
 from flexvar.generation.settings import check_integer
 
 Label = int | str | None
@@ -54,6 +55,19 @@ def _resolve_label(label: Any, num_classes: int, class_names: Sequence[str]) -> 
     meant = [class_names[folded.index(name)] for name in close] or list(class_names[:12])
     hint = ("did you mean " if close else "for example ") + ", ".join(meant)
     raise ValueError(f"generate: class_labels must be names that the model knows, got {label!r}; {hint}")
+
+
+def match_batch(labels: Tensor, edit: Edit) -> Tensor:
+    """Labels int64 [B] for the pictures of an edit: one label for all of them, one picture for all labels, or as many.
+
+    Raises:
+        ValueError: neither is one and the numbers differ.
+    """
+    if len(labels) == 1:
+        return labels.expand(edit.count)
+    if edit.count not in (1, len(labels)):
+        raise ValueError(f"{edit.task}: class_labels must be one, or one per picture ({edit.count}), got {len(labels)}")
+    return labels
 
 
 def resolve_seeds(seed: Seeds, image_ids: Sequence[int] | Tensor | None, batch: int) -> tuple[Tensor, Tensor]:

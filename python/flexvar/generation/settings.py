@@ -114,12 +114,10 @@ class GenerationSettings:
         return Layout(schedule, (height, width))
 
 
-class GenerationOptions(TypedDict, total=False):
-    """The fields of :class:`GenerationSettings` as keyword arguments."""
+class SizelessOptions(TypedDict, total=False):
+    """The fields of :class:`GenerationSettings` as keyword arguments, where something else says the size."""
 
     schedule: ScaleSchedule | Iterable[int | Iterable[int]] | None
-    height: int | None
-    width: int | None
     steps: int | None
     guidance_scale: float
     guidance_style: GuidanceStyle
@@ -127,6 +125,13 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float
     published_greedy_quirk: bool
     autocast_dtype: torch.dtype | None
+
+
+class GenerationOptions(SizelessOptions, total=False):
+    """The fields of :class:`GenerationSettings` as keyword arguments."""
+
+    height: int | None
+    width: int | None
 
 
 #: What a model may bring its own defaults for.
@@ -152,15 +157,15 @@ def _check_names(values: Mapping[str, Any], known: tuple[str, ...], what: str) -
         raise TypeError(f"generate: {what} must be among {', '.join(known)}, got {', '.join(unknown)}")
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str = "generate") -> int:
     """The value as an int. Raises TypeError when it is none, ValueError when it is out of range."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"generate: {name} must be an int, got {value!r}") from None
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}") from None
     if isinstance(value, bool):
-        raise TypeError(f"generate: {name} must be an int, got {value!r}")
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if number < low or (high is not None and number > high):
         rule = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"generate: {name} must be {rule}, got {number}")
+        raise ValueError(f"{op}: {name} must be {rule}, got {number}")
     return number

@@ -1,0 +1,219 @@
+"""Editing tasks. Each says, for every step, which tokens are known and from which pixels; all else is generation.
+
+A known token keeps its code while the others are drawn, so every scale is drawn around what is known of it (FlexVAR,
+arXiv 2502.20313, section 4.3: nothing is trained for it). An edit is a value, given to ``pipe(labels, edit=...)`` or
+``pipe.stream(labels, edit=...)``; ``pipe.inpaint(...)`` and its relatives are the same in one call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexvar.generation.fill import fill_painted
+from flexvar.generation.pictures import Masks, Pictures, pad_to, pad_to_patches, to_paint, to_pixels
+from flexvar.generation.seam import paste_known
+from flexvar.generation.settings import Layout, check_integer
+from flexvar.schedule import Size
+
+
+class Edit(ABC):
+    """An editing task and its pictures.
+
+    Attributes:
+        task: its name, as messages and settings have it.
+        size: (height, width) of the finished image in pixels.
+        count: how many pictures it holds; one serves a batch of any size.
+    """
+
+    task: ClassVar[str]
+    size: Size
+    count: int
+
+    @abstractmethod
+    def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
+        """For every step bool [count or 1, h_i, w_i], True where the token is known. Raises ValueError."""
+
+    @abstractmethod
+    def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
+        """[count, 3, H, W] in [-1, 1], sides multiples of the patch size: the whole image at any resolution. Its codes
+        at the size of each step are the known tokens'."""
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Decoded images, float32 [B, 3, *size], on their way to the user; as they are unless the task says more."""
+        return images
+
+
+class Inpaint(Edit):
+    """Paint anew where a mask is white; all else stays.
+
+    A token is known at a step if its cell of that step's grid lies wholly outside the white region. What lies under
+    the mask has no influence on the result.
+
+    Args:
+        image: see :data:`~flexvar.generation.pictures.Pictures`. Sides that are not multiples of the patch size are
+            continued with their edge pixels, and the result cropped.
+        mask: see :data:`~flexvar.generation.pictures.Masks`. One for all images or one per image, of any size: it is
+            resampled to the image's, and then white from 0.5 on.
+        paste: put the known pixels back into the result, bit for bit; otherwise they pass through the tokenizer.
+        feather: width in pixels of a band around the region in which the pasted pixels fade in; 0 is none.
+
+    Raises:
+        OSError: a file cannot be read.
+        TypeError, ValueError: an argument breaks its rule.
+    """
+
+    task = "inpaint"
+
+    def __init__(self, image: Pictures, mask: Masks, *, paste: bool = True, feather: int = 0) -> None:
+        self.pixels = to_pixels(self.task, image)
+        height, width = self.pixels.shape[2:]
+        self.size = (height, width)
+        self.paint = to_paint(self.task, mask, self.size).to(self.pixels.device)
+        counts = (len(self.pixels), len(self.paint))
+        self.count = max(counts)
+        if any(count not in (1, self.count) for count in counts):
+            raise ValueError(f"{self.task}: mask must be one, or one per image ({counts[0]}), got {counts[1]}")
+        if not isinstance(paste, bool):
+            raise TypeError(f"{self.task}: paste must be a bool, got {paste!r}")
+        self.paste = paste
+        self.feather = check_integer("feather", feather, 0, max(self.size), op=self.task)
+        if self.feather and not paste:
+            raise ValueError(f"{self.task}: feather must be 0 where paste is False, got {feather}")
+
+    def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
+        # A window of adaptive pooling is every pixel that a cell touches: floor(i H / h) to ceil((i + 1) H / h).
+        painted = pad_to_patches(self.paint.float(), patch_size)
+        return [F.adaptive_max_pool2d(painted, size)[:, 0] == 0 for size in layout.schedule]
+
+    def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
+        return pad_to_patches(
+            fill_painted(self.pixels.expand(self.count, -1, -1, -1), self.paint.expand(self.count, -1, -1, -1)),
+            patch_size,
+        )
+
+    def finish(self, images: Tensor) -> Tensor:
+        if not self.paste:
+            return images
+        return paste_known(images, self.pixels.to(images.device), self.paint.to(images.device), self.feather)
+
+
+class Outpaint(Inpaint):
+    """Continue a picture beyond its edges: :class:`Inpaint` of margins around it.
+
+    Args:
+        image, paste, feather: as of :class:`Inpaint`.
+        left, right, top, bottom: widths of the margins in pixels; at least one is more than 0.
+
+    Raises as :class:`Inpaint`.
+    """
+
+    task = "outpaint"
+
+    def __init__(
+        self,
+        image: Pictures,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        *,
+        paste: bool = True,
+        feather: int = 0,
+    ) -> None:
+        pixels = to_pixels(self.task, image)
+        margins = {"left": left, "right": right, "top": top, "bottom": bottom}
+        widths = tuple(check_integer(name, width, 0, op=self.task) for name, width in margins.items())
+        if not any(widths):
+            raise ValueError(f"{self.task}: left, right, top or bottom must be at least 1, got 0 for each")
+        inside = torch.zeros(1, 1, *pixels.shape[2:])
+        super().__init__(F.pad(pixels, widths), F.pad(inside, widths, value=1.0), paste=paste, feather=feather)
+
+
+class Expand(Outpaint):
+    """A larger picture around one in its centre (the paper's expansion to 1:2): :class:`Outpaint` to a size.
+
+    Args:
+        image, paste, feather: as of :class:`Inpaint`.
+        height, width: of the result in pixels, at least the image's and not both equal to it. An odd pixel of margin
+            goes to the right or below.
+
+    Raises as :class:`Inpaint`.
+    """
+
+    task = "expand"
+
+    def __init__(self, image: Pictures, height: int, width: int, *, paste: bool = True, feather: int = 0) -> None:
+        pixels = to_pixels(self.task, image)
+        rows = check_integer("height", height, pixels.shape[2], op=self.task) - pixels.shape[2]
+        columns = check_integer("width", width, pixels.shape[3], op=self.task) - pixels.shape[3]
+        if not rows and not columns:
+            raise ValueError(f"{self.task}: height or width must be more than the image's, got {height} x {width}")
+        left, top = columns // 2, rows // 2
+        super().__init__(pixels, left, columns - left, top, rows - top, paste=paste, feather=feather)
+
+
+class Refine(Edit):
+    """A larger picture from a small one: its tokens are taken up to a step, the later steps are drawn.
+
+    Args:
+        image: see :data:`~flexvar.generation.pictures.Pictures`. One with more patches than the result is shrunk
+            first; one of another aspect ratio is stretched.
+        height, width: of the result in pixels.
+        start_step: the first step that is drawn, counted from 0: 0 is plain generation, the number of steps is plain
+            reconstruction. By default the first whose grid has more rows or columns than the image has patches: all
+            that the image shows is kept, all that it cannot show is drawn.
+
+    Raises:
+        OSError: a file cannot be read.
+        TypeError, ValueError: an argument breaks its rule; or, once the steps are known, ``start_step`` is not among
+            them, or is left out for an image that has the patches of every step already.
+    """
+
+    task = "refine"
+
+    def __init__(self, image: Pictures, height: int, width: int, start_step: int | None = None) -> None:
+        self.pixels = to_pixels(self.task, image)
+        self.count = len(self.pixels)
+        self.size = (
+            check_integer("height", height, 1, op=self.task),
+            check_integer("width", width, 1, op=self.task),
+        )
+        self.start_step = None if start_step is None else check_integer("start_step", start_step, 0, op=self.task)
+
+    def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
+        start_step = self._first_drawn_step(layout, patch_size)
+        return [torch.full((1, *size), step < start_step) for step, size in enumerate(layout.schedule)]
+
+    def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
+        grid = self._grid(layout, patch_size)
+        # The image has to cover the part of its grid that the finished image covers of the last.
+        covered = zip(grid, layout.image_size, layout.schedule.final_size, strict=True)
+        height, width = (max(1, round(cells * side / last)) for cells, side, last in covered)
+        pixels = self.pixels
+        if tuple(pixels.shape[2:]) != (height, width):
+            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+        return pad_to(pixels, (grid[0] * patch_size, grid[1] * patch_size))
+
+    def _first_drawn_step(self, layout: Layout, patch_size: int) -> int:
+        steps = len(layout.schedule)
+        if self.start_step is not None:
+            return check_integer("start_step", self.start_step, 0, steps, op=self.task)
+        grid = self._grid(layout, patch_size)
+        for step, (rows, columns) in enumerate(layout.schedule):
+            if rows > grid[0] or columns > grid[1]:
+                return step
+        raise ValueError(
+            f"{self.task}: start_step must be given where the image has the patches of every step, {grid[0]} x "
+            f"{grid[1]}, got none"
+        )
+
+    def _grid(self, layout: Layout, patch_size: int) -> Size:
+        """Rows and columns of patches that the image fills, at most the result's."""
+        sides = zip(self.pixels.shape[2:], layout.schedule.final_size, strict=True)
+        rows, columns = (min(-(-side // patch_size), last) for side, last in sides)
+        return rows, columns
