@@ -76,6 +76,7 @@ def test_known_tokens_and_pasted_pixels_are_kept_exactly(pipe: FlexVARPipeline, 
     assert torch.equal(pixels_of(out.images[0])[~mask], pixels_of(image)[~mask])
     filled = fill_painted(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1, mask[None, None])
     expected = pipe.reconstruct(filled, steps=4).pyramid
+    assert mask.all() or torch.equal(out.pyramid[0], expected[0])  # one token, known by default
     padded = pad_to_patches(mask[None, None].float(), 4)[0, 0]
     num_known = 0
     for got, wanted in zip(out.pyramid, expected, strict=True):
@@ -135,6 +136,19 @@ def test_batches(pipe: FlexVARPipeline) -> None:
     assert len({tuple(grid.flatten().tolist()) for grid in variants.pyramid[-1]}) > 1
     assert len(pipe.inpaint(images, masks[0], "star", steps=3).images) == 3
     assert len(pipe.inpaint(images[0], masks, "star", steps=3).images) == 3
+
+
+def test_steps_before_start_step_are_taken_from_the_known_pixels(pipe: FlexVARPipeline) -> None:
+    image, mask = photograph(16, 16), box(16, 16, rows=slice(0, 16), columns=slice(6, 16))
+    filled = fill_painted(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1, mask[None, None])
+    expected = pipe.reconstruct(filled, schedule=[1, 2, 4]).pyramid
+    for start_step in range(4):
+        pyramid = pipe.inpaint(image, mask, 0, start_step=start_step, schedule=[1, 2, 4], seed=8).pyramid
+        for step in range(3):
+            assert torch.equal(pyramid[step], expected[step]) == (step < start_step)
+    assert pipe.inpaint(image, mask, 0, schedule=[(4, 4)]).images  # the only step is drawn
+    one_token = pipe.inpaint(photograph(4, 4), torch.eye(4), ["star"] * 6, schedule=[1]).pyramid
+    assert len(set(one_token[0].flatten().tolist())) > 1
 
 
 def test_stream_equals_call(pipe: FlexVARPipeline) -> None:
@@ -362,6 +376,8 @@ def test_bad_calls(pipe: FlexVARPipeline) -> None:
         pipe.stream(1, edit=edit, schedule=[1, 3])
     with pytest.raises(ValueError, match=r"class_labels must be one, or one per picture \(2\), got 3"):
         pipe.stream([1, 1, 1], edit=Inpaint(torch.zeros(2, 3, 8, 8), IMAGE[0]))
+    with pytest.raises(ValueError, match="inpaint: start_step must be from 0 to 2, got 3"):
+        pipe.stream(1, edit=Inpaint(IMAGE, IMAGE[0], start_step=3), schedule=[1, 2])
     with pytest.raises(ValueError, match="refine: start_step must be from 0 to 3, got 4"):
         pipe.stream(1, edit=Refine(IMAGE, 16, 16, 4), steps=3)
     with pytest.raises(ValueError, match=r"refine: start_step must be given where .* 2 x 2, got none"):

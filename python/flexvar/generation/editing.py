@@ -28,11 +28,13 @@ class Edit(ABC):
         task: its name, as messages and settings have it.
         size: (height, width) of the finished image in pixels.
         count: how many pictures it holds; one serves a batch of any size.
+        start_step: the first step that is drawn; None is what suits the task and the steps.
     """
 
     task: ClassVar[str]
     size: Size
     count: int
+    start_step: int | None
 
     @abstractmethod
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
@@ -47,12 +49,25 @@ class Edit(ABC):
         """Decoded images, float32 [B, 3, *size], on their way to the user; as they are unless the task says more."""
         return images
 
+    @abstractmethod
+    def default_start_step(self, layout: Layout, patch_size: int) -> int:
+        """What ``start_step`` is unless given. Raises ValueError where it has to be given."""
+
+    def first_drawn_step(self, layout: Layout, patch_size: int) -> int:
+        """``start_step``, checked against the steps. Raises ValueError."""
+        if self.start_step is None:
+            return self.default_start_step(layout, patch_size)
+        return check_integer("start_step", self.start_step, 0, len(layout.schedule), op=self.task)
+
+    def _check_start_step(self, start_step: int | None) -> int | None:
+        return None if start_step is None else check_integer("start_step", start_step, 0, op=self.task)
+
 
 class Inpaint(Edit):
     """Paint anew where a mask is white; all else stays.
 
-    A token is known at a step if its cell of that step's grid lies wholly outside the white region. What lies under
-    the mask has no influence on the result.
+    A token is known at a step if its cell of that step's grid lies wholly outside the white region, or the step is
+    before ``start_step``. What lies under the mask has no influence on the result.
 
     Args:
         image: see :data:`~flexvar.generation.pictures.Pictures`. Sides that are not multiples of the patch size are
@@ -61,15 +76,27 @@ class Inpaint(Edit):
             resampled to the image's, and then white from 0.5 on.
         paste: put the known pixels back into the result, bit for bit; otherwise they pass through the tokenizer.
         feather: width in pixels of a band around the region in which the pasted pixels fade in; 0 is none.
+        start_step: the first step that is drawn, counted from 0. Earlier ones are coarse enough to be taken from the
+            known pixels, continued smoothly into the region: they pass on colours and layout. By default 1, if the
+            first step is a single token (no cell of it can lie outside the region, and all colours follow from it) and
+            not the only one, otherwise 0. Where nothing is known all steps are drawn.
 
     Raises:
         OSError: a file cannot be read.
-        TypeError, ValueError: an argument breaks its rule.
+        TypeError, ValueError: an argument breaks its rule; or, once the steps are known, ``start_step`` is beyond them.
     """
 
     task = "inpaint"
 
-    def __init__(self, image: Pictures, mask: Masks, *, paste: bool = True, feather: int = 0) -> None:
+    def __init__(
+        self,
+        image: Pictures,
+        mask: Masks,
+        *,
+        paste: bool = True,
+        feather: int = 0,
+        start_step: int | None = None,
+    ) -> None:
         self.pixels = to_pixels(self.task, image)
         height, width = self.pixels.shape[2:]
         self.size = (height, width)
@@ -84,11 +111,20 @@ class Inpaint(Edit):
         self.feather = check_integer("feather", feather, 0, max(self.size), op=self.task)
         if self.feather and not paste:
             raise ValueError(f"{self.task}: feather must be 0 where paste is False, got {feather}")
+        self.start_step = self._check_start_step(start_step)
 
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
         # A window of adaptive pooling is every pixel that a cell touches: floor(i H / h) to ceil((i + 1) H / h).
         painted = pad_to_patches(self.paint.float(), patch_size)
-        return [F.adaptive_max_pool2d(painted, size)[:, 0] == 0 for size in layout.schedule]
+        is_any_known = ~self.paint.flatten(1).all(1)[:, None, None]
+        start_step = self.first_drawn_step(layout, patch_size)
+        return [
+            (F.adaptive_max_pool2d(painted, size)[:, 0] == 0) | (is_any_known & (step < start_step))
+            for step, size in enumerate(layout.schedule)
+        ]
+
+    def default_start_step(self, layout: Layout, patch_size: int) -> int:
+        return int(layout.schedule[0] == (1, 1) and len(layout.schedule) > 1)
 
     def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
         return pad_to_patches(
@@ -106,7 +142,7 @@ class Outpaint(Inpaint):
     """Continue a picture beyond its edges: :class:`Inpaint` of margins around it.
 
     Args:
-        image, paste, feather: as of :class:`Inpaint`.
+        image, paste, feather, start_step: as of :class:`Inpaint`.
         left, right, top, bottom: widths of the margins in pixels; at least one is more than 0.
 
     Raises as :class:`Inpaint`.
@@ -124,6 +160,7 @@ class Outpaint(Inpaint):
         *,
         paste: bool = True,
         feather: int = 0,
+        start_step: int | None = None,
     ) -> None:
         pixels = to_pixels(self.task, image)
         margins = {"left": left, "right": right, "top": top, "bottom": bottom}
@@ -131,14 +168,15 @@ class Outpaint(Inpaint):
         if not any(widths):
             raise ValueError(f"{self.task}: left, right, top or bottom must be at least 1, got 0 for each")
         inside = torch.zeros(1, 1, *pixels.shape[2:])
-        super().__init__(F.pad(pixels, widths), F.pad(inside, widths, value=1.0), paste=paste, feather=feather)
+        canvas, mask = F.pad(pixels, widths), F.pad(inside, widths, value=1.0)
+        super().__init__(canvas, mask, paste=paste, feather=feather, start_step=start_step)
 
 
 class Expand(Outpaint):
     """A larger picture around one in its centre (the paper's expansion to 1:2): :class:`Outpaint` to a size.
 
     Args:
-        image, paste, feather: as of :class:`Inpaint`.
+        image, paste, feather, start_step: as of :class:`Inpaint`.
         height, width: of the result in pixels, at least the image's and not both equal to it. An odd pixel of margin
             goes to the right or below.
 
@@ -147,14 +185,25 @@ class Expand(Outpaint):
 
     task = "expand"
 
-    def __init__(self, image: Pictures, height: int, width: int, *, paste: bool = True, feather: int = 0) -> None:
+    def __init__(
+        self,
+        image: Pictures,
+        height: int,
+        width: int,
+        *,
+        paste: bool = True,
+        feather: int = 0,
+        start_step: int | None = None,
+    ) -> None:
         pixels = to_pixels(self.task, image)
         rows = check_integer("height", height, pixels.shape[2], op=self.task) - pixels.shape[2]
         columns = check_integer("width", width, pixels.shape[3], op=self.task) - pixels.shape[3]
         if not rows and not columns:
             raise ValueError(f"{self.task}: height or width must be more than the image's, got {height} x {width}")
         left, top = columns // 2, rows // 2
-        super().__init__(pixels, left, columns - left, top, rows - top, paste=paste, feather=feather)
+        super().__init__(
+            pixels, left, columns - left, top, rows - top, paste=paste, feather=feather, start_step=start_step
+        )
 
 
 class Refine(Edit):
@@ -183,10 +232,10 @@ class Refine(Edit):
             check_integer("height", height, 1, op=self.task),
             check_integer("width", width, 1, op=self.task),
         )
-        self.start_step = None if start_step is None else check_integer("start_step", start_step, 0, op=self.task)
+        self.start_step = self._check_start_step(start_step)
 
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
-        start_step = self._first_drawn_step(layout, patch_size)
+        start_step = self.first_drawn_step(layout, patch_size)
         return [torch.full((1, *size), step < start_step) for step, size in enumerate(layout.schedule)]
 
     def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
@@ -199,10 +248,7 @@ class Refine(Edit):
             pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
         return pad_to(pixels, (grid[0] * patch_size, grid[1] * patch_size))
 
-    def _first_drawn_step(self, layout: Layout, patch_size: int) -> int:
-        steps = len(layout.schedule)
-        if self.start_step is not None:
-            return check_integer("start_step", self.start_step, 0, steps, op=self.task)
+    def default_start_step(self, layout: Layout, patch_size: int) -> int:
         grid = self._grid(layout, patch_size)
         for step, (rows, columns) in enumerate(layout.schedule):
             if rows > grid[0] or columns > grid[1]:

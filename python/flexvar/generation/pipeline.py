@@ -224,13 +224,16 @@ class FlexVARPipeline:
         *,
         paste: bool = True,
         feather: int = 0,
+        start_step: int | None = None,
         **options: Unpack[EditOptions],
     ) -> GenerationOutput:
         """A call with ``edit=``:class:`Inpaint`: paints anew where the mask is white. ``options`` are those of a call.
 
         >>> pipe.inpaint("photo.png", "mask.png", "star", seed=2, feather=4).images[0].save("edited.png")
         """
-        return self(class_labels, edit=Inpaint(image, mask, paste=paste, feather=feather), **options)
+        return self(
+            class_labels, edit=Inpaint(image, mask, paste=paste, feather=feather, start_step=start_step), **options
+        )
 
     def outpaint(
         self,
@@ -243,13 +246,14 @@ class FlexVARPipeline:
         *,
         paste: bool = True,
         feather: int = 0,
+        start_step: int | None = None,
         **options: Unpack[EditOptions],
     ) -> GenerationOutput:
         """A call with ``edit=``:class:`Outpaint`: continues the picture by margins in pixels. ``options``: of a call.
 
         >>> pipe.outpaint("photo.png", left=32, right=32, class_labels="star").images[0].save("wide.png")
         """
-        edit = Outpaint(image, left, right, top, bottom, paste=paste, feather=feather)
+        edit = Outpaint(image, left, right, top, bottom, paste=paste, feather=feather, start_step=start_step)
         return self(class_labels, edit=edit, **options)
 
     def expand(
@@ -261,13 +265,14 @@ class FlexVARPipeline:
         *,
         paste: bool = True,
         feather: int = 0,
+        start_step: int | None = None,
         **options: Unpack[EditOptions],
     ) -> GenerationOutput:
         """A call with ``edit=``:class:`Expand`: the picture in the centre of a larger one. ``options``: of a call.
 
         >>> pipe.expand("photo.png", 64, 128, "star").images[0].save("wide.png")  # the paper's 1:2
         """
-        edit = Expand(image, height, width, paste=paste, feather=feather)
+        edit = Expand(image, height, width, paste=paste, feather=feather, start_step=start_step)
         return self(class_labels, edit=edit, **options)
 
     def refine(
