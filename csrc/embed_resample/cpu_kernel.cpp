@@ -1,8 +1,41 @@
 #include "embed_resample/cpu_kernel.h"
 
+#include <type_traits>
+
 #include "resample/cpu_vector.h"
 
 namespace flexvar::FLEXVAR_ISA {
+
+// Calls body(taps) with the number of taps as a constant where it is a usual one (1 to 4), so that
+// the sums over them unroll; 0 stands for any other number.
+template <typename Body>
+static inline void with_taps(int64_t count, const Body& body) {
+  switch (count) {
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    case 4:
+      return body(std::integral_constant<int, 4>());
+    default:
+      return body(std::integral_constant<int, 0>());
+  }
+}
+
+// The sum over k of weights[k] * term(k): `Taps` terms, or `count` where that is 0.
+template <int Taps, typename Real, typename Term>
+static inline Vector<Real> weighted_sum(const Real* weights, int64_t count, const Term& term) {
+  Vector<Real> sum = weights[0] * term(0);
+  if constexpr (Taps == 0) {
+    for (int64_t k = 1; k < count; ++k) sum += weights[k] * term(k);
+  } else {
+#pragma GCC unroll 4
+    for (int64_t k = 1; k < Taps; ++k) sum += weights[k] * term(k);
+  }
+  return sum;
+}
 
 // out[i] = sum over k of weights[k] * in[k * stride + i] for i < n: the vertical sums of a row,
 // whose pixels and channels are one run of memory. Reads nothing at or behind in_end; writes up to
@@ -10,51 +43,113 @@ namespace flexvar::FLEXVAR_ISA {
 template <typename T, typename Real>
 static void sum_rows(Real* out, const T* in, const T* in_end, int64_t stride, const Real* weights,
                      int64_t count, int64_t n) {
-  for (int64_t i = 0; i < n; i += VectorOf<Real>::lanes) {
-    Vector<Real> sum = {};
-    for (int64_t k = 0; k < count; ++k) {
-      const T* source = in + k * stride + i;
-      const Vector<Real> term = weights[k] * load_first(source, in_end - source);
-      sum = k == 0 ? term : sum + term;
+  constexpr int64_t lanes = VectorOf<Real>::lanes;
+  with_taps(count, [&](auto taps) {
+    const int64_t readable = in_end - in - (count - 1) * stride;
+    int64_t i = 0;
+    for (; i < n && i + lanes <= readable; i += lanes) {
+      store(out + i, weighted_sum<taps()>(weights, count,
+                                          [&](int64_t k) { return load(in + k * stride + i); }));
     }
-    store(out + i, sum);
-  }
+    for (; i < n; i += lanes) {
+      store(out + i, weighted_sum<taps()>(weights, count, [&](int64_t k) {
+              const T* source = in + k * stride + i;
+              return load_first(source, in_end - source);
+            }));
+    }
+  });
 }
 
 // The horizontal sums of a row of pixels of `dim` channels. `in` is readable up to a vector behind
 // its end.
 template <typename T, typename Real>
 static void sum_columns(T* out, const Real* in, const ResampleTaps<Real>& x, int64_t dim) {
+  constexpr int64_t lanes = VectorOf<Real>::lanes;
   for (int64_t q = 0; q < x.out_size; ++q) {
-    const Real* weights = x.weights + q * x.stride;
-    for (int64_t c = 0; c < dim; c += VectorOf<Real>::lanes) {
-      const Real* source = in + x.start[q] * dim + c;
-      Vector<Real> sum = {};
-      for (int64_t k = 0; k < x.count[q]; ++k) {
-        const Vector<Real> term = weights[k] * load(source + k * dim);
-        sum = k == 0 ? term : sum + term;
-      }
-      store_first(out + q * dim + c, sum, dim - c);
-    }
+    const Real *weights = x.weights + q * x.stride, *source = in + x.start[q] * dim;
+    T* pixel = out + q * dim;
+    with_taps(x.count[q], [&](auto taps) {
+      const auto sum = [&](int64_t c) {
+        return weighted_sum<taps()>(weights, x.count[q],
+                                    [&](int64_t k) { return load(source + k * dim + c); });
+      };
+      int64_t c = 0;
+      for (; c + lanes <= dim; c += lanes) store(pixel + c, sum(c));
+      if (c < dim) store_first(pixel + c, sum(c), dim - c);
+    });
   }
 }
 
-template <typename Real>
-static Real sum_of_lanes(Vector<Real> v) {
-  Real sum = 0;
-  for (int64_t i = 0; i < VectorOf<Real>::lanes; ++i) sum += v[i];
-  return sum;
+template <typename V>
+static inline auto sum_of_lanes(V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(v[0])) {
+    return v[0] + v[1];
+  } else {
+    using Real = std::remove_cvref_t<decltype(v[0])>;
+    typedef Real HalfVector __attribute__((vector_size(sizeof(V) / 2)));
+    HalfVector halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return sum_of_lanes(HalfVector(halves[0] + halves[1]));
+  }
 }
 
 template <typename T, typename Real>
-static Real inverse_norm(const T* code, int64_t dim) {
-  Vector<Real> squares = {};
+static inline Vector<Real> squares(const T* code, int64_t dim) {
+  Vector<Real> sum = {};
   for (int64_t c = 0; c < dim; c += VectorOf<Real>::lanes) {
     const Vector<Real> v = load_first(code + c, dim - c);
-    squares += v * v;
+    sum += v * v;
   }
-  const Real norm = __builtin_sqrt(sum_of_lanes<Real>(squares));
+  return sum;
+}
+
+static inline float square_root(float x) { return __builtin_sqrtf(x); }
+static inline double square_root(double x) { return __builtin_sqrt(x); }
+
+template <typename Real>
+static inline Real inverse_norm(Real squared) {
+  const Real norm = square_root(squared);
   return 1 / (norm > Real(kMinCodeNorm) ? norm : Real(kMinCodeNorm));
+}
+
+// grid[i] = the code at indices[i], scaled to length 1 if asked for, for i < n. As many codes at a
+// time as a vector has lanes: their norms then cost one square root and one division. Returns the
+// first i whose index is none, or n. Writes up to a vector behind grid[n - 1].
+template <typename T, typename Real>
+static int64_t gather_codes(const EmbedResampleParams<Real>& params, const int64_t* indices,
+                            int64_t n, Real* grid) {
+  constexpr int64_t lanes = VectorOf<Real>::lanes;
+  const T* codebook = static_cast<const T*>(params.codebook);
+  const int64_t dim = params.dim;
+  for (int64_t first = 0; first < n; first += lanes) {
+    const int64_t count = n - first < lanes ? n - first : lanes;
+    const T* codes[lanes];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t index = indices[first + i];
+      if (index < 0 || index >= params.num_codes) return first + i;
+      codes[i] = codebook + index * dim;
+    }
+    Real scales[lanes];
+    if (params.normalize) {
+      Vector<Real> rows[lanes] = {};
+      for (int64_t i = 0; i < count; ++i) rows[i] = squares<T, Real>(codes[i], dim);
+      transpose<Real>(rows);
+      Vector<Real> sum = rows[0];
+#pragma GCC unroll 16
+      for (int64_t i = 1; i < lanes; ++i) sum += rows[i];
+      store(scales, sum);
+      for (int64_t i = 0; i < lanes; ++i) scales[i] = inverse_norm(scales[i]);
+    } else {
+      for (int64_t i = 0; i < lanes; ++i) scales[i] = 1;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      Real* cell = grid + (first + i) * dim;
+      for (int64_t c = 0; c < dim; c += lanes) {
+        store(cell + c, scales[i] * load_first(codes[i] + c, dim - c));
+      }
+    }
+  }
+  return n;
 }
 
 template <typename T, typename Real>
@@ -63,7 +158,6 @@ static void embed_rows(const EmbedResampleParams<Real>& params, Real* scratch, i
   const auto& y = params.y;
   const auto& x = params.x;
   const int64_t dim = params.dim, row_size = x.in_size * dim;
-  const T* codebook = static_cast<const T*>(params.codebook);
   Real* grid = scratch;
   const Real* grid_end = grid + y.in_size * row_size + kEmbedScratchPadding;
   Real* row = grid + y.in_size * row_size + kEmbedScratchPadding;
@@ -72,19 +166,14 @@ static void embed_rows(const EmbedResampleParams<Real>& params, Real* scratch, i
     const int64_t image = r / y.out_size, top = r % y.out_size;
     const int64_t rows = end - r < y.out_size - top ? end - r : y.out_size - top;
     const int64_t bottom = top + rows - 1;
-    const int64_t* indices = params.indices + image * y.in_size * x.in_size;
-    for (int64_t cell = y.start[top] * x.in_size;
-         cell < (y.start[bottom] + y.count[bottom]) * x.in_size; ++cell) {
-      const int64_t index = indices[cell];
-      if (index < 0 || index >= params.num_codes) {
-        *invalid = image * y.in_size * x.in_size + cell;
-        return;
-      }
-      const T* code = codebook + index * dim;
-      const Real scale = params.normalize ? inverse_norm<T, Real>(code, dim) : Real(1);
-      for (int64_t c = 0; c < dim; c += VectorOf<Real>::lanes) {
-        store(grid + cell * dim + c, scale * load_first(code + c, dim - c));
-      }
+    const int64_t first = y.start[top] * x.in_size,
+                  cells = (y.start[bottom] + y.count[bottom]) * x.in_size - first;
+    const int64_t position = image * y.in_size * x.in_size + first;
+    const int64_t valid =
+        gather_codes<T>(params, params.indices + position, cells, grid + first * dim);
+    if (valid < cells) {
+      *invalid = position + valid;
+      return;
     }
     for (int64_t i = top; i <= bottom; ++i, ++r) {
       sum_rows(row, grid + y.start[i] * row_size, grid_end, row_size, y.weights + i * y.stride,
@@ -121,7 +210,8 @@ static void scatter_codes(const EmbedScatterParams<Real>& params, Real* scratch,
     T* out = static_cast<T*>(params.grad_codebook) + v * dim;
     const int64_t first = params.first[v], last = params.first[v + 1];
     const bool through_norm = params.normalize && first < last;
-    const Real inverse = through_norm ? inverse_norm<T, Real>(code, dim) : Real(1);
+    const Real inverse =
+        through_norm ? inverse_norm(sum_of_lanes(squares<T, Real>(code, dim))) : Real(1);
     const bool clamped = inverse >= Real(1 / kMinCodeNorm);
     Vector<Real> products = {};
     for (int64_t c = 0; c < dim; c += lanes) {
@@ -134,7 +224,7 @@ static void scatter_codes(const EmbedScatterParams<Real>& params, Real* scratch,
       products += sum * load_first(code + c, dim - c);
     }
     const Real along =
-        through_norm && !clamped ? sum_of_lanes<Real>(products) * inverse * inverse : Real(0);
+        through_norm && !clamped ? sum_of_lanes(products) * inverse * inverse : Real(0);
     for (int64_t c = 0; c < dim; c += lanes) {
       const Vector<Real> across = load(scratch + c) - along * load_first(code + c, dim - c);
       store_first(out + c, inverse * across, dim - c);

@@ -73,9 +73,9 @@ def tokenizer(
     config = _override(
         presets.DEMO_TOKENIZER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
     )
-    dataset = _folder(data, height, width) if data else presets.demo_tokenizer_data()
+    datasets = [_folder(data, height, width)] if data else presets.demo_tokenizer_data()
     train_tokenizer(
-        dataset,
+        datasets,
         out,
         presets.DEMO_TOKENIZER,
         config,

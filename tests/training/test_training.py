@@ -65,7 +65,7 @@ class StoppingDataset(ShapeDataset):
         return super().batch(indices)
 
 
-def run_tokenizer(folder, data=DATA, config=TOKENIZER_TRAINING, **kwargs):
+def run_tokenizer(folder, data=(DATA,), config=TOKENIZER_TRAINING, **kwargs):
     return train_tokenizer(data, folder, TOKENIZER, config, backend="reference", progress=False, **kwargs)
 
 
@@ -109,7 +109,7 @@ def test_tokenizer_resumes_exactly(tmp_path):
     whole = run_tokenizer(tmp_path / "whole")
     batches = TOKENIZER_TRAINING.steps * 2  # with those of the revivals it stops in the second half
     with pytest.raises(StoppedError):
-        run_tokenizer(tmp_path / "stopped", StoppingDataset(240, 16, 16, batches=batches))
+        run_tokenizer(tmp_path / "stopped", [StoppingDataset(240, 16, 16, batches=batches)])
     resumed = run_tokenizer(tmp_path / "stopped", resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert same_weights(resumed, whole)
@@ -189,10 +189,10 @@ def test_bad_configs(values, error, message):
 
 
 def test_data_and_models_must_fit(tmp_path):
-    with pytest.raises(ValueError, match="dataset must hold at least one image"):
-        run_tokenizer(tmp_path, ShapeDataset(0))
-    with pytest.raises(ValueError, match="height of the images must be a multiple of patch size 4, got 18"):
-        run_tokenizer(tmp_path, ShapeDataset(12, 18, 16))
+    with pytest.raises(ValueError, match="train_tokenizer: datasets must each hold at least one image"):
+        run_tokenizer(tmp_path, [DATA, ShapeDataset(0)])
+    with pytest.raises(ValueError, match="must be multiples of patch size 4, got 18 and 16"):
+        run_tokenizer(tmp_path, [ShapeDataset(12, 18, 16)])
     with pytest.raises(ValueError, match="datasets must each hold at least one image"):
         run_transformer(tmp_path, data=())
     tokenizer = MultiScaleTokenizer(TOKENIZER, backend="reference")

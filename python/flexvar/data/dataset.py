@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -25,3 +27,21 @@ class ImageDataset(Protocol):
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 images to the float32 in [-1, 1] that the tokenizer takes; any shape."""
     return images.float() / 127.5 - 1
+
+
+def check_datasets(op: str, datasets: Sequence[ImageDataset], patch_size: int) -> None:
+    """Raises ValueError unless there is a data set, each holds images, and patches of ``patch_size`` px cover them."""
+    if not datasets or any(len(dataset) == 0 for dataset in datasets):
+        raise ValueError(f"{op}: datasets must each hold at least one image, got none")
+    for dataset in datasets:
+        if dataset.height % patch_size or dataset.width % patch_size:
+            raise ValueError(
+                f"{op}: height and width of the images must be multiples of patch size {patch_size}, "
+                f"got {dataset.height} and {dataset.width}"
+            )
+
+
+def shares(datasets: Sequence[ImageDataset]) -> NDArray[np.float64]:
+    """The part of all images that each data set holds: how often a batch comes from it."""
+    lengths = np.array([len(dataset) for dataset in datasets], np.float64)
+    return lengths / lengths.sum()

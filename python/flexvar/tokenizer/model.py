@@ -12,6 +12,7 @@ from flexvar._checks import check_float
 from flexvar.schedule import ScaleSchedule
 from flexvar.tokenizer.autoencoder import Decoder, Encoder
 from flexvar.tokenizer.config import TokenizerConfig
+from flexvar.tokenizer.initialization import initialize
 from flexvar.tokenizer.quantizer import QuantizedScale, VectorQuantizer, check_latent
 
 
@@ -37,6 +38,7 @@ class MultiScaleTokenizer(nn.Module):
         self.quantize = VectorQuantizer(config, backend=backend)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        initialize(self)
 
     @property
     def backend(self) -> str:

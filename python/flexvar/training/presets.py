@@ -21,7 +21,7 @@ DEMO_TOKENIZER = TokenizerConfig(
 )
 
 DEMO_TOKENIZER_TRAINING = TokenizerTrainingConfig(
-    steps=1500,
+    steps=5000,
     batch_size=8,
     learning_rate=2e-3,
     warmup_steps=50,
@@ -29,8 +29,8 @@ DEMO_TOKENIZER_TRAINING = TokenizerTrainingConfig(
     checkpoint_every=100,
     num_scales=2,
     gradient_weight=0.5,
-    continuous_steps=150,
-    revive_every=25,
+    continuous_steps=400,
+    revive_every=50,
 )
 
 DEMO_TRANSFORMER = TransformerConfig(
@@ -75,9 +75,9 @@ DEMO_REFINEMENT = TransformerTrainingConfig(
 DEMO_GENERATION: GenerationOptions = {"guidance_scale": 2.0, "guidance_style": "llamagen", "top_p": 0.5}
 
 
-def demo_tokenizer_data() -> ImageDataset:
+def demo_tokenizer_data() -> list[ImageDataset]:
     """What the demo's tokenizer learns from."""
-    return ShapeDataset(24_000)
+    return [ShapeDataset(24_000), ShapeDataset(6_000, height=48, width=96), ShapeDataset(6_000, height=96, width=48)]
 
 
 def demo_transformer_data() -> list[ImageDataset]:

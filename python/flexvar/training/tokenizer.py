@@ -6,6 +6,7 @@ and every reconstruction is compared with the image at that size (arXiv 2502.203
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexvar._backend import ops
-from flexvar.data.dataset import ImageDataset, to_model_range
+from flexvar.data.dataset import ImageDataset, check_datasets, shares, to_model_range
 from flexvar.schedule import ScaleSchedule
 from flexvar.storage import save_model
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -27,7 +28,7 @@ REVIVE_BATCHES = 8
 
 
 def train_tokenizer(
-    dataset: ImageDataset,
+    datasets: Sequence[ImageDataset],
     folder: str | Path,
     model_config: TokenizerConfig,
     config: TokenizerTrainingConfig,
@@ -40,7 +41,8 @@ def train_tokenizer(
     """Trains a tokenizer from scratch.
 
     Args:
-        dataset: images; their height and width must be multiples of the tokenizer's patch size. Labels are not used.
+        datasets: images. Each has images of one size, multiples of the tokenizer's patch size; a batch comes from one of
+            them, each as often as it is long. Labels are not used.
         folder: gets the model (:func:`flexvar.storage.load_tokenizer`), loss curves, the log and the checkpoint.
         resume: continue the run in ``folder``.
         progress: show a progress bar.
@@ -51,33 +53,27 @@ def train_tokenizer(
     Raises:
         ValueError: an empty data set, an image size that does not fit, or as :func:`flexvar.training.loop.train`.
     """
-    if len(dataset) == 0:
-        raise ValueError("train_tokenizer: dataset must hold at least one image, got none")
-    for name, side in (("height", dataset.height), ("width", dataset.width)):
-        if side % model_config.patch_size:
-            raise ValueError(
-                f"train_tokenizer: {name} of the images must be a multiple of patch size {model_config.patch_size}, "
-                f"got {side}"
-            )
+    check_datasets("train_tokenizer", datasets, model_config.patch_size)
+    proportions = shares(datasets)
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         tokenizer = MultiScaleTokenizer(model_config, backend=backend)
-    grid = (dataset.height // model_config.patch_size, dataset.width // model_config.patch_size)
 
     def draw_images(rng: np.random.Generator) -> Tensor:
+        dataset = datasets[rng.choice(len(datasets), p=proportions)]
         images, _ = dataset.batch(rng.integers(len(dataset), size=config.batch_size).tolist())
         return to_model_range(images.to(device))
 
     def compute_losses(step: int, rng: np.random.Generator) -> Losses:
         images = draw_images(rng)
         latent = tokenizer.encode(images).float()
-        sizes = random_sizes(rng, grid, config.num_scales)
+        sizes = random_sizes(rng, (latent.shape[2], latent.shape[3]), config.num_scales)
         codebook = commitment = latent.new_zeros(())
         if step < config.continuous_steps:
             codes = [continuous_codes(tokenizer, latent, size) for size in sizes]
         else:
-            revive(step, sizes, rng)
+            revive(step, rng)
             scales = tokenizer.quantize_straight_through(latent, sizes)
             codes = [scale.codes for scale in scales]
             codebook = torch.stack([scale.codebook_loss for scale in scales]).mean()
@@ -104,15 +100,16 @@ def train_tokenizer(
         }
 
     @torch.no_grad()
-    def revive(step: int, sizes: ScaleSchedule, rng: np.random.Generator) -> None:
+    def revive(step: int, rng: np.random.Generator) -> None:
         starts = step == config.continuous_steps
         if not starts and (not config.revive_every or step % config.revive_every or 2 * step >= config.steps):
             return
         # One batch holds too few latents to tell which codes are unused.
-        batches = [draw_images(rng) for _ in range(REVIVE_BATCHES)]
-        latent = torch.cat([tokenizer.encode(images).float() for images in batches])
+        latents = [tokenizer.encode(draw_images(rng)).float() for _ in range(REVIVE_BATCHES)]
         every_code = torch.arange(model_config.codebook_size, device=device)
-        move_codes_to_latents(tokenizer, every_code if starts else unused_codes(tokenizer, latent, sizes), latent)
+        move_codes_to_latents(
+            tokenizer, every_code if starts else unused_codes(tokenizer, latents, rng, config.num_scales), latents
+        )
 
     train(
         tokenizer,
@@ -150,18 +147,22 @@ def continuous_codes(tokenizer: MultiScaleTokenizer, latent: Tensor, size: tuple
 
 
 @torch.no_grad()
-def unused_codes(tokenizer: MultiScaleTokenizer, latent: Tensor, sizes: ScaleSchedule) -> Tensor:
-    """int64 [N]: the codes that a latent [B, codebook_dim, h, w] uses at none of these sizes."""
-    used = torch.zeros(len(tokenizer.codebook), dtype=torch.bool, device=latent.device)
-    for indices in tokenizer.quantize(latent, sizes):
-        used[indices.flatten()] = True
+def unused_codes(
+    tokenizer: MultiScaleTokenizer, latents: Sequence[Tensor], rng: np.random.Generator, num_scales: int
+) -> Tensor:
+    """int64 [N]: the codes that none of the latents [B, codebook_dim, h, w] uses, each at random sizes and its own."""
+    used = torch.zeros(len(tokenizer.codebook), dtype=torch.bool, device=latents[0].device)
+    for latent in latents:
+        sizes = random_sizes(rng, (latent.shape[2], latent.shape[3]), num_scales)
+        for indices in tokenizer.quantize(latent, sizes):
+            used[indices.flatten()] = True
     return (~used).nonzero().squeeze(1)
 
 
 @torch.no_grad()
-def move_codes_to_latents(tokenizer: MultiScaleTokenizer, codes: Tensor, latent: Tensor) -> None:
-    """Sets each code of ``codes`` (int64 [N]) to a random vector of a latent [B, codebook_dim, h, w]."""
-    vectors = latent.permute(0, 2, 3, 1).flatten(0, 2).to(tokenizer.codebook.dtype)
+def move_codes_to_latents(tokenizer: MultiScaleTokenizer, codes: Tensor, latents: Sequence[Tensor]) -> None:
+    """Sets each code of ``codes`` (int64 [N]) to a random vector of the latents [B, codebook_dim, h, w]."""
+    vectors = torch.cat([latent.movedim(1, -1).flatten(0, 2) for latent in latents]).to(tokenizer.codebook.dtype)
     if tokenizer.config.normalize_codes:
         vectors = F.normalize(vectors, dim=1)
-    tokenizer.codebook[codes] = vectors[torch.randint(len(vectors), (len(codes),), device=latent.device)]
+    tokenizer.codebook[codes] = vectors[torch.randint(len(vectors), (len(codes),), device=vectors.device)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from flexvar.data.dataset import ImageDataset, to_model_range
+from flexvar.data.dataset import ImageDataset, check_datasets, shares, to_model_range
 from flexvar.schedule import ScaleSchedule
 from flexvar.storage import save_model
 from flexvar.tokenizer import MultiScaleTokenizer
@@ -62,8 +62,7 @@ def train_transformer(
     device = torch.device(device)
     tokenizer = tokenizer.to(device).eval()
     encoded = [encode_dataset(dataset, tokenizer, bfloat16=config.bfloat16, progress=progress) for dataset in datasets]
-    proportions = np.array([len(dataset) for dataset in datasets], np.float64)
-    proportions /= proportions.sum()
+    proportions = shares(datasets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = FlexVARTransformer(model_config, backend=backend)
@@ -157,8 +156,7 @@ def random_schedule(
 
 
 def _check(datasets: Sequence[ImageDataset], tokenizer: MultiScaleTokenizer, model_config: TransformerConfig) -> None:
-    if not datasets or any(len(dataset) == 0 for dataset in datasets):
-        raise ValueError("train_transformer: datasets must each hold at least one image, got none")
+    check_datasets("train_transformer", datasets, tokenizer.config.patch_size)
     names = datasets[0].class_names
     if any(dataset.class_names != names for dataset in datasets) or len(names) != model_config.num_classes:
         raise ValueError(
@@ -169,9 +167,3 @@ def _check(datasets: Sequence[ImageDataset], tokenizer: MultiScaleTokenizer, mod
         wanted, got = getattr(tokenizer.config, name), getattr(model_config, name)
         if got != wanted:
             raise ValueError(f"train_transformer: {name} must be that of the tokenizer, {wanted!r}, got {got!r}")
-    for dataset in datasets:
-        if dataset.height % tokenizer.config.patch_size or dataset.width % tokenizer.config.patch_size:
-            raise ValueError(
-                f"train_transformer: height and width of the images must be multiples of patch size "
-                f"{tokenizer.config.patch_size}, got {dataset.height} and {dataset.width}"
-            )

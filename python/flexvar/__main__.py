@@ -1,0 +1,5 @@
+"""``python -m flexvar`` is the command line."""
+
+from flexvar.cli import main
+
+main()
