@@ -44,11 +44,11 @@ def generate(
             x = condition[:, None] + model.pos_start + positions
         else:
             tokens = F.interpolate(grid, size=size, mode="bicubic").flatten(2).transpose(1, 2)
-            x = (model.word_embed(tokens) + positions).repeat(2, 1, 1)
+            x = (_linear(model.word_embed, tokens) + positions).repeat(2, 1, 1)
         for layer in range(len(model.blocks)):
             x = _block(model, layer, x, condition, keys, values)
-        scale, shift = model.head_nm.ada_lin(condition).view(-1, 1, 2, model.config.width).unbind(2)
-        logits = model.head(_norm(x, scale, shift)).float()
+        scale, shift = _linear(model.head_nm.ada_lin[1], F.silu(condition)).view(-1, 1, 2, model.config.width).unbind(2)
+        logits = _linear(model.head, _norm(x, scale, shift)).float()
         logits = (1 + weight) * logits[:1] - weight * logits[1:]
         pyramid.append(sorted_multinomial(logits, top_k, top_p).unflatten(1, size))
         grid = F.embedding(pyramid[-1], codebook).permute(0, 3, 1, 2)
@@ -64,7 +64,7 @@ def _block(
     values: list[Tensor | None],
 ) -> Tensor:
     block, attention = model.blocks[layer], model.blocks[layer].attn
-    vectors = block.ada_lin(condition).view(-1, 1, 6, model.config.width)
+    vectors = _linear(block.ada_lin[1], F.silu(condition)).view(-1, 1, 6, model.config.width)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(2)
     bias = torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
     qkv = F.linear(_norm(x, scale1, shift1), attention.mat_qkv.weight, bias)
@@ -75,8 +75,14 @@ def _block(
     keys[layer] = k = k if past_k is None else torch.cat((past_k, k), dim=2)
     values[layer] = v = v if past_v is None else torch.cat((past_v, v), dim=2)
     out = F.scaled_dot_product_attention(q, k, v, scale=attention.softmax_scale)
-    x = x + gamma1 * attention.proj(out.transpose(1, 2).flatten(2))
-    return x + gamma2 * block.ffn(_norm(x, scale2, shift2))
+    x = x + gamma1 * _linear(attention.proj, out.transpose(1, 2).flatten(2))
+    hidden = F.gelu(_linear(block.ffn.fc1, _norm(x, scale2, shift2)), approximate="tanh")
+    return x + gamma2 * _linear(block.ffn.fc2, hidden)
+
+
+def _linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    """torch's own, whatever the layer runs on."""
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

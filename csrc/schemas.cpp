@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
       "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
       "float softmax_scale) -> Tensor");
   m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? "
+      "residual) "
+      "-> Tensor");
+  m.def(
       "guided_sample(Tensor logits, SymInt top_k, float top_p, Tensor seeds, Tensor image_ids, "
       "SymInt step) -> Tensor");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");

@@ -11,6 +11,7 @@ HAS_CUDA_KERNELS: bool = load_libraries()  # before the op files: they attach to
 from flexvar_ext import reference  # noqa: E402
 from flexvar_ext.embed_resample import embed_resample  # noqa: E402
 from flexvar_ext.guided_sample import guided_sample  # noqa: E402
+from flexvar_ext.linear import linear  # noqa: E402
 from flexvar_ext.resample2d import resample2d  # noqa: E402
 from flexvar_ext.scale_attention import scale_attention, scale_attention_step  # noqa: E402
 from flexvar_ext.vq_lookup import vq_lookup  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "HAS_CUDA_KERNELS",
     "embed_resample",
     "guided_sample",
+    "linear",
     "reference",
     "resample2d",
     "scale_attention",

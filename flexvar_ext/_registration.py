@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -11,27 +11,32 @@ from torch import Tensor
 _library = torch.library.Library("flexvar", "FRAGMENT")
 
 
-def register_autocast(name: str, *, to: torch.dtype | None = None) -> None:
+def register_autocast(name: str, *, to: torch.dtype | None = None, only: Collection[str] | None = None) -> None:
     """Under torch.autocast, casts the floating tensor arguments of ``flexvar::name`` to ``to``, or to autocast's dtype.
+
+    ``only`` names the arguments to cast; all of them unless given.
 
     torch.library.register_autocast fixes the dtype at registration and so cannot follow ``torch.autocast(dtype=…)``.
     """
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(name, _autocast_kernel(name, device, key, to), key)
+        _library.impl(name, _autocast_kernel(name, device, key, to, only), key)
 
 
-def _autocast_kernel(name: str, device: str, key: str, to: torch.dtype | None) -> Callable[..., Any]:
+def _autocast_kernel(
+    name: str, device: str, key: str, to: torch.dtype | None, only: Collection[str] | None
+) -> Callable[..., Any]:
     packet = getattr(torch.ops.flexvar, name)
+    names = [argument.name for argument in packet.default._schema.arguments]
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = to or torch.get_autocast_dtype(device)
 
-        def cast(value: Any) -> Any:
+        def cast(argument: str, value: Any) -> Any:
             eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if eligible else value
+            return value.to(dtype) if eligible and (only is None or argument in only) else value
 
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return packet(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+            return packet(*map(cast, names, args), **{key: cast(key, value) for key, value in kwargs.items()})
 
     return kernel

@@ -17,6 +17,7 @@ from flexvar_ext._checks import int64_per_image
 __all__ = [
     "embed_resample",
     "guided_sample",
+    "linear",
     "resample2d",
     "scale_attention",
     "scale_attention_step",
@@ -77,6 +78,27 @@ def embed_resample(
     codes = F.normalize(wide, dim=-1).to(codebook.dtype) if normalize else codebook
     grid = F.embedding(indices, codes).permute(0, 3, 1, 2)
     return resample2d(grid, size, mode=mode).flatten(2).transpose(1, 2)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """[..., K], [N, K] -> [..., N]: residual + gate * activation(x @ weight.T + bias), in the residual's dtype."""
+    if not torch.is_autocast_enabled(x.device.type):  # autocast casts them itself, the weight once for many calls
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    out = F.linear(x, weight, bias)
+    if activation == "gelu_tanh":
+        out = F.gelu(out, approximate="tanh")
+    if residual is None:
+        return out if gate is None else out * gate.to(out.dtype)
+    out = out.to(residual.dtype)
+    return residual + out if gate is None else torch.addcmul(residual, gate.to(residual.dtype), out)
 
 
 def scale_attention(

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "resample/cpu_vector.h"
+#include "common/cpu_vector.h"
 
 namespace flexvar::FLEXVAR_ISA {
 

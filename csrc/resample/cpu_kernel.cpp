@@ -1,6 +1,6 @@
 #include "resample/cpu_kernel.h"
 
-#include "resample/cpu_vector.h"
+#include "common/cpu_vector.h"
 
 namespace flexvar::FLEXVAR_ISA {
 

@@ -40,6 +40,22 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS), scale)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` on the backend's op, with the arguments of :func:`flexvar_ext.linear` for what follows it."""
+
+    def __init__(self, in_features: int, out_features: int, backend: str) -> None:
+        super().__init__(in_features, out_features)
+        self.backend = backend
+
+    def forward(
+        self, input: Tensor, *, activation: str = "none", gate: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        out: Tensor = ops(self.backend).linear(
+            input, self.weight, self.bias, activation=activation, gate=gate, residual=residual
+        )
+        return out
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention whose tokens see their own scale and all scales before (block-causal)."""
 
@@ -55,7 +71,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width, backend)
 
     def constants(self) -> tuple[Tensor, Tensor | None]:
         """``qkv_bias`` and ``q_scale`` of :class:`Modulation`."""
@@ -66,7 +82,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """[B, l, width] -> queries, keys and values [B, l, heads, head_dim]."""
-        qkv = F.linear(x, self.mat_qkv.weight, modulation.qkv_bias)
+        qkv = ops(self.backend).linear(x, self.mat_qkv.weight, modulation.qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if modulation.q_scale is not None:
             # Under autocast the norm runs in float32; the attention op takes one dtype.
@@ -74,32 +90,33 @@ class SelfAttention(nn.Module):
             k = F.normalize(k, dim=-1).to(v.dtype)
         return q, k, v
 
-    def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
-        """All scales at once: [B, L, width] -> [B, L, width]."""
+    def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule, residual: Tensor) -> Tensor:
+        """All scales at once: residual + gamma1 * attn(x), all [B, L, width]."""
         q, k, v = self.project(x, modulation)
         out = ops(self.backend).scale_attention(q, k, v, schedule.lengths, softmax_scale=self.softmax_scale)
-        return self.proj(out.flatten(2))
+        return self.proj(out.flatten(2), gate=modulation.gamma1, residual=residual)
 
-    def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
-        """One scale, [B, l, width], behind those in the cache."""
+    def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int, residual: Tensor) -> Tensor:
+        """One scale behind those in the cache: residual + gamma1 * attn(x), all [B, l, width]."""
         q, k, v = self.project(x, modulation)
         k_cache, v_cache, kv_length = cache.write(layer, k, v)
         out = ops(self.backend).scale_attention_step(
             q.to(k_cache.dtype), k_cache, v_cache, kv_length, softmax_scale=self.softmax_scale
         )
-        return self.proj(out.flatten(2))
+        return self.proj(out.flatten(2), gate=modulation.gamma1, residual=residual)
 
 
 class FeedForward(nn.Module):
     """Linear, GELU (tanh form), linear."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.width * config.mlp_ratio)
-        self.fc2 = nn.Linear(config.width * config.mlp_ratio, config.width)
+        self.fc1 = Linear(config.width, config.width * config.mlp_ratio, backend)
+        self.fc2 = Linear(config.width * config.mlp_ratio, config.width, backend)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+        """residual + gate * ffn(x): x and residual [B, L, width], gate [B, 1, width]."""
+        return self.fc2(self.fc1(x, activation="gelu_tanh"), gate=gate, residual=residual)
 
 
 class Block(nn.Module):
@@ -113,12 +130,12 @@ class Block(nn.Module):
         self.width = config.width
         self.drop_path = drop_path
         self.attn = SelfAttention(config, backend)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config, backend)
         self.shared_adaln = config.shared_adaln
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / math.sqrt(config.width))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width, backend))
 
     def modulation(self, condition: Tensor, generator: torch.Generator | None = None) -> Modulation:
         """The block's :class:`Modulation` for a batch of images.
@@ -145,23 +162,23 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
         """All scales at once: [B, L, width] -> [B, L, width]."""
         m = modulation
-        x = torch.addcmul(x, m.gamma1, self.attn(modulated_norm(x, m.scale1, m.shift1), m, schedule))
-        return torch.addcmul(x, m.gamma2, self.ffn(modulated_norm(x, m.scale2, m.shift2)))
+        x = self.attn(modulated_norm(x, m.scale1, m.shift1), m, schedule, residual=x)
+        return self.ffn(modulated_norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
 
     def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
         """One scale, [B, l, width], behind those in the cache."""
         m = modulation
-        x = torch.addcmul(x, m.gamma1, self.attn.step(modulated_norm(x, m.scale1, m.shift1), m, cache, layer))
-        return torch.addcmul(x, m.gamma2, self.ffn(modulated_norm(x, m.scale2, m.shift2)))
+        x = self.attn.step(modulated_norm(x, m.scale1, m.shift1), m, cache, layer, residual=x)
+        return self.ffn(modulated_norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
 
 
 class HeadNorm(nn.Module):
     """AdaLN before the head: LN(x) * (1 + scale) + shift."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
         self.width = config.width
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width, backend))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Class embeddings [B, width] -> 1 + scale and shift, [B, 1, width] each."""
@@ -172,5 +189,5 @@ class HeadNorm(nn.Module):
 class SharedAdaLN(nn.Sequential):
     """One AdaLN projection for all blocks: [B, width] -> [B, 1, 6, width]."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, 6 * width), nn.Unflatten(1, (1, 6, width)))
+    def __init__(self, width: int, backend: str) -> None:
+        super().__init__(nn.SiLU(), Linear(width, 6 * width, backend), nn.Unflatten(1, (1, 6, width)))

@@ -15,7 +15,7 @@ from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.initialization import initialize
 from flexvar.transformer.kv_cache import KVCache
-from flexvar.transformer.layers import Block, HeadNorm, Modulation, SharedAdaLN, modulated_norm
+from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, SharedAdaLN, modulated_norm
 from flexvar.transformer.positions import PositionCache
 
 
@@ -78,15 +78,15 @@ class FlexVARTransformer(nn.Module):
         self.config = config
         self.backend = check_backend(backend)
         width = config.width
-        self.word_embed = nn.Linear(config.codebook_dim, width)
+        self.word_embed = Linear(config.codebook_dim, width, backend)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, width, config.position_grid, config.position_grid))
-        self.shared_ada_lin = SharedAdaLN(width) if config.shared_adaln else nn.Identity()
+        self.shared_ada_lin = SharedAdaLN(width, backend) if config.shared_adaln else nn.Identity()
         rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate, backend) for rate in rates)
-        self.head_nm = HeadNorm(config)
-        self.head = nn.Linear(width, config.codebook_size)
+        self.head_nm = HeadNorm(config, backend)
+        self.head = Linear(width, config.codebook_size, backend)
         self._positions = PositionCache()
         initialize(self)
 

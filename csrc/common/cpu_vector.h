@@ -1,4 +1,4 @@
-// Vectors of float or double for the CPU kernels of resampling, in the width of the instruction
+// Vectors of float or double for the CPU kernels, in the width of the instruction
 // set that a file is compiled for, with loads and stores that convert from and to stored elements.
 #pragma once
 

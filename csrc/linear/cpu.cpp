@@ -1,0 +1,134 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/tensor_checks.h"
+#include "linear/cpu_kernel.h"
+
+namespace flexvar {
+namespace {
+
+constexpr const char* kOp = "linear";
+// Multiply-adds below which a second thread costs more than it brings.
+constexpr int64_t kWorkPerTask = 200'000;
+
+LinearElement element_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_floating(t.scalar_type()), kOp, ": ", name,
+                  " must have dtype float32, float16 or bfloat16");
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return LinearElement::float16;
+    case ScalarType::BFloat16:
+      return LinearElement::bfloat16;
+    default:
+      return LinearElement::float32;
+  }
+}
+
+// A small factor, contiguous and in float32.
+std::optional<Tensor> floats(const std::optional<Tensor>& t, const char* name) {
+  if (!t) return std::nullopt;
+  element_of(*t, name);
+  return torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
+}
+
+const float* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<float>() : nullptr;
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
+
+void run(const LinearParams& params) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t work = params.rows * params.columns * params.depth / kWorkPerTask;
+  const int64_t row_blocks = divide_up(params.rows, kLinearRows);
+  const int64_t rows = divide_up(params.rows, row_blocks);
+  // A few blocks for each thread, as large as they may be.
+  const int64_t wanted = divide_up(std::clamp<int64_t>(work, 1, 2 * threads), row_blocks);
+  const int64_t columns =
+      std::min(round_up(divide_up(params.columns, wanted), kLinearColumnStep), kLinearColumns);
+  const int64_t column_blocks = divide_up(params.columns, columns);
+  const int64_t blocks = row_blocks * column_blocks;
+  const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
+
+  const Tensor scratch = torch::stable::empty({runs * kLinearScratchBytes + 64}, ScalarType::Byte);
+  const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+  char* const memory = reinterpret_cast<char*>((address + 63) / 64 * 64);
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      // All rows meet a block of the weight before the next: it is read from memory once.
+      for (int64_t b = blocks * run / runs; b < blocks * (run + 1) / runs; ++b) {
+        const int64_t row = b % row_blocks * rows, column = b / row_blocks * columns;
+        kernel(params,
+               {row, std::min(row + rows, params.rows), column,
+                std::min(column + columns, params.columns)},
+               memory + run * kLinearScratchBytes);
+      }
+    }
+  });
+}
+
+Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,
+                  std::string activation, std::optional<Tensor> gate_in,
+                  std::optional<Tensor> residual_in) {
+  check_rank(weight_in, 2, kOp, "weight");
+  STD_TORCH_CHECK(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == weight_in.size(1), kOp,
+                  ": x must have the last dimension of weight");
+  STD_TORCH_CHECK(weight_in.size(1) > 0, kOp, ": weight must have at least one column");
+  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const auto bias = floats(bias_in, "bias"), gate = floats(gate_in, "gate");
+  LinearParams params{};
+  params.columns = weight.size(0);
+  params.depth = weight.size(1);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = params.columns;
+  params.rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) params.rows *= shape[i];
+
+  params.x_element = element_of(x, "x");
+  params.weight_element = element_of(weight, "weight");
+  STD_TORCH_CHECK(
+      params.weight_element == params.x_element || params.weight_element == LinearElement::float32,
+      kOp, ": weight must have the dtype of x, or float32");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == params.columns), kOp,
+                  ": bias must have shape [N]");
+  params.bias = data_or_null(bias);
+  params.rows_per_gate = params.rows;
+  if (gate) {
+    STD_TORCH_CHECK(gate->dim() >= 1 && gate->size(gate->dim() - 1) == params.columns, kOp,
+                    ": gate must have N columns");
+    const int64_t gates = gate->numel() / std::max<int64_t>(params.columns, 1);
+    STD_TORCH_CHECK(gates > 0 ? params.rows % gates == 0 : params.rows == 0, kOp,
+                    ": gate must divide the rows of x");
+    params.rows_per_gate = params.rows / std::max<int64_t>(gates, 1);
+    params.gate = data_or_null(gate);
+  }
+  STD_TORCH_CHECK(activation == "none" || activation == "gelu_tanh", kOp,
+                  ": activation must be none or gelu_tanh, got ", activation);
+  params.gelu = activation == "gelu_tanh";
+
+  std::optional<Tensor> residual;
+  if (residual_in) {
+    residual = torch::stable::contiguous(*residual_in);
+    STD_TORCH_CHECK(residual->numel() == params.rows * params.columns, kOp,
+                    ": residual must have the shape of the result");
+    params.residual = residual->const_data_ptr();
+  }
+  Tensor out = torch::stable::new_empty(residual ? *residual : x, shape);
+  params.out_element = element_of(out, "residual");
+  params.x = x.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  if (out.numel() > 0) run(params);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("linear", TORCH_BOX(&linear_cpu)); }
+
+}  // namespace
+}  // namespace flexvar

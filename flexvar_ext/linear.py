@@ -1,0 +1,99 @@
+"""The linear layer, with what follows it in a transformer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexvar_ext import reference
+from flexvar_ext._checks import FLOATING, check_choice, check_same_device
+from flexvar_ext._registration import register_autocast
+
+ACTIVATIONS = ("none", "gelu_tanh")
+DTYPES = (*FLOATING, torch.float64)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + gate * activation(x @ weight.T + bias)``: ``torch.nn.functional.linear`` and the ops behind it.
+
+    On the CPU, sums are accumulated in float32 in an order that K alone gives, and rounded once, after the residual: a
+    row of the result does not depend on the other rows, on their number or on the number of threads, bit for bit. The
+    weight is read where it lies; no copy of it is made or kept.
+
+    Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
+    matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed.
+
+    Args:
+        x: [..., K], float32, float16, bfloat16 or float64; K >= 1.
+        weight: [N, K] as ``torch.nn.Linear`` holds it, of x's dtype (under autocast, of autocast's), or float32, which
+            is rounded to that dtype, if the product needs it so, in pieces that stay in the cache.
+        bias: [N], any of these dtypes, or None.
+        activation: ``none``, or ``gelu_tanh``, ``torch.nn.functional.gelu`` with ``approximate="tanh"``.
+        gate: [B, 1, N] for x [B, l, K], any of these dtypes, or None: each image's factor for its tokens.
+        residual: [..., N], any of these dtypes, or None.
+
+    Returns: [..., N], contiguous, of the residual's dtype, else of x's (under autocast, of autocast's).
+
+    Raises: TypeError and ValueError naming the argument, the rule and the value got.
+    """
+    op = "linear"
+    given = {"x": x, "weight": weight}
+    for name, optional in (("bias", bias), ("gate", gate), ("residual", residual)):
+        if optional is not None:
+            given[name] = optional
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must have dtype float32, float16, bfloat16 or float64, got {value.dtype}")
+    check_same_device(op, **given)
+    _check_shapes(op, x, weight, bias, gate, residual)
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if weight.dtype not in (dtype, torch.float32):
+        raise TypeError(f"{op}: weight must have dtype {dtype} or float32, got {weight.dtype}")
+    native = x.device.type != "cuda" and all(value.dtype != torch.float64 for value in given.values())
+    if not native or (torch.is_grad_enabled() and any(value.requires_grad for value in given.values())):
+        return reference.linear(x, weight, bias, activation=activation, gate=gate, residual=residual)
+    result: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, gate, residual)
+    return result
+
+
+def _check_shapes(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None
+) -> None:
+    if weight.ndim != 2 or weight.shape[1] == 0:
+        raise ValueError(f"{op}: weight must have shape [N, K] with K >= 1, got {tuple(weight.shape)}")
+    columns, depth = weight.shape
+    if x.ndim == 0 or x.shape[-1] != depth:
+        raise ValueError(f"{op}: x must have shape [..., K] with K = {depth}, got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"{op}: bias must have shape [N] with N = {columns}, got {tuple(bias.shape)}")
+    if gate is not None and (x.ndim != 3 or gate.shape != (x.shape[0], 1, columns)):
+        raise ValueError(
+            f"{op}: gate must have shape [B, 1, N] with N = {columns} for x [B, l, K], "
+            f"got {tuple(gate.shape)} for x {tuple(x.shape)}"
+        )
+    if residual is not None and residual.shape != (*x.shape[:-1], columns):
+        expected = (*x.shape[:-1], columns)
+        raise ValueError(f"{op}: residual must have the result's shape {tuple(expected)}, got {tuple(residual.shape)}")
+
+
+@torch.library.register_fake("flexvar::linear")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gate: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    return (x if residual is None else residual).new_empty(*x.shape[:-1], weight.shape[0])
+
+
+register_autocast("linear", only=("x",))
