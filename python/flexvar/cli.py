@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import sys
 import warnings
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from flexvar.cli_edit import add_edit_commands
+from flexvar.cli_options import (
+    Backend,
+    BackendOption,
+    ColumnsOption,
+    DeviceOption,
+    DrawOptions,
+    HeightOption,
+    LabelsArgument,
+    MaxSideOption,
+    ModelOption,
+    Precision,
+    PrecisionOption,
+    ScheduleOption,
+    SizeOption,
+    StepsOption,
+    WidthOption,
+    load_pipeline,
+    pixel_sides,
+    with_options,
+)
 from flexvar.cli_train import train_app
-
-if TYPE_CHECKING:
-    from flexvar.generation import FlexVARPipeline
 
 BAD_INPUT = 2  # exit code, the one that wrong arguments have
 
@@ -26,40 +43,6 @@ app = typer.Typer(
 
 
 app.add_typer(train_app, name="train")
-
-
-class GuidanceStyle(str, Enum):
-    """The names of :data:`flexvar.generation.GuidanceStyle`."""
-
-    var = "var"
-    llamagen = "llamagen"
-    off = "off"
-
-
-class Precision(str, Enum):
-    """What matrix products are computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Backend(str, Enum):
-    """Which implementation of the ops."""
-
-    native = "native"
-    reference = "reference"
-
-
-ModelOption = Annotated[str, typer.Option(help="`demo`, a folder, or a Hugging Face Hub id `owner/name`.")]
-DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.")]
-PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="What matrix products are computed in.")]
-BackendOption = Annotated[Backend, typer.Option(help="`reference` is plain PyTorch: slow, and the specification.")]
-StepsOption = Annotated[int | None, typer.Option(help="How many steps; 10 unless a schedule is given.")]
-ScheduleOption = Annotated[
-    str | None,
-    typer.Option(help="The grid of every step in tokens, sides or HEIGHTxWIDTH: `1,2,4,8` or `1x2,2x4,8x16`."),
-]
 
 
 def main() -> None:
@@ -103,6 +86,8 @@ def flexvar(
 
     ```
     flexvar generate star                     # a star, drawn by the bundled demo model
+    flexvar inpaint photo.png mask.png star   # paint a star where the mask is white; outpaint, expand, refine
+    flexvar rerun star.png                    # draw a picture again from the settings it carries
     flexvar reconstruct photo.jpg             # what the tokenizer keeps of a photograph, scale by scale
     flexvar train tokenizer                   # your own model, or the bundled one again
     flexvar doctor                            # what was built, and what runs where
@@ -111,44 +96,14 @@ def flexvar(
 
 
 @app.command()
+@with_options(DrawOptions)
 def generate(
-    labels: Annotated[
-        list[str] | None, typer.Argument(help="Classes by name or number; `none` for no class. Default: all, in turn.")
-    ] = None,
-    num: Annotated[int | None, typer.Option(help="How many images; the labels take turns.")] = None,
-    out: Annotated[
-        Path, typer.Option(help="A `.png` (several images become one sheet), or a folder for one file each.")
-    ] = Path("flexvar.png"),
-    grid: Annotated[bool, typer.Option("--grid", help="With a folder: a sheet of all images, grid.png, too.")] = False,
-    columns: Annotated[int | None, typer.Option(help="Images a row of the sheet.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of a square image in pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels; any number.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels; any number.")] = None,
-    steps: StepsOption = None,
-    schedule: ScheduleOption = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="How strongly to insist on the class. This and the next three default to the model's."),
-    ] = None,
-    guidance_style: Annotated[
-        GuidanceStyle | None,
-        typer.Option(help="`var` rises from 0 over the steps, `llamagen` is constant (1 is none), `off` is none."),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw among the k likeliest codes; 0 is all, 1 the likeliest.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Then among the likeliest with this probability together; 1 is all.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Image i of a seed is the same whatever --num and --batch are.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images at a time.")] = 16,
-    published_greedy_quirk: Annotated[
-        bool, typer.Option("--published-greedy-quirk", help="Greedy at the sides where the released code is.")
-    ] = False,
-    model: ModelOption = "demo",
-    device: DeviceOption = "auto",
-    dtype: PrecisionOption = Precision.float32,
-    backend: BackendOption = Backend.native,
+    labels: LabelsArgument = None,
+    size: SizeOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    *,
+    options: DrawOptions,
 ) -> None:
     """Draw images of classes.
 
@@ -160,30 +115,16 @@ def generate(
     flexvar generate --num 100 --out images --grid             # a folder, all classes in turn
     ```
 
-    Each PNG carries its settings in the text chunk `flexvar`.
+    Each PNG carries its settings in the text chunk `flexvar`; `flexvar rerun` draws it again from them.
     """
     from flexvar import commands
 
-    settings: dict[str, Any] = {
-        "schedule": commands.parse_schedule(schedule),
-        "height": size if height is None else height,
-        "width": size if width is None else width,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "guidance_style": None if guidance_style is None else guidance_style.value,
-        "top_k": top_k,
-        "top_p": top_p,
-        "published_greedy_quirk": published_greedy_quirk,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    if size is not None and (height is not None or width is not None):
-        raise ValueError(f"generate: --size must be left out where --height or --width is given, got {size}")
-    target = commands.check_target(out, grid=grid)
-    pipe = _load(model, device, backend)
-    commands.generate(
-        pipe, labels or [], num=num, seed=seed, batch=batch, dtype=dtype.value, options=given, model=model,
-        target=target, grid=grid, columns=columns,
-    )  # fmt: skip
+    rows, columns = pixel_sides("generate", size, height, width)
+    sizes = {name: side for name, side in (("height", rows), ("width", columns)) if side is not None}
+    target = commands.check_target(options.out, grid=options.grid)
+    pipe = options.load()
+    drawing = options.drawing(commands.parse_labels(labels or [], pipe.transformer.config.num_classes), sizes)
+    commands.generate(pipe, drawing, model=options.model, target=target, grid=options.grid, columns=options.columns)
 
 
 @app.command()
@@ -192,8 +133,8 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="The sheet, a `.png`.")] = Path("reconstruction.png"),
     steps: StepsOption = None,
     schedule: ScheduleOption = None,
-    max_side: Annotated[int, typer.Option(help="Larger pictures are shrunk to this first; 0 is never.")] = 256,
-    columns: Annotated[int | None, typer.Option(help="Pictures a row of the sheet.")] = None,
+    max_side: MaxSideOption = 256,
+    columns: ColumnsOption = None,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
     dtype: PrecisionOption = Precision.float32,
@@ -210,14 +151,18 @@ def reconstruct(
     sides that are not multiples of the patch size are padded and cropped back.
     """
     from flexvar import commands
+    from flexvar.photos import open_photo
 
     target = commands.check_target(out, grid=False)
     if target.suffix.lower() != ".png":
         raise ValueError(f"reconstruct: --out must end in .png, got {str(out)!r}")
-    picture = commands.open_photo(photo, max_side)
-    pipe = _load(model, device, backend)
+    picture = open_photo(photo, max_side)
+    pipe = load_pipeline(model, device, backend)
     parsed = commands.parse_schedule(schedule)
     commands.reconstruct(pipe, picture, target, schedule=parsed, steps=steps, dtype=dtype.value, columns=columns)
+
+
+add_edit_commands(app)
 
 
 @app.command()
@@ -233,10 +178,3 @@ def doctor() -> None:
     print(report)
     if not report.healthy:
         raise typer.Exit(1)
-
-
-def _load(model: str, device: str, backend: Backend) -> FlexVARPipeline:
-    from flexvar.commands import choose_device
-    from flexvar.generation import FlexVARPipeline
-
-    return FlexVARPipeline.from_pretrained(model, device=choose_device(device), backend=backend.value)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-import flexvar
 from flexvar.doctor import is_strict
-from flexvar.generation import FlexVARPipeline
-from flexvar.generation.settings import check_integer
-from flexvar.image_io import make_grid, open_image, save_png
+from flexvar.drawing import Drawing
+from flexvar.edit_request import EditRequest
+from flexvar.generation import Edit, FlexVARPipeline
+from flexvar.generation.settings import DEFAULT_STEPS, check_integer
+from flexvar.image_io import make_grid, save_png
+from flexvar.rerun import Recipe, count_differing_pixels
 from flexvar.schedule import ScaleSchedule
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
@@ -82,82 +83,165 @@ def check_target(out: Path, *, grid: bool) -> Path:
 
 
 def generate(
+    pipe: FlexVARPipeline, drawing: Drawing, *, model: str, target: Path, grid: bool, columns: int | None
+) -> None:
+    """``flexvar generate``: draws, and writes PNGs with their settings."""
+    sheet = _sheet(columns)
+    drawing.check(pipe, None)
+    record = drawing.record("generate", model, pipe, None)
+    with _progress("generating", drawing.num_passes(range(drawing.num)) * len(record["schedule"])) as bar:
+        _draw_and_save(
+            pipe, drawing, None, record, target, "", grid=grid, sheet=sheet, on_step=bar.update,
+        )  # fmt: skip
+    print(target if _is_png(target) else f"{target}: {drawing.num} images")
+
+
+def edit(
     pipe: FlexVARPipeline,
-    labels: Sequence[str],
+    drawing: Drawing,
+    requests: Sequence[EditRequest],
     *,
-    num: int | None,
-    seed: int,
-    batch: int,
-    dtype: str,
-    options: dict[str, Any],
     model: str,
     target: Path,
     grid: bool,
     columns: int | None,
 ) -> None:
-    """``flexvar generate``: draws in batches, image i as (seed, i), and writes PNGs with their settings."""
-    classes = parse_labels(labels, pipe.transformer.config.num_classes)
-    count = len(classes) if num is None else check_integer("--num", num, 1)
-    check_integer("--batch", batch, 1)
-    if columns is not None:
-        check_integer("--columns", columns, 1)
-    if dtype != "float32":
-        options = {**options, "autocast_dtype": getattr(torch, dtype)}
-    settings = pipe.settings(**options)
-    layout = settings.layout(pipe.patch_size)
-    drawn_classes = [classes[i % len(classes)] for i in range(count)]
-    images: list[Image.Image] = []
-    total = math.ceil(count / batch) * len(layout.schedule)
-    with tqdm(total=total, desc="generating", unit="step", disable=None) as bar:
-        for start in range(0, count, batch):
-            part = range(start, min(start + batch, count))
-            for step in pipe.stream([drawn_classes[i] for i in part], seed=seed, image_ids=part, **options):
-                bar.update()
-                if step.index + 1 == step.num_steps:
-                    images += step.preview()
-    record = {
-        "version": flexvar.__version__,
-        "command": "generate",
-        "model": model,
-        "device": pipe.device.type,
-        "dtype": dtype,
-        "seed": seed,
-        "height": layout.image_size[0],
-        "width": layout.image_size[1],
-        "schedule": [list(size) for size in layout.schedule],
-        "guidance_scale": settings.guidance_scale,
-        "guidance_style": settings.guidance_style,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "published_greedy_quirk": settings.published_greedy_quirk,
-    }
-    if target.suffix.lower() == ".png":
-        sheet = images[0] if count == 1 else make_grid(images, columns=columns)
-        save_png(sheet, target, {**record, "class_labels": drawn_classes, "image_ids": list(range(count))})
-        print(target)
-        return
-    for i, (image, label) in enumerate(zip(images, drawn_classes, strict=True)):
-        path = target / f"{i:04d}-{_file_name(_name_of(label, pipe.class_names))}.png"
-        save_png(image, path, {**record, "class_labels": [label], "image_ids": [i]})
-    if grid:
-        record = {**record, "class_labels": drawn_classes, "image_ids": list(range(count))}
-        save_png(make_grid(images, columns=columns), target / "grid.png", record)
-    print(f"{target}: {count} images")
+    """``flexvar inpaint`` and its relatives: edits pictures one by one, and writes PNGs with their settings.
+
+    Raises:
+        ValueError: some pictures could not be edited; each is named on stderr, and the others were written.
+    """
+    sheet = _sheet(columns)
+    if len(requests) > 1 and (_is_png(target) or grid):
+        raise ValueError(f"--out must be a folder, without --grid, where there are {len(requests)} pictures")
+    inputs = {path.resolve() for request in requests for path in (request.image, request.mask) if path is not None}
+    stems = _unique_stems([request.image for request in requests])
+    failed = []
+    settings = pipe.settings(**drawing.options)
+    num_steps = len(settings.schedule) if isinstance(settings.schedule, ScaleSchedule) else settings.steps
+    num_passes = drawing.num_passes(range(drawing.num)) * len(requests)
+    with _progress("editing", num_passes * (num_steps or DEFAULT_STEPS)) as bar:
+        for request, stem in zip(requests, stems, strict=True):
+            bar.set_postfix_str(request.image.name)
+            try:
+                edit, fingerprints = request.load()
+                drawing.check(pipe, edit)
+            except (ValueError, TypeError, OSError) as error:
+                if len(requests) == 1:
+                    raise
+                failed.append(request.image.name)
+                tqdm.write(f"flexvar: error: {request.image.name}: {' '.join(str(error).split())}", file=sys.stderr)
+                continue
+            folder = target.parent if _is_png(target) else target
+            record = drawing.record(request.task, model, pipe, edit)
+            record["edit"] = request.record(fingerprints, folder)
+            _draw_and_save(
+                pipe, drawing, edit, record, target, stem, grid=grid, sheet=sheet, on_step=bar.update, keep=inputs,
+            )  # fmt: skip
+    done = (len(requests) - len(failed)) * drawing.num
+    print(target if _is_png(target) else f"{target}: {done} images")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(requests)} pictures could not be edited: {', '.join(failed)}")
 
 
-def open_photo(path: Path, max_side: int) -> Image.Image:
-    """A picture, shrunk to ``max_side`` pixels where it is longer (0: never), which is said."""
-    check_integer("--max-side", max_side, 0)
-    picture = open_image(path)
-    if max_side and max(picture.size) > max_side:
-        original = picture.size
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        print(
-            f"flexvar: note: {path.name} was shrunk from {original[0]} x {original[1]} to {picture.width} x "
-            f"{picture.height}; --max-side 0 keeps it",
-            file=sys.stderr,
-        )
-    return picture
+def _draw_and_save(
+    pipe: FlexVARPipeline,
+    drawing: Drawing,
+    edit: Edit | None,
+    record: Mapping[str, Any],
+    target: Path,
+    stem: str,
+    *,
+    grid: bool,
+    sheet: Mapping[str, Any],
+    on_step: Callable[[], object],
+    keep: Collection[Path] = (),
+) -> None:
+    """Draws all images into a PNG, or into a folder: there each is written as soon as it is drawn."""
+    ids = range(drawing.num)
+    to_folder = not _is_png(target)
+    if not to_folder:
+        _refuse_to_overwrite(target, keep)
+    pictures: list[Image.Image] = []
+    for image, picture in drawing.draw(pipe, edit, ids, on_step):
+        if to_folder:
+            path = target / f"{_numbered(stem, image, drawing, pipe)}.png"
+            _refuse_to_overwrite(path, keep)
+            save_png(picture, path, {**record, **drawing.shown([image])})
+        if grid or not to_folder:
+            pictures.append(picture)
+    if not to_folder and len(pictures) == 1:
+        save_png(pictures[0], target, {**record, **drawing.shown(ids)})
+    elif pictures:
+        path = target / "grid.png" if to_folder else target
+        save_png(make_grid(pictures, **sheet), path, {**record, **drawing.shown(ids), "sheet": dict(sheet)})
+
+
+def _refuse_to_overwrite(path: Path, inputs: Collection[Path]) -> None:
+    if path.resolve() in inputs:
+        raise ValueError(f"--out must not be a picture that is edited, got {str(path)!r}")
+
+
+def _sheet(columns: int | None) -> dict[str, int | None]:
+    """How images are laid out, as :func:`make_grid` takes it and a PNG says it."""
+    return {"columns": None if columns is None else check_integer("--columns", columns, 1)}
+
+
+def _progress(what: str, total: int) -> tqdm[NoReturn]:
+    return tqdm(total=total, desc=what, unit="step", disable=None)
+
+
+def _is_png(target: Path) -> bool:
+    return target.suffix.lower() == ".png"
+
+
+def _unique_stems(files: Sequence[Path]) -> list[str]:
+    """What the results of pictures are called: as they are, with their endings only where two would be the same."""
+    stems = [file.stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [file.name for file in files]
+
+
+def _numbered(stem: str, image: int, drawing: Drawing, pipe: FlexVARPipeline) -> str:
+    """The only edit of a picture has its stem alone."""
+    if stem and drawing.num == 1:
+        return stem
+    name = f"{image:04d}-{_file_name(_name_of(drawing.label(image), pipe.class_names))}"
+    return f"{stem}-{name}" if stem else name
+
+
+def rerun(picture: Path, out: Path | None, *, image: Path | None, mask: Path | None, device: str | None) -> bool:
+    """``flexvar rerun``: draws a PNG again; whether every pixel is the same. Raises as :meth:`Recipe.read`."""
+    recipe = Recipe.read(picture, image=image, mask=mask)
+    target = check_target(out or picture.with_name(f"{picture.stem}-again.png"), grid=False)
+    if not _is_png(target):
+        raise ValueError(f"rerun: --out must end in .png, got {str(target)!r}")
+    inputs = {picture.resolve()}
+    settings, drawing, edit = dict(recipe.settings), recipe.drawing, None
+    if recipe.request is not None:
+        edit, fingerprints = recipe.request.load()
+        settings["edit"] = recipe.request.record(fingerprints, target.parent)
+        inputs |= {path.resolve() for path in (recipe.request.image, recipe.request.mask) if path is not None}
+    _refuse_to_overwrite(target, inputs)
+    pipe = FlexVARPipeline.from_pretrained(
+        settings["model"], device=choose_device(device or settings["device"]), backend=settings["backend"]
+    )
+    recipe.use_recorded_threads()
+    drawing.check(pipe, edit)
+    num_steps = len(drawing.layout(pipe, edit).schedule)
+    with _progress("drawing", drawing.num_passes(recipe.images) * num_steps) as bar:
+        drawn = dict(drawing.draw(pipe, edit, recipe.images, bar.update))
+    again = recipe.assemble([drawn[number] for number in recipe.images])
+    save_png(again, target, {**settings, "device": pipe.device.type})
+    differing = count_differing_pixels(picture, again)
+    if differing == 0:
+        print(f"{target}: the same as {picture}, bit for bit")
+        return True
+    print(f"{target}: {differing} of {again.width * again.height} pixels differ from {picture}")
+    before = ", ".join(f"{name} {settings.get(name)}" for name in ("version", "torch", "device"))
+    print(
+        f"flexvar: note: {picture.name} was drawn with {before}; another model may have its name now", file=sys.stderr
+    )
+    return False
 
 
 def reconstruct(

@@ -11,13 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flexvar import (
     FlexVARPipeline,
     FlexVARTransformer,
-    MultiScaleTokenizer,
-    TokenizerConfig,
-    TransformerConfig,
     __version__,
 )
 from flexvar.cli import main
@@ -26,36 +22,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ("circle", "star", "../../evil name")
-
 Result = tuple[int, str, str]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny pipeline: patches of 4 px, 3 classes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer = MultiScaleTokenizer(TokenizerConfig(32, 8, 32, 32, (1, 1, 2), num_res_blocks=1))
-        transformer = FlexVARTransformer(TransformerConfig(1, 64, 2, 3, 32, 8, class_names=NAMES))
-    folder = tmp_path_factory.mktemp("model")
-    FlexVARPipeline(tokenizer, transformer, defaults={"guidance_style": "llamagen"}).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
-    """Runs ``flexvar`` in this process and an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["flexvar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -66,7 +33,8 @@ def generate(run: Callable[..., Result], model: str) -> Callable[..., Result]:
 
 def test_version_and_help(run: Callable[..., Result]) -> None:
     assert run("--version") == (0, f"flexvar {__version__}\n", "")
-    for command in ([], ["generate"], ["reconstruct"], ["doctor"], ["train"], ["train", "tokenizer"]):
+    edits = (["inpaint"], ["outpaint"], ["expand"], ["refine"], ["rerun"])
+    for command in ([], ["generate"], *edits, ["reconstruct"], ["doctor"], ["train"], ["train", "tokenizer"]):
         code, text, _ = run(*command, "--help")
         assert code == 0
         assert "Usage" in text
