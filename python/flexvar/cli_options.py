@@ -46,7 +46,7 @@ ModelOption = Annotated[str, typer.Option(help="`demo`, a folder, or a Hugging F
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.")]
 PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="What matrix products are computed in.")]
 BackendOption = Annotated[Backend, typer.Option(help="`reference` is plain PyTorch: slow, and the specification.")]
-StepsOption = Annotated[int | None, typer.Option(help="How many steps; 10 unless a schedule is given.")]
+StepsOption = Annotated[int | None, typer.Option(help="How many steps. Default: 10, and more beyond 20 x 20 tokens.")]
 ScheduleOption = Annotated[
     str | None,
     typer.Option(help="The grid of every step in tokens, sides or HEIGHTxWIDTH: `1,2,4,8` or `1x2,2x4,8x16`."),

@@ -16,7 +16,7 @@ from flexvar.doctor import is_strict
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import Edit, FlexVARPipeline
-from flexvar.generation.settings import DEFAULT_STEPS, check_integer
+from flexvar.generation.settings import check_integer
 from flexvar.image_io import make_grid, save_png
 from flexvar.rerun import Recipe, count_differing_pixels
 from flexvar.schedule import ScaleSchedule
@@ -117,11 +117,9 @@ def edit(
     inputs = {path.resolve() for request in requests for path in (request.image, request.mask) if path is not None}
     stems = _unique_stems([request.image for request in requests])
     failed = []
-    settings = pipe.settings(**drawing.options)
-    num_steps = len(settings.schedule) if isinstance(settings.schedule, ScaleSchedule) else settings.steps
-    num_passes = drawing.num_passes(range(drawing.num)) * len(requests)
-    with _progress("editing", num_passes * (num_steps or DEFAULT_STEPS)) as bar:
-        for request, stem in zip(requests, stems, strict=True):
+    num_passes = drawing.num_passes(range(drawing.num))
+    with _progress("editing") as bar:
+        for done, (request, stem) in enumerate(zip(requests, stems, strict=True)):
             bar.set_postfix_str(request.image.name)
             try:
                 edit, fingerprints = request.load()
@@ -135,11 +133,12 @@ def edit(
             folder = target.parent if _is_png(target) else target
             record = drawing.record(request.task, model, pipe, edit)
             record["edit"] = request.record(fingerprints, folder)
+            bar.total = bar.n + num_passes * len(record["schedule"]) * (len(requests) - done)  # if all have as many
             _draw_and_save(
                 pipe, drawing, edit, record, target, stem, grid=grid, sheet=sheet, on_step=bar.update, keep=inputs,
             )  # fmt: skip
-    done = (len(requests) - len(failed)) * drawing.num
-    print(target if _is_png(target) else f"{target}: {done} images")
+    num_images = (len(requests) - len(failed)) * drawing.num
+    print(target if _is_png(target) else f"{target}: {num_images} images")
     if failed:
         raise ValueError(f"{len(failed)} of {len(requests)} pictures could not be edited: {', '.join(failed)}")
 
@@ -187,7 +186,7 @@ def _sheet(columns: int | None) -> dict[str, int | None]:
     return {"columns": None if columns is None else check_integer("--columns", columns, 1)}
 
 
-def _progress(what: str, total: int) -> tqdm[NoReturn]:
+def _progress(what: str, total: int | None = None) -> tqdm[NoReturn]:
     return tqdm(total=total, desc=what, unit="step", disable=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ _PRESETS: dict[int, dict[int, tuple[int, ...]]] = {
     384: {11: (*_SIDES_OF_16[10], 24)},
     512: {12: (*_SIDES_OF_16[10], 23, 32), 15: (*_SIDES_OF_16[13], 23, 32)},
 }
+# for_image beyond the grid of the table: the factor that the presets of 384 and 512 px grow by at most a step, and the
+# shorter side up to which stretching the table is close enough.
+_LARGEST_GROWTH = 1.5
+_LARGEST_STRETCHED_SIDE = 20
 _CODE_VARIANT_8 = (1, 2, 3, 5, 7, 10, 13, 16)  # where the released code differs from the paper
 
 
@@ -109,18 +114,23 @@ class ScaleSchedule:
         return cls(_PRESETS[image_size][steps])
 
     @classmethod
-    def for_image(cls, height: int, width: int, steps: int = 10, patch_size: int = 16) -> ScaleSchedule:
+    def for_image(cls, height: int, width: int, steps: int | None = None, patch_size: int = 16) -> ScaleSchedule:
         """A schedule of ``steps`` steps whose last size is the token grid of a ``height`` x ``width`` px image.
 
         The sides s_i of the 16 x 16 preset with as many steps are stretched to the image's grid (h, w): step i is
         (h * s_i // 16, w * s_i // 16), at least 1, which is the paper's rule for other aspect ratios. Above 14 steps
         the s_i run evenly from 1 to 16; sizes repeat where the grid has fewer sides than there are steps.
 
+        A grid with both sides beyond 20 is reached as the paper reaches 384 and 512 px: the schedule of the same aspect
+        ratio with the shorter side 16, then steps that grow by one factor of at most 1.5 (more where they would be over
+        half of ``steps``): 10 steps and 24; 10 steps, 23 and 32. ``steps`` counts them all; left out, it is 10 and as
+        many as it takes to grow.
+
         Raises:
             TypeError: an argument is not an int.
             ValueError: an argument is below 1, or a side of the image is not a multiple of ``patch_size``.
         """
-        arguments = {"height": height, "width": width, "steps": steps, "patch_size": patch_size}
+        arguments = {"height": height, "width": width, "steps": 1 if steps is None else steps, "patch_size": patch_size}
         for name, value in arguments.items():
             if _as_int(value, f"ScaleSchedule.for_image: {name}") < 1:
                 raise ValueError(f"ScaleSchedule.for_image: {name} must be at least 1, got {value}")
@@ -130,15 +140,23 @@ class ScaleSchedule:
                     f"ScaleSchedule.for_image: {name} must be a multiple of patch_size = {patch_size}, "
                     f"got {arguments[name]}"
                 )
-        if steps > _MAX_STEPS:
+        if steps is not None and steps > _MAX_STEPS:
             raise ValueError(f"ScaleSchedule.for_image: steps must be at most {_MAX_STEPS}, got {steps}")
-        grid_height, grid_width = height // patch_size, width // patch_size
-        # A side is numerator / denominator of the grid's: integers, so that the last step is exact.
-        if steps in _SIDES_OF_16:
-            numerators, denominator = list(_SIDES_OF_16[steps]), 16
-        else:
-            numerators, denominator = [(steps - 1) + 15 * step for step in range(steps)], 16 * (steps - 1)
-        return cls((max(1, grid_height * n // denominator), max(1, grid_width * n // denominator)) for n in numerators)
+        grid = (height // patch_size, width // patch_size)
+        shorter = min(grid)
+        if shorter <= _LARGEST_STRETCHED_SIDE:
+            return cls(_stretched(grid, 10 if steps is None else steps))
+        growth_steps = math.ceil(math.log(shorter / 16) / math.log(_LARGEST_GROWTH) - 1e-9)
+        if steps is None:
+            steps = 10 + growth_steps
+        growth_steps = min(growth_steps, steps // 2)
+        if growth_steps == 0:
+            return cls([grid])
+        sizes = _stretched((grid[0] * 16 // shorter, grid[1] * 16 // shorter), steps - growth_steps)
+        for step in range(1, growth_steps + 1):
+            factor = (16 / shorter) ** (1 - step / growth_steps)
+            sizes.append((round(grid[0] * factor), round(grid[1] * factor)))
+        return cls(sizes)
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +183,16 @@ class ScaleSchedule:
 
     def __str__(self) -> str:
         return " ".join(f"{height}x{width}" for height, width in self.sizes)
+
+
+def _stretched(grid: Size, steps: int) -> list[Size]:
+    """The sides of the table, or evenly from 1 to 16, as parts of a grid."""
+    # A side is numerator / denominator of the grid's: integers, so that the last step is exact.
+    if steps in _SIDES_OF_16:
+        numerators, denominator = list(_SIDES_OF_16[steps]), 16
+    else:
+        numerators, denominator = [(steps - 1) + 15 * step for step in range(steps)], 16 * (steps - 1)
+    return [(max(1, grid[0] * n // denominator), max(1, grid[1] * n // denominator)) for n in numerators]
 
 
 def _as_int(value: Any, name: str) -> int:

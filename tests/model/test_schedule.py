@@ -75,6 +75,18 @@ def test_for_image_scales_the_sides() -> None:
     assert ScaleSchedule.for_image(64, 32, 1, patch_size=4).sizes == ((16, 8),)
 
 
+def test_for_image_grows_beyond_the_table_as_the_presets_do() -> None:
+    for steps, side in ((11, 384), (12, 512), (15, 512)):
+        assert ScaleSchedule.for_image(side, side, steps) == ScaleSchedule.preset(steps, side)
+    assert ScaleSchedule.for_image(384, 384) == ScaleSchedule.preset(11, 384)
+    assert ScaleSchedule.for_image(512, 512) == ScaleSchedule.preset(12, 512)
+    assert ScaleSchedule.for_image(768, 768)[9:] == ((16, 16), (23, 23), (33, 33), (48, 48))
+    assert ScaleSchedule.for_image(384, 768)[8:] == ((13, 26), (16, 32), (24, 48))
+    assert ScaleSchedule.for_image(320, 320) == ScaleSchedule.for_image(320, 320, 10)  # 20 x 20 is stretched
+    assert ScaleSchedule.for_image(768, 768, 1).sizes == ((48, 48),)
+    assert ScaleSchedule.for_image(768, 768, 4).sizes == ((1, 1), (16, 16), (28, 28), (48, 48))
+
+
 @given(
     grid=st.tuples(st.integers(1, 300), st.integers(1, 300)), steps=st.integers(1, 64), patch_size=st.integers(1, 32)
 )

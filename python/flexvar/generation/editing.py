@@ -49,16 +49,6 @@ class Edit(ABC):
         """Decoded images, float32 [B, 3, *size], on their way to the user; as they are unless the task says more."""
         return images
 
-    @abstractmethod
-    def default_start_step(self, layout: Layout, patch_size: int) -> int:
-        """What ``start_step`` is unless given. Raises ValueError where it has to be given."""
-
-    def first_drawn_step(self, layout: Layout, patch_size: int) -> int:
-        """``start_step``, checked against the steps. Raises ValueError."""
-        if self.start_step is None:
-            return self.default_start_step(layout, patch_size)
-        return check_integer("start_step", self.start_step, 0, len(layout.schedule), op=self.task)
-
     def _check_start_step(self, start_step: int | None) -> int | None:
         return None if start_step is None else check_integer("start_step", start_step, 0, op=self.task)
 
@@ -77,9 +67,9 @@ class Inpaint(Edit):
         paste: put the known pixels back into the result, bit for bit; otherwise they pass through the tokenizer.
         feather: width in pixels of a band around the region in which the pasted pixels fade in; 0 is none.
         start_step: the first step that is drawn, counted from 0. Earlier ones are coarse enough to be taken from the
-            known pixels, continued smoothly into the region: they pass on colours and layout. By default 1, if the
-            first step is a single token (no cell of it can lie outside the region, and all colours follow from it) and
-            not the only one, otherwise 0. Where nothing is known all steps are drawn.
+            known pixels, continued smoothly into the region: they pass on colours and layout. By default 1 for an image
+            of whose first step no cell lies outside the region (all colours follow from that step), unless it is the
+            only one; otherwise 0. Where nothing is known all steps are drawn.
 
     Raises:
         OSError: a file cannot be read.
@@ -116,15 +106,12 @@ class Inpaint(Edit):
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
         # A window of adaptive pooling is every pixel that a cell touches: floor(i H / h) to ceil((i + 1) H / h).
         painted = pad_to_patches(self.paint.float(), patch_size)
+        known = [F.adaptive_max_pool2d(painted, size)[:, 0] == 0 for size in layout.schedule]
         is_any_known = ~self.paint.flatten(1).all(1)[:, None, None]
-        start_step = self.first_drawn_step(layout, patch_size)
-        return [
-            (F.adaptive_max_pool2d(painted, size)[:, 0] == 0) | (is_any_known & (step < start_step))
-            for step, size in enumerate(layout.schedule)
-        ]
-
-    def default_start_step(self, layout: Layout, patch_size: int) -> int:
-        return int(layout.schedule[0] == (1, 1) and len(layout.schedule) > 1)
+        start_step = check_integer("start_step", self.start_step or 0, 0, len(known), op=self.task)
+        if self.start_step is None and len(known) > 1:
+            known[0] |= is_any_known & ~known[0].any(dim=(1, 2), keepdim=True)
+        return [cells | (is_any_known & (step < start_step)) for step, cells in enumerate(known)]
 
     def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
         return pad_to_patches(
@@ -235,7 +222,7 @@ class Refine(Edit):
         self.start_step = self._check_start_step(start_step)
 
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
-        start_step = self.first_drawn_step(layout, patch_size)
+        start_step = self._first_drawn_step(layout, patch_size)
         return [torch.full((1, *size), step < start_step) for step, size in enumerate(layout.schedule)]
 
     def pixels_to_encode(self, layout: Layout, patch_size: int) -> Tensor:
@@ -248,7 +235,9 @@ class Refine(Edit):
             pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
         return pad_to(pixels, (grid[0] * patch_size, grid[1] * patch_size))
 
-    def default_start_step(self, layout: Layout, patch_size: int) -> int:
+    def _first_drawn_step(self, layout: Layout, patch_size: int) -> int:
+        if self.start_step is not None:
+            return check_integer("start_step", self.start_step, 0, len(layout.schedule), op=self.task)
         grid = self._grid(layout, patch_size)
         for step, (rows, columns) in enumerate(layout.schedule):
             if rows > grid[0] or columns > grid[1]:

@@ -305,7 +305,7 @@ class FlexVARPipeline:
             images: see :data:`~flexvar.generation.pictures.Pictures`. Sides that are not multiples of the patch size
                 are continued with their edge pixels, and the results cropped.
             schedule: the (h, w) of every scale in tokens, the last that of the images.
-            steps: how many scales, instead; 10 unless set.
+            steps: how many scales, instead; as of a call.
             autocast_dtype, output_type: as of a call.
 
         Raises:

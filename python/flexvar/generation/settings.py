@@ -13,7 +13,6 @@ from flexvar.generation.guidance import GuidanceStyle, check_guidance
 from flexvar.schedule import ScaleSchedule, Size
 
 DEFAULT_GRID = 16  # tokens a side: what the paper's main presets end in
-DEFAULT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class GenerationSettings:
         schedule: the (h, w) of every step, in tokens: a :class:`ScaleSchedule`, or a list of sides or (h, w) pairs.
         height, width: of the image in pixels. Any size: what is not a multiple of the patch size is generated on the
             next larger grid and cropped. One alone means a square, none 16 x 16 tokens or the schedule's last grid.
-        steps: how many, where no schedule is given; 10 unless set.
+        steps: how many, where no schedule is given; as :meth:`ScaleSchedule.for_image` says unless set: 10, and more
+            for images beyond 20 x 20 tokens.
         guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`.
         top_k: draw among the k likeliest codes; 0 is all, 1 always takes the likeliest.
         top_p: then among the likeliest that together have this probability; 0 and 1 are all.
@@ -103,9 +103,7 @@ class GenerationSettings:
         height, width = self.height or sides[0], self.width or sides[1]
         grid = (-(-height // patch_size), -(-width // patch_size))
         if not isinstance(schedule, ScaleSchedule):
-            schedule = ScaleSchedule.for_image(
-                grid[0] * patch_size, grid[1] * patch_size, self.steps or DEFAULT_STEPS, patch_size
-            )
+            schedule = ScaleSchedule.for_image(grid[0] * patch_size, grid[1] * patch_size, self.steps, patch_size)
         elif grid != schedule.final_size:
             raise ValueError(
                 f"generate: height and width must need the schedule's last grid {schedule.final_size}, got {height} x "
