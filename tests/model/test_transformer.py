@@ -73,13 +73,37 @@ def test_guided_twins_share_inputs(small: FlexVARTransformer) -> None:
 
 
 @torch.inference_mode()
-def test_one_image_is_the_same_in_any_batch(small: FlexVARTransformer) -> None:
+def test_one_image_is_the_same_in_any_batch(small: FlexVARTransformer, backend: str) -> None:
     schedule = ScaleSchedule([1, 2, (3, 5)])
     inputs, labels = random_inputs(schedule, 4), [1, 2, 3, 4]
     together = generate_hidden(small, labels, schedule, inputs)
     for row, label in enumerate(labels):
         alone = generate_hidden(small, [label], schedule, inputs[row : row + 1])
+        if backend == "native":
+            assert torch.equal(alone[0], together[row])
         torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize("fields", [{}, {"qk_l2_norm": False}, {"shared_adaln": True}], ids=str)
+@torch.inference_mode()
+def test_native_rows_are_bit_equal_in_any_batch_and_on_any_threads(fields: dict, autocast: torch.dtype | None) -> None:
+    model = make("native", depth=2, **{"width": 384, "heads": 6, **fields})
+    schedule = ScaleSchedule([1, 3, (7, 9), 13])
+    batch = 7
+    inputs = random_inputs(schedule, batch)
+
+    def logits(rows: slice, threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            return model.head_logits(generate_hidden(model, list(range(batch))[rows], schedule, inputs[rows]))
+
+    expected = logits(slice(None), 1)
+    try:
+        for rows, threads in ((slice(None), 2), (slice(0, 1), 1), (slice(6, 7), 2), (slice(2, 5), 3), (slice(1, 7), 1)):
+            assert torch.equal(logits(rows, threads), expected[rows]), f"{rows} on {threads} threads"
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("step", [0, 1])

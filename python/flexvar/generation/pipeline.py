@@ -158,9 +158,10 @@ class FlexVARPipeline:
         """Generates one image per label; with ``edit``, one around what it keeps of a picture.
 
         An image depends on its label, its seed and image id, and the settings: not on the other images of the batch,
-        nor on its place among them, nor on any random state outside. Draws are exactly so. The matrix products and
-        convolutions around them may round differently in batches of different sizes: codes are the same but for a draw
-        that falls on a rounding error, and the pixels decoded from equal codes differ by about 1e-6 in float32.
+        nor on its place among them, nor on any random state outside. On the CPU this holds for its codes to the bit, on
+        any number of threads. On CUDA, and with the reference ops, draws are exact too, but matrix products round
+        differently in batches of different sizes, and a draw that falls on the rounding error then changes. Pixels
+        decoded from equal codes differ by about 1e-5 in float32, as convolutions round by batch size as well.
 
         Args:
             class_labels: one or several: numbers, names where the model has them, None for no class; or an integer
