@@ -90,7 +90,7 @@ def transformer(
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/tokenizer"),
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/transformer"),
     start_from: Annotated[
-        Path | None, typer.Option(help="Folder of a transformer to train further, on other images; a shorter run.")
+        Path | None, typer.Option(help="Folder of a transformer to train further, instead of random weights.")
     ] = None,
     data: DataOption = None,
     height: HeightOption = 64,
@@ -107,7 +107,7 @@ def transformer(
 
     ```
     flexvar train transformer
-    flexvar train transformer --start-from runs/transformer --out runs/refined
+    flexvar train transformer --start-from runs/transformer --data shapes --out runs/further
     flexvar train transformer --tokenizer runs/photos-tokenizer --data photos --out runs/photos-transformer
     ```
     """
@@ -115,11 +115,11 @@ def transformer(
     from flexvar.storage import load_tokenizer, load_transformer
     from flexvar.training import presets, train_transformer
 
-    preset = presets.DEMO_REFINEMENT if start_from else presets.DEMO_TRANSFORMER_TRAINING
-    config = _override(preset, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    config = _override(
+        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
     frozen = load_tokenizer(tokenizer, backend=backend.value)
-    shapes = presets.demo_refinement_data if start_from else presets.demo_transformer_data
-    datasets = [_folder(data, height, width)] if data else shapes()
+    datasets = [_folder(data, height, width)] if data else presets.demo_transformer_data()
     model_config = replace(
         presets.DEMO_TRANSFORMER,
         num_classes=len(datasets[0].class_names),

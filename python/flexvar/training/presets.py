@@ -45,7 +45,7 @@ DEMO_TRANSFORMER = TransformerConfig(
 )
 
 DEMO_TRANSFORMER_TRAINING = TransformerTrainingConfig(
-    steps=6000,
+    steps=10_000,
     batch_size=8,
     learning_rate=2e-3,
     warmup_steps=100,
@@ -53,21 +53,7 @@ DEMO_TRANSFORMER_TRAINING = TransformerTrainingConfig(
     ema_decay=0.995,
     checkpoint_every=250,
     step_dropout=0.1,
-    short_steps=3500,
-    short_batch_size=32,
-)
-
-DEMO_REFINEMENT = TransformerTrainingConfig(
-    steps=2100,
-    batch_size=8,
-    learning_rate=1.2e-3,
-    warmup_steps=30,
-    gradient_clip=1.0,
-    ema_decay=0.995,
-    seed=1,
-    checkpoint_every=100,
-    step_dropout=0.1,
-    short_steps=1400,
+    short_steps=5000,
     short_batch_size=32,
 )
 
@@ -82,13 +68,4 @@ def demo_tokenizer_data() -> list[ImageDataset]:
 
 def demo_transformer_data() -> list[ImageDataset]:
     """What the demo's transformer learns from: squares, and some images of 1:2 and 2:1 with about as many pixels."""
-    return [ShapeDataset(20_000), ShapeDataset(3_000, height=48, width=96), ShapeDataset(3_000, height=96, width=48)]
-
-
-def demo_refinement_data() -> list[ImageDataset]:
-    """Other images for further training of the demo's transformer."""
-    return [
-        ShapeDataset(14_000, seed=3),
-        ShapeDataset(2_000, height=48, width=96, seed=3),
-        ShapeDataset(2_000, height=96, width=48, seed=3),
-    ]
+    return [ShapeDataset(24_000), ShapeDataset(8_000, height=48, width=96), ShapeDataset(8_000, height=96, width=48)]

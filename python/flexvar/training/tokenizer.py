@@ -41,8 +41,8 @@ def train_tokenizer(
     """Trains a tokenizer from scratch.
 
     Args:
-        datasets: images. Each has images of one size, multiples of the tokenizer's patch size; a batch comes from one of
-            them, each as often as it is long. Labels are not used.
+        datasets: images. Each has images of one size, multiples of the tokenizer's patch size. A batch comes from one
+            of them, each as often as it is long. Labels are not used.
         folder: gets the model (:func:`flexvar.storage.load_tokenizer`), loss curves, the log and the checkpoint.
         resume: continue the run in ``folder``.
         progress: show a progress bar.
