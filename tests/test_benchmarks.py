@@ -11,7 +11,7 @@ from flexvar import (
     TransformerConfig,
 )
 
-from benchmarks import measure, released_formula, report
+from benchmarks import kernel_floors, kernel_table, measure, released_formula, report
 
 
 def test_released_formula_gives_the_pipelines_codes():
@@ -60,3 +60,29 @@ def test_table():
     assert "| vq_lookup | 680-32 | 2 ms | 500 GFLOP/s = 50% of matrix product |" in found
     assert "reference 6.00× (≥5) · compiled 2.00× (≥3, missed) |" in found
     assert "Failed: bench_x.py" in found
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "expected"),
+    [
+        ("90a", 128, 168, 45 << 10, 12 / 64),  # registers: 3 blocks
+        ("90a", 256, 32, 0, 1.0),
+        ("90a", 128, 32, 100 << 10, 8 / 64),  # shared memory: 2 blocks
+        ("75", 256, 64, 74 << 10, 0.0),  # a block does not fit
+        ("80", 32, 16, 0, 0.5),  # 32 blocks are the most
+    ],
+)
+def test_occupancy(arch, threads, registers, shared, expected):
+    kernel = kernel_table.Kernel("kernel", threads, registers, static_shared=0, spilled=0)
+    assert kernel.occupancy(arch, shared) == expected
+
+
+def test_names_of_kernels_are_readable():
+    entry = "_ZN7flexvar29attention_forward_tensor_coreI6__halfLi64EEEvNS_20AttentionForwardCudaENS_8TileListINS_9QueryTileEEE"
+    assert kernel_table.readable(entry) == "attention_forward_tensor_core<__half, 64>"
+
+
+def test_a_prediction_is_never_below_a_floor():
+    works = kernel_floors.works()
+    assert all(work.prediction > max(work.bytes_floor, work.operations_floor) > 0 for work in works)
+    assert len(kernel_floors.floor_table()) == len(works) + 4

@@ -18,8 +18,10 @@ namespace flexvar {
 
 constexpr int kTensorCoreThreads = 128;
 constexpr int kTensorCoreRows = 64;
-// The backward kernels ask for 2 blocks a multiprocessor and not for what the compiler takes for
-// granted: it would spill registers to make room for 4.
+// Blocks a multiprocessor that a kernel asks room for. The compiler by itself makes room for 4, and
+// spills registers for it.
+constexpr int forward_blocks(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 3 : 2; }
+constexpr int kBackwardBlocks = 2;
 
 // A row is 16 bytes longer than its elements: 8 rows of an 8 x 8 matrix lie in different banks.
 template <class T, int kRows, int kDim>
@@ -168,7 +170,7 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads)
+__global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     attention_forward_tensor_core(AttentionForwardCuda params, TileList<QueryTile> list) {
   using Shared = TensorCoreForwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, 2)
+__global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
   using Shared = TensorCoreBackwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, 2)
+__global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
   using Shared = TensorCoreBackwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;

@@ -43,6 +43,9 @@ EMULATED_BINDINGS(guided_sample, module) {
   module.def("guided_sample_float32", &run<float>);
   module.def("guided_sample_float16", &run<__half>);
   module.def("guided_sample_bfloat16", &run<__nv_bfloat16>);
+  module.def("guided_sample_shared_bytes", [](int64_t vocabulary, int64_t top_k) {
+    return guided_sample_words(vocabulary, top_k) * sizeof(int32_t);
+  });
   // The arithmetic that CPU and CUDA share, for comparison with the specification.
   module.def("philox4x32", [](const std::array<uint32_t, 4>& counter, uint64_t key) {
     const PhiloxWords random = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key);

@@ -1,0 +1,167 @@
+"""What an H200 has to do at least for each kernel, and a prediction made from that; no GPU is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexvar import ScaleSchedule
+
+# An H200's rates. The first two were measured on such a card with a copy and a bfloat16 matrix product, the others are
+# 132 multiprocessors at 1.755 GHz with 16 special functions and 128 float32 instructions a cycle.
+BYTES_A_SECOND = 4.3e12
+PRODUCTS_A_SECOND = 790e12  # floating-point operations of matrix products
+EXPONENTIALS_A_SECOND = 132 * 16 * 1.755e9
+INSTRUCTIONS_A_SECOND = 132 * 128 * 1.755e9
+
+# What a prediction takes for granted. Hopper's tensor cores reach their full rate through wgmma alone.
+SHARE_OF_COPY = 0.85
+SHARE_OF_PRODUCTS = 0.62  # with mma.sync
+SHARE_NOT_HIDDEN = 0.5  # of other instructions, behind products of other warps
+SECONDS_A_LAUNCH = 2.5e-6
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of an op does at least.
+
+    Attributes:
+        bytes: read once and written once.
+        products: floating-point operations of matrix products on tensor cores.
+        exponentials, instructions: on the other units; instructions of one lane.
+        launches: kernels, one behind the other.
+    """
+
+    op: str
+    case: str
+    bytes: float
+    products: float = 0
+    exponentials: float = 0
+    instructions: float = 0
+    launches: int = 1
+
+    @property
+    def bytes_floor(self) -> float:
+        return self.bytes / BYTES_A_SECOND
+
+    @property
+    def operations_floor(self) -> float:
+        """The longest of the units that compute; they work side by side."""
+        return max(
+            self.products / PRODUCTS_A_SECOND,
+            self.exponentials / EXPONENTIALS_A_SECOND,
+            self.instructions / INSTRUCTIONS_A_SECOND,
+        )
+
+    @property
+    def prediction(self) -> float:
+        others = self.exponentials / EXPONENTIALS_A_SECOND + self.instructions / INSTRUCTIONS_A_SECOND
+        products = self.products / PRODUCTS_A_SECOND / SHARE_OF_PRODUCTS
+        # Where there are no products, nothing else hides behind them.
+        computing = products + others * (SHARE_NOT_HIDDEN if products else 1)
+        return max(self.bytes_floor / SHARE_OF_COPY, computing) + self.launches * SECONDS_A_LAUNCH
+
+
+def vq_lookup(latents: int, codes: int, dim: int) -> Work:
+    """Half-precision scores of every pair; of each, 2.5 instructions to keep the best two."""
+    padded = -(-dim // 16) * 16
+    return Work(
+        "vq_lookup",
+        f"{latents:,} × {codes:,} × {dim}",
+        bytes=4 * dim * (latents + codes) + 2 * 2 * padded * codes + 8 * latents,
+        products=2 * latents * codes * padded,
+        instructions=2.5 * latents * codes,
+        launches=3,
+    )
+
+
+def attention(case: str, batch: int, heads: int, dim: int, queries: int, keys: int, pairs: int) -> Work:
+    """bfloat16. Of each pair 4 instructions: scale, maximum, subtraction, sum and conversion of two at a time."""
+    heads *= batch
+    return Work(
+        "scale_attention",
+        case,
+        bytes=2 * heads * dim * 2 * (queries + keys),
+        products=4 * heads * pairs * dim,
+        exponentials=heads * pairs,
+        instructions=4 * heads * pairs,
+    )
+
+
+def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int) -> Work:
+    """Seven products: two kernels, for dQ and for dK and dV, compute the scores anew. Reads Q K V O dO twice."""
+    heads *= batch
+    return Work(
+        "scale_attention_backward",
+        f"batch {batch}, {tokens} tokens, head dim {dim}",
+        bytes=2 * heads * dim * tokens * (2 * 5 + 3),
+        products=14 * heads * pairs * dim,
+        exponentials=2 * heads * pairs,
+        instructions=2 * 4 * heads * pairs,
+        launches=3,
+    )
+
+
+def works() -> list[Work]:
+    schedule = ScaleSchedule.preset(steps=10)
+    tokens, pairs = schedule.num_tokens, _pairs(schedule)
+    large = ScaleSchedule([*schedule, (23, 23), (32, 32)])
+    image = 64 * 32 * 4  # bytes of a float32 row of 32 channels in 64 images
+    return [
+        vq_lookup(680, 8912, 32),
+        vq_lookup(680, 16384, 8),
+        vq_lookup(43520, 8192, 32),
+        Work("vq_lookup_multiscale", "64 images, 10 scales", *_multiscale(64, tokens)),
+        Work("resample2d", "64 × 32 × 16² → 8², area", bytes=image * (256 + 64)),
+        Work("embed_resample", "64 × 13² → 16², bicubic", bytes=image * 256 + 64 * 169 * 8 + 8912 * 32 * 4),
+        attention(f"batch 64, {tokens} tokens, head dim 64", 64, 16, 64, tokens, tokens, pairs),
+        attention(
+            f"batch 16, {large.num_tokens} tokens, head dim 64", 16, 16, 64,
+            large.num_tokens, large.num_tokens, _pairs(large),
+        ),
+        attention_backward(64, 16, 64, tokens, pairs),
+        attention(f"step: batch 128, 256 queries, {tokens} keys", 128, 16, 64, 256, tokens, 256 * tokens),
+        # Keys are compared about 14 times while a threshold is bisected, and weighed by an exponential.
+        Work("guided_sample", "16,384 × 8,912, float32", bytes=16384 * 8912 * 4, exponentials=16384 * 8912,
+             instructions=16384 * 8912 * 30),
+    ]  # fmt: skip
+
+
+def _multiscale(images: int, tokens: int) -> tuple[float, float, float, float, int]:
+    work = vq_lookup(images * tokens, 8912, 32)
+    return work.bytes, work.products, work.exponentials, work.instructions, work.launches
+
+
+def _pairs(schedule: ScaleSchedule) -> int:
+    """Pairs of a query and a key that it sees."""
+    seen, pairs = 0, 0
+    for length in schedule.lengths:
+        seen += length
+        pairs += length * seen
+    return pairs
+
+
+def floor_table() -> list[str]:
+    """Markdown, with what the numbers mean."""
+    lines = [
+        "What a call has to do at least, on an H200: bytes read and written once at the card's copy rate "
+        f"({BYTES_A_SECOND / 1e12:g} TB/s), and its matrix products ({PRODUCTS_A_SECOND / 1e12:g} TFLOP/s), "
+        f"exponentials ({EXPONENTIALS_A_SECOND / 1e12:.1f} T/s) or other instructions "
+        f"({INSTRUCTIONS_A_SECOND / 1e12:.1f} T/s), whichever takes longest. The prediction is what these kernels "
+        f"should take: {SHARE_OF_COPY:.0%} of the copy rate, or {SHARE_OF_PRODUCTS:.0%} of the product rate "
+        f"(`mma.sync`) with half of the other instructions hidden behind it, plus {SECONDS_A_LAUNCH * 1e6:g} µs a "
+        "launch. Predictions wait to be refuted: none was measured yet.",
+        "",
+        "| op | case | bytes | GFLOP | bytes floor | operations floor | predicted |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for work in works():
+        cells = (
+            work.op, work.case, f"{work.bytes / 1e6:,.2f} MB", f"{work.products / 1e9:,.2f}",
+            _microseconds(work.bytes_floor), _microseconds(work.operations_floor), _microseconds(work.prediction),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f} µs"
