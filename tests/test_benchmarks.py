@@ -78,7 +78,8 @@ def test_occupancy(arch, threads, registers, shared, expected):
 
 
 def test_names_of_kernels_are_readable():
-    entry = "_ZN7flexvar29attention_forward_tensor_coreI6__halfLi64EEEvNS_20AttentionForwardCudaENS_8TileListINS_9QueryTileEEE"
+    arguments = "NS_20AttentionForwardCudaENS_8TileListINS_9QueryTileEEE"
+    entry = f"_ZN7flexvar29attention_forward_tensor_coreI6__halfLi64EEEv{arguments}"
     assert kernel_table.readable(entry) == "attention_forward_tensor_core<__half, 64>"
 
 
