@@ -1,8 +1,9 @@
 # make demo    set everything up and write images           make test   set everything up and run the tests
 # make bench   native against reference, a table of ratios   make gpu    build, test and measure on an NVIDIA GPU
 # make kernels docs/kernels.md: registers, occupancy, floors of every CUDA kernel (nvcc, no GPU)
-# Variables: PYTHON (the interpreter to start from), PYTEST_ARGS, FLEXVAR_CUDA=auto|on|off, CUDAARCHS.
+# Variables: PYTHON (the interpreter to start from), PYTEST_ARGS, EXTRAS (of pyproject.toml), FLEXVAR_CUDA=auto|on|off, CUDAARCHS.
 PYTHON ?= python3
+EXTRAS ?= test
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -26,7 +27,7 @@ $(VENV)/requirements: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/installed: $(VENV)/requirements CMakeLists.txt setup.py pyproject.toml $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[test]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
 setup: $(VENV)/installed

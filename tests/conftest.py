@@ -1,19 +1,29 @@
 """Fixtures and markers for every test."""
 
+import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``cuda`` need a GPU: skipped without one, failing instead when FLEXVAR_REQUIRE_CUDA=1."""
-    if torch.cuda.is_available() or os.environ.get("FLEXVAR_REQUIRE_CUDA") == "1":
-        return
-    skip = pytest.mark.skip(reason="no CUDA device (FLEXVAR_REQUIRE_CUDA=1 turns this into a failure)")
-    for item in items:
-        if "cuda" in item.keywords:
-            item.add_marker(skip)
+    """Tests that need what is not here are skipped; the variable named in the reason makes them fail instead."""
+    missing = {"cuda": "" if torch.cuda.is_available() else "CUDA device", "browser": _missing_for_browser()}
+    for marker, what in missing.items():
+        variable = f"FLEXVAR_REQUIRE_{marker.upper()}"
+        if not what or os.environ.get(variable) == "1":
+            continue
+        skip = pytest.mark.skip(reason=f"no {what} ({variable}=1 turns this into a failure)")
+        for item in items:
+            if marker in item.keywords:
+                item.add_marker(skip)
+
+
+def _missing_for_browser() -> str:
+    missing = [module for module in ("gradio", "playwright") if importlib.util.find_spec(module) is None]
+    return ", ".join(missing + ([] if shutil.which("chromium") else ["chromium"]))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -31,6 +31,7 @@ from flexvar.cli_options import (
     with_options,
 )
 from flexvar.cli_train import train_app
+from flexvar.cli_web import web
 
 BAD_INPUT = 2  # exit code, the one that wrong arguments have
 
@@ -89,6 +90,7 @@ def flexvar(
     flexvar inpaint photo.png mask.png star   # paint a star where the mask is white; outpaint, expand, refine
     flexvar rerun star.png                    # draw a picture again from the settings it carries
     flexvar reconstruct photo.jpg             # what the tokenizer keeps of a photograph, scale by scale
+    flexvar web                               # all of it on a page in a browser
     flexvar train tokenizer                   # your own model, or the bundled one again
     flexvar doctor                            # what was built, and what runs where
     ```
@@ -163,6 +165,7 @@ def reconstruct(
 
 
 add_edit_commands(app)
+app.command()(web)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import flexvar
-from flexvar.generation import Edit, FlexVARPipeline
+from flexvar.generation import Edit, FlexVARPipeline, GenerationStep
 from flexvar.generation.settings import Layout, check_integer
 
 #: Fields of GenerationSettings that JSON holds, and a PNG says. With an edit the sizes are the edit's.
@@ -67,20 +67,27 @@ class Drawing:
         """How many batches it takes to draw these images."""
         return len({image // self.batch for image in images})
 
+    def stream(
+        self, pipe: FlexVARPipeline, edit: Edit | None, images: Sequence[int]
+    ) -> Iterator[tuple[range, GenerationStep]]:
+        """Every step of the batches that these images are in, with the images of the batch."""
+        for start in sorted({image - image % self.batch for image in images}):
+            part = range(start, min(start + self.batch, self.num))
+            labels = [self.label(image) for image in part]
+            for step in pipe.stream(labels, edit=edit, seed=self.seed, image_ids=part, **self._settings()):
+                yield part, step
+
     def draw(
         self, pipe: FlexVARPipeline, edit: Edit | None, images: Sequence[int], on_step: Callable[[], object]
     ) -> Iterator[tuple[int, Image.Image]]:
         """These images, in increasing order, each when its batch is done. ``on_step`` is called after every step."""
         wanted = set(images)
-        for start in sorted({image - image % self.batch for image in wanted}):
-            part = range(start, min(start + self.batch, self.num))
-            labels = [self.label(image) for image in part]
-            for step in pipe.stream(labels, edit=edit, seed=self.seed, image_ids=part, **self._settings()):
-                on_step()
-                last = step
-            for image, picture in zip(part, cast("list[Image.Image]", last.preview()), strict=True):
-                if image in wanted:
-                    yield image, picture
+        for part, step in self.stream(pipe, edit, images):
+            on_step()
+            if step.index + 1 == step.num_steps:
+                for image, picture in zip(part, cast("list[Image.Image]", step.preview()), strict=True):
+                    if image in wanted:
+                        yield image, picture
 
     def record(self, command: str, model: str, pipe: FlexVARPipeline, edit: Edit | None) -> dict[str, Any]:
         """What every PNG of this drawing says: JSON."""

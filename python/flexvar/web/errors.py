@@ -1,0 +1,28 @@
+"""Whatever a user can cause is a message in the page, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+
+
+@contextmanager
+def shown_errors() -> Iterator[None]:
+    """Turns errors of arguments, files and memory into the page's own message."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, OSError, MemoryError) as error:
+        raise _message(error) from None
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+            raise
+        raise _message(error) from None
+
+
+def _message(error: Exception) -> gr.Error:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror  # not the path, which is the server's own
+    return gr.Error(" ".join(text.split()) or type(error).__name__, print_exception=False)

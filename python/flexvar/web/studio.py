@@ -1,0 +1,114 @@
+"""What the page draws: requests checked, drawn step by step, and written as PNGs with their settings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from flexvar.cli_options import DrawOptions
+from flexvar.commands import parse_labels
+from flexvar.drawing import Drawing
+from flexvar.edit_request import EditRequest
+from flexvar.generation import FlexVARPipeline
+from flexvar.image_io import save_png
+from flexvar.schedule import Size
+from flexvar.web.command_line import command_line
+from flexvar.web.limits import Limits
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What there is to show after a step.
+
+    Attributes:
+        step: from 0.
+        num_steps: of the whole schedule.
+        grid: (h, w) of this step, in tokens.
+        size: (height, width) of the finished images, in pixels.
+        pictures: every image of the request as this step has it.
+        files: after the last step: a PNG of every image, then the pictures that an edit started from.
+        command: after the last step: the command that makes the same images.
+    """
+
+    step: int
+    num_steps: int
+    grid: Size
+    size: Size
+    pictures: Sequence[Image.Image]
+    files: Sequence[Path] = ()
+    command: str = ""
+
+
+class Studio:
+    """A pipeline, and how much of it a request may have. Computes one step at a time, whoever asks.
+
+    Args:
+        pipe: what draws.
+        model: its name for ``--model``.
+        limits: of every request.
+        dtype: what matrix products are computed in: "float32", "bfloat16" or "float16".
+    """
+
+    def __init__(self, pipe: FlexVARPipeline, model: str, limits: Limits, dtype: str = "float32") -> None:
+        self.pipe = pipe
+        self.model = model
+        self.limits = limits
+        self.dtype = dtype
+        self._device = threading.Lock()
+
+    def drawing(self, label: str, num: int, seed: int, **options: Any) -> Drawing:
+        """What a request asks for; options that are None are the model's. Raises TypeError and ValueError."""
+        return Drawing(
+            labels=parse_labels([str(label or "none").strip()], self.pipe.transformer.config.num_classes),
+            num=num,
+            batch=DrawOptions.batch,
+            seed=seed,
+            dtype=self.dtype,
+            options={name: value for name, value in options.items() if value is not None},
+        )
+
+    def draw(self, drawing: Drawing, request: EditRequest | None, folder: Path) -> Iterator[Shown]:
+        """Draws a request and writes its files into ``folder``, where an edit's own files lie.
+
+        Leaving the loop cancels it.
+
+        Raises:
+            OSError, TypeError, ValueError: it cannot be drawn; said before anything is.
+        """
+        edit, fingerprints = None, dict[str, str]()
+        if request is not None:
+            self.limits.check_edit(request, drawing.num)
+            edit, fingerprints = request.load()
+        size = drawing.layout(self.pipe, edit).image_size
+        self.limits.check_size("generate" if request is None else request.task, size, drawing.num)
+        drawing.check(self.pipe, edit)
+        record = drawing.record("generate" if request is None else request.task, self.model, self.pipe, edit)
+        if request is not None:
+            record["edit"] = request.record(fingerprints, folder)
+        steps = drawing.stream(self.pipe, edit, range(drawing.num))
+        while True:
+            with self._device:  # not held while what was drawn is shown: a request that is cancelled may never go on
+                _, step = next(steps)
+                shown = Shown(step.index, step.num_steps, step.size, size, cast("list[Image.Image]", step.preview()))
+            if step.index + 1 == step.num_steps:
+                break
+            yield shown
+        files = []
+        for image, picture in enumerate(shown.pictures):
+            files.append(folder / f"{_stem(record, drawing)}{'' if drawing.num == 1 else f'-{image}'}.png")
+            save_png(picture, files[-1], {**record, **drawing.shown([image])})
+        sources = [] if request is None else [path for path in (request.image, request.mask) if path is not None]
+        command = command_line(
+            drawing, request, model=self.model, device=self.pipe.device.type, backend=record["backend"],
+            out=f"{_stem(record, drawing)}.png",
+        )  # fmt: skip
+        yield replace(shown, files=[*files, *sources], command=command)
+
+
+def _stem(record: dict[str, Any], drawing: Drawing) -> str:
+    return f"flexvar-{record['command']}-{drawing.seed}"

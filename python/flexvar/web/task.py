@@ -1,0 +1,92 @@
+"""A task of the page: its inputs on the left, what it draws on the right, and the endpoint between them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flexvar.edit_request import EditRequest
+from flexvar.web.controls import Controls, next_seed
+from flexvar.web.errors import shown_errors
+from flexvar.web.stage import make_stage, stage_html, thumbnail_url
+from flexvar.web.studio import Studio
+
+#: A folder for files, and the values of a task's own inputs -> the edit, if it is one, and options of a drawing.
+Start = Callable[..., tuple[EditRequest | None, dict[str, Any]]]
+
+_MARK_CANCELLED = "() => document.querySelectorAll('.stage.running').forEach(e => e.classList.add('cancelled'))"
+_LARGEST_GALLERY = 60
+_QUEUE = "device"  # everything that computes: one at a time
+
+
+def add_task(
+    studio: Studio,
+    gallery: gr.Gallery,
+    name: str,
+    verb: str,
+    make_inputs: Callable[[], tuple[Sequence[gr.components.Component], Start]],
+) -> None:
+    """Adds a task to the page.
+
+    Args:
+        studio: what draws.
+        gallery: finished pictures join it.
+        name: of the task, and of its endpoint.
+        verb: what its button says.
+        make_inputs: makes the task's own inputs, and says what they ask for. The endpoint has them first, then those
+            of :class:`Controls`.
+    """
+    with gr.Row(elem_classes="task"):
+        with gr.Column(scale=4, min_width=300, elem_classes="panel"):
+            own, start = make_inputs()
+            controls = Controls(studio)
+            with gr.Row(elem_classes="buttons"):
+                draw = gr.Button(verb, variant="primary", scale=3, min_width=120)
+                cancel = gr.Button("Cancel", scale=1, min_width=80)
+        with gr.Column(scale=6, min_width=300):
+            stage = make_stage()
+            files = gr.File(label="Download", file_count="multiple", interactive=False, elem_classes="files")
+            command = gr.Textbox(
+                label="The same from the command line",
+                interactive=False,
+                buttons=["copy"],
+                lines=3,
+                placeholder=" ",  # by which style.css knows that it is empty
+                elem_classes="command",
+            )
+    seeded = draw.click(
+        next_seed, [controls.seed, controls.is_random], controls.seed,
+        queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    drawn = seeded.then(
+        _endpoint(studio, start), [*own, *controls.inputs], [files, command, stage],
+        api_name=name, concurrency_limit=1, concurrency_id=_QUEUE,
+        show_progress="minimal", show_progress_on=stage,
+    )  # fmt: skip
+    drawn.success(
+        _join_gallery, [files, gallery], gallery, queue=False, show_progress="hidden", api_visibility="private"
+    )
+    cancel.click(None, js=_MARK_CANCELLED, cancels=[drawn])
+
+
+def _endpoint(studio: Studio, start: Start) -> Callable[..., Iterator[tuple[list[str] | None, str, str]]]:
+    def endpoint(*values: Any) -> Iterator[tuple[list[str] | None, str, str]]:
+        own, common = values[: -Controls.COUNT], values[-Controls.COUNT :]
+        with shown_errors(), tempfile.TemporaryDirectory() as folder:
+            request, options = start(Path(folder), *own)
+            drawing = studio.drawing(**Controls.named(common), **options)
+            film = []
+            for shown in studio.draw(drawing, request, Path(folder)):
+                film.append((shown.grid, thumbnail_url(shown.pictures[0])))
+                files = [str(path) for path in shown.files] or None
+                yield files, shown.command, stage_html(shown, film)
+
+    return endpoint
+
+
+def _join_gallery(files: Sequence[str] | None, pictures: Sequence[tuple[str, str | None]] | None) -> list[Any]:
+    return [*(files or ()), *(pictures or ())][:_LARGEST_GALLERY]
