@@ -424,3 +424,21 @@ def test_initial_weights() -> None:
     logits = model(torch.tensor([1]), torch.zeros(1, 4, 8), ScaleSchedule([1, 2]))
     assert logits.abs().max() < 0.1  # near uniform
     assert torch.allclose(model.blocks[0].attn.scale_mul_1H11.exp(), torch.tensor(4.0))
+
+
+def test_weights_are_cast_once_under_autocast():
+    """Not at every step, and anew when they change."""
+    model = FlexVARTransformer(TransformerConfig(1, 64, 2, 5, 64, 8), backend="reference")
+    x = torch.randn(2, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        first = model.head.weight_for(x)
+        assert first.dtype == torch.bfloat16
+        assert model.head.weight_for(x) is first
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.head.weight_for(x), 2 * first, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.head.weight_for(x) is model.head.weight  # gradients
+    with torch.inference_mode():
+        assert model.head.weight_for(x) is model.head.weight

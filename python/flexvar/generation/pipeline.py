@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from flexvar._backend import ops
 from flexvar._files import read_json_object, write_atomically
+from flexvar.generation.cuda_graphs import GraphCache
 from flexvar.generation.editing import Edit, Expand, Inpaint, Outpaint, Refine
-from flexvar.generation.guidance import guidance_weights, is_greedy_in_published_code, mix_guidance
 from flexvar.generation.known_tokens import KnownTokens
 from flexvar.generation.outputs import GenerationOutput, GenerationStep, Images, OutputType, check_output_type
 from flexvar.generation.pictures import Masks, Pictures, pad_to_patches, to_pixels
@@ -30,6 +28,7 @@ from flexvar.generation.settings import (
     check_model_defaults,
     make_settings,
 )
+from flexvar.generation.steps import Steps, computing
 from flexvar.image_io import tensor_to_images, tensor_to_uint8
 from flexvar.schedule import ScaleSchedule, Size
 from flexvar.storage import load_tokenizer, load_transformer, save_model
@@ -54,6 +53,10 @@ class FlexVARPipeline:
     Args:
         tokenizer, transformer: models of one codebook.
         defaults: guidance_scale, guidance_style, top_k, top_p: those that suit the models, where a call does not say.
+
+    Attributes:
+        cuda_graphs: on a GPU, what replays the kernels of the kinds of call used last
+            (:class:`~flexvar.generation.cuda_graphs.GraphCache`); ``pipe.cuda_graphs = GraphCache(0)`` records none.
 
     Raises:
         TypeError: not a tokenizer and a transformer, or a default of something else.
@@ -80,6 +83,7 @@ class FlexVARPipeline:
         self.tokenizer = tokenizer.eval()
         self.transformer = transformer.eval()
         self.defaults = check_model_defaults(defaults or {})
+        self.cuda_graphs = GraphCache(capacity=4)
 
     @classmethod
     def from_pretrained(
@@ -335,78 +339,37 @@ class FlexVARPipeline:
     ) -> Iterator[GenerationStep]:
         """The loop over scales. What it carries lives in this frame, and no context stays entered across a step."""
         schedule, autocast_dtype = layout.schedule, settings.autocast_dtype
-        weights = guidance_weights(schedule, settings.guidance_scale, settings.guidance_style)
-        if any(weight != 0 for weight in weights):
-            labels = torch.cat((labels, torch.full_like(labels, self.transformer.config.null_class)))
-        seeds, image_ids = seeds.to(self.device), image_ids.to(self.device)
+        labels, seeds, image_ids = (values.to(self.device) for values in (labels, seeds, image_ids))
         known: KnownTokens | None = None
         if edit is not None and known_cells is not None:
             codes = self._encode(edit.pixels_to_encode(layout, self.patch_size), schedule, autocast_dtype)
             known = KnownTokens(codes, [cells.to(self.device) for cells in known_cells])
         num_drawn_steps = len(schedule) if known is None else known.num_drawn_steps
-        with self._computing(autocast_dtype):
-            state = self.transformer.begin(labels, schedule, cache_dtype=autocast_dtype)
-        indices: Tensor | None = None
-        for index, size in enumerate(schedule):
-            if index < num_drawn_steps:
-                with self._computing(autocast_dtype):
-                    hidden = self.transformer.step(state, self._inputs_of_step(indices, size))
-            if known is not None and known.complete[index]:
-                indices = known.whole(index, len(seeds))
-            else:
-                with self._computing(autocast_dtype):
-                    drawn = self._draw(hidden, weights[index], settings, seeds, image_ids, index, size)
-                # Looking costs a GPU a synchronisation, so there it is done once: NaN stays NaN in all later steps.
-                is_last = index + 1 == num_drawn_steps
-                if (self.device.type == "cpu" or is_last) and bool((drawn < 0).any()):
-                    raise ValueError(
-                        f"generate: logits must be numbers, got only NaN or -infinity for a token of step {index}"
-                    )
-                indices = drawn if known is None else known.force(index, drawn)
-            yield self._make_step(index, indices, layout, autocast_dtype, edit)
-
-    def _draw(
-        self,
-        hidden: Tensor,
-        guidance_weight: float,
-        settings: GenerationSettings,
-        seeds: Tensor,
-        image_ids: Tensor,
-        step: int,
-        size: Size,
-    ) -> Tensor:
-        """Codes int64 [B, h, w] of a step from its hidden states; -1 where the logits are not numbers."""
-        if hidden.shape[0] > len(seeds):
-            hidden = mix_guidance(hidden, guidance_weight)
-        is_greedy = settings.published_greedy_quirk and is_greedy_in_published_code(size)
-        drawn = ops(self.transformer.backend).guided_sample(
-            self.transformer.head_logits(hidden),
-            top_k=1 if is_greedy else settings.top_k,
-            top_p=settings.top_p,
-            seed=seeds,
-            image_ids=image_ids,
-            step=step,
-        )
-        return drawn.unflatten(1, size)
+        plain_steps = Steps(self.tokenizer, self.transformer, schedule, settings)
+        with self.cuda_graphs.using(plain_steps, len(labels), self.device) as steps:
+            steps.begin(labels, seeds, image_ids)
+            indices: Tensor | None = None
+            for index in range(len(schedule)):
+                if index < num_drawn_steps:
+                    steps.advance(index, indices)
+                if known is not None and known.complete[index]:
+                    indices = known.whole(index, len(labels))
+                else:
+                    drawn = steps.sample(index)
+                    # Looking costs a GPU a synchronisation, so there it is done once: NaN stays NaN in all later steps.
+                    is_last = index + 1 == num_drawn_steps
+                    if (self.device.type == "cpu" or is_last) and bool((drawn < 0).any()):
+                        raise ValueError(
+                            f"generate: logits must be numbers, got only NaN or -infinity for a token of step {index}"
+                        )
+                    indices = drawn if known is None else known.force(index, drawn)
+                yield self._make_step(index, indices, layout, autocast_dtype, edit)
 
     def _encode(self, pixels: Tensor, schedule: ScaleSchedule, autocast_dtype: torch.dtype | None) -> list[Tensor]:
         """[B, 3, H, W] with sides that are multiples of the patch size -> for every step int64 [B, h_i, w_i]."""
-        with self._computing(autocast_dtype):
+        with computing(self.device, autocast_dtype):
             latent = self.tokenizer.encode(pixels.to(self.device, self.tokenizer.codebook.dtype))
             return self.tokenizer.quantize(latent, schedule)
-
-    def _inputs_of_step(self, previous: Tensor | None, size: Size) -> Tensor | None:
-        """The codes of the step before, int64 [B, h, w], on this step's grid: [B, l, codebook_dim]. None at first."""
-        if previous is None:
-            return None
-        inputs = ops(self.transformer.backend).embed_resample(
-            previous,
-            self.tokenizer.codebook,
-            size,
-            normalize=self.tokenizer.config.normalize_codes,
-            mode=self.transformer.config.upsample_mode,
-        )
-        return inputs.to(self.transformer.head.weight.dtype)
 
     def _make_step(
         self,
@@ -435,7 +398,7 @@ class FlexVARPipeline:
         autocast_dtype: torch.dtype | None,
         finish: Callable[[Tensor], Tensor] | None,
     ) -> Images:
-        with self._computing(autocast_dtype):
+        with computing(self.device, autocast_dtype):
             codes = self.tokenizer.quantize.embed(indices)
             decoded = None if output_type == "latent" else self.tokenizer.decode(codes)
         if decoded is None:
@@ -446,13 +409,6 @@ class FlexVARPipeline:
         if output_type == "pt":
             return images
         return tensor_to_images(images) if output_type == "pil" else tensor_to_uint8(images)
-
-    @contextmanager
-    def _computing(self, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-        """No gradients; autocast as asked for, whatever surrounds the call."""
-        autocast = torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
-        with torch.inference_mode(), autocast:
-            yield
 
     def _check_models(self) -> None:
         """They are public and may have been changed since: a model in training mode would drop labels and paths."""

@@ -43,17 +43,35 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """``nn.Linear`` on the backend's op, with the arguments of :func:`flexvar_ext.linear` for what follows it."""
 
-    def __init__(self, in_features: int, out_features: int, backend: str) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, backend: str, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         self.backend = backend
+        self._cast: tuple[tuple[torch.dtype, int, int], Tensor] | None = None
 
     def forward(
         self, input: Tensor, *, activation: str = "none", gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         out: Tensor = ops(self.backend).linear(
-            input, self.weight, self.bias, activation=activation, gate=gate, residual=residual
+            input, self.weight_for(input), self.bias, activation=activation, gate=gate, residual=residual
         )
         return out
+
+    def weight_for(self, input: Tensor) -> Tensor:
+        """The weight as a product with ``input`` takes it: under autocast cast once, until its values change.
+
+        Autocast itself would cast it at every step. The native op on the CPU reads float32 and needs no copy.
+        """
+        device = input.device.type
+        is_cast_by_op = self.backend == "native" and device == "cpu"
+        if (
+            is_cast_by_op or not torch.is_autocast_enabled(device) or torch.is_grad_enabled()
+            or torch.compiler.is_compiling() or self.weight.is_inference()
+        ):  # fmt: skip
+            return self.weight
+        key = (torch.get_autocast_dtype(device), self.weight.data_ptr(), self.weight._version)
+        if self._cast is None or self._cast[0] != key:
+            self._cast = (key, self.weight.detach().to(key[0]))
+        return self._cast[1]
 
 
 class SelfAttention(nn.Module):
@@ -68,7 +86,7 @@ class SelfAttention(nn.Module):
         self.softmax_scale = 1.0 if config.qk_l2_norm else 0.25 / math.sqrt(config.head_dim)
         if config.qk_l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, backend, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width, backend)
@@ -82,7 +100,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """[B, l, width] -> queries, keys and values [B, l, heads, head_dim]."""
-        qkv = ops(self.backend).linear(x, self.mat_qkv.weight, modulation.qkv_bias)
+        qkv = ops(self.backend).linear(x, self.mat_qkv.weight_for(x), modulation.qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if modulation.q_scale is not None:
             # Under autocast the norm runs in float32; the attention op takes one dtype.

@@ -213,6 +213,8 @@ class FlexVARTransformer(nn.Module):
             raise ValueError(f"{op}: class_labels must have shape [B], got {tuple(class_labels.shape)}")
         if torch.compiler.is_compiling() or class_labels.is_meta or class_labels.numel() == 0:
             return
+        if class_labels.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # there is nothing to look at yet
         low, high = (int(bound) for bound in class_labels.aminmax())
         if low < 0 or high > self.config.num_classes:
             raise ValueError(

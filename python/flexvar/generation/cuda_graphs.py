@@ -1,0 +1,177 @@
+"""Generation as CUDA graphs: a step's hundreds of kernels are launched at once, without Python in between.
+
+At batch 1 a GPU finishes the kernels of a step sooner than Python launches them. Kernels and their order depend on the
+schedule, the batch size and the settings alone, so they are recorded once for each of these and replayed on new labels,
+seeds and codes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flexvar.generation.settings import check_integer
+from flexvar.generation.steps import Steps
+
+
+class Recorder(Protocol):
+    """Records a function that computes on a device: what it returned, and a call that computes that anew in place."""
+
+    def record(self, function: Callable[[], Tensor | None]) -> tuple[Tensor | None, Callable[[], None]]: ...
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool of memory: to be replayed in the order in which they were recorded."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], Tensor | None]) -> tuple[Tensor | None, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = function()
+        return output, graph.replay
+
+
+class GraphedSteps:
+    """:class:`Steps` recorded for a batch size. Same calls, same results.
+
+    Args:
+        steps: what to record; runs once before, since a recording may not load kernels.
+        batch: images.
+        device: of the models.
+        recorder: records.
+    """
+
+    def __init__(self, steps: Steps, batch: int, device: torch.device, recorder: Recorder) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self._arguments = (zeros(batch), zeros(batch), zeros(batch))
+        # The codes that each step but the first starts from. Not what was drawn: an edit may replace that.
+        self._previous = [zeros(batch, *size) for size in steps.schedule[:-1]]
+        computations = list(self._computations(steps))
+        for compute in computations:
+            compute()
+        self._outputs, self._replays = zip(*(recorder.record(compute) for compute in computations), strict=True)
+
+    def _computations(self, steps: Steps) -> Iterator[Callable[[], Tensor | None]]:
+        yield lambda: steps.begin(*self._arguments)
+        for index in range(len(steps.schedule)):
+            previous = self._previous[index - 1] if index else None
+            yield partial(steps.advance, index, previous)
+            yield partial(steps.sample, index)
+
+    def begin(self, labels: Tensor, seeds: Tensor, image_ids: Tensor) -> None:
+        """As of :class:`Steps`, but that the tensors may be anywhere."""
+        for argument, value in zip(self._arguments, (labels, seeds, image_ids), strict=True):
+            argument.copy_(value)
+        self._replays[0]()
+
+    def advance(self, index: int, previous: Tensor | None) -> None:
+        """As of :class:`Steps`."""
+        if previous is not None:
+            self._previous[index - 1].copy_(previous)
+        self._replays[1 + 2 * index]()
+
+    def sample(self, index: int) -> Tensor:
+        """As of :class:`Steps`."""
+        self._replays[2 + 2 * index]()
+        drawn = self._outputs[2 + 2 * index]
+        if drawn is None:
+            raise TypeError("GraphedSteps: sample must have been recorded with its codes, got None")
+        return drawn.clone()  # the next generation writes into the original
+
+
+@dataclass
+class _Kind:
+    recording: GraphedSteps | None = None
+    in_use: bool = False
+
+
+class GraphCache:
+    """Recordings of the kinds of generation used last.
+
+    The first generation of a kind is computed step by step; the second is recorded, and with it all others are
+    replayed. A recording serves one generation at a time: one that starts meanwhile is computed step by step, with the
+    same result. A recording holds addresses of the weights and what was derived from their values, so all are dropped
+    when a weight changes its place or value. That a module was exchanged for another goes unnoticed: :meth:`clear`.
+
+    Args:
+        capacity: kinds to remember; 0 records nothing. Each holds a KV cache and the activations of its largest step.
+        make_recorder, device_type: makes what records, on devices of this type.
+
+    Raises:
+        TypeError, ValueError: ``capacity`` is not an integer from 0 up.
+    """
+
+    def __init__(
+        self, capacity: int, make_recorder: Callable[[], Recorder] = CudaRecorder, device_type: str = "cuda"
+    ) -> None:
+        self.capacity = check_integer("capacity", capacity, 0, op="GraphCache")
+        self._make_recorder = make_recorder
+        self._device_type = device_type
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._weights: list[Tensor] = []
+        self._fingerprint: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        """How many recordings there are."""
+        return sum(kind.recording is not None for kind in self._kinds.values())
+
+    def clear(self) -> None:
+        """Forgets everything; a recording is freed once no generation uses it."""
+        self._kinds.clear()
+        self._weights, self._fingerprint = [], []
+
+    @contextmanager
+    def using(self, steps: Steps, batch: int, device: torch.device) -> Iterator[Steps | GraphedSteps]:
+        """What computes a generation of ``batch`` images: a recording of ``steps``, or ``steps`` itself."""
+        kind = self._remember(steps, batch, device)
+        if kind is None or kind.in_use:
+            yield steps
+            return
+        if kind.recording is None:
+            kind.recording = GraphedSteps(steps, batch, device, self._make_recorder())
+        kind.in_use = True
+        try:
+            yield kind.recording
+        finally:
+            kind.in_use = False
+
+    def _remember(self, steps: Steps, batch: int, device: torch.device) -> _Kind | None:
+        """The kind, if it was seen before."""
+        if self.capacity == 0 or device.type != self._device_type:
+            return None
+        self._forget_other_weights(steps)
+        settings = steps.settings
+        key = (
+            batch, device, steps.schedule, tuple(steps.weights), settings.top_k, settings.top_p,
+            settings.published_greedy_quirk, settings.autocast_dtype,
+        )  # fmt: skip
+        kind = self._kinds.get(key)
+        if kind is None:
+            self._kinds[key] = _Kind()
+        self._kinds.move_to_end(key)
+        while len(self._kinds) > self.capacity:
+            self._kinds.popitem(last=False)
+        return kind
+
+    def _forget_other_weights(self, steps: Steps) -> None:
+        if not self._weights or self._fingerprint != [_place_and_version(weight) for weight in self._weights]:
+            self.clear()
+            models: tuple[nn.Module, nn.Module] = (steps.tokenizer, steps.transformer)
+            self._weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+            self._fingerprint = [_place_and_version(weight) for weight in self._weights]
+
+
+def _place_and_version(weight: Tensor) -> tuple[int, int]:
+    """Changes with the values, as far as torch tells: tensors made in inference mode count no versions."""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
