@@ -1,71 +1,41 @@
 #include "linear/cpu_kernel.h"
 
-#include "linear/cpu_dot.h"
 #include "linear/cpu_epilogue.h"
+#include "linear/cpu_panel.h"
 
 namespace flexvar::FLEXVAR_ISA {
 
-template <typename To, typename From>
-static void convert(To* to, const From* from, int64_t count) {
-  if constexpr (__is_same(To, From)) {
-    __builtin_memcpy(to, from, count * sizeof(To));
-    return;
-  }
-  for (int64_t i = 0; i < count; i += kFloatLanes) {
-    store_first(to + i, load_first(from + i, count - i), count - i);
-  }
-}
-
-// The sums of a block: [rows, kLinearColumns]. The depth goes by in passes, so that a tile of the
-// weight stays in the L1 cache and the rows of x in the L2 while they meet.
+// The sums of a block: [rows, kLinearColumns]. The depth goes by in passes, so that the rows of x
+// and a panel of the weight stay in the L2 cache while they meet. Every sum has one order, given by
+// the depth alone.
 template <typename X, typename W>
 static void multiply_block(const LinearParams& params, const LinearBlock& block, float* sums) {
-  using E = typename ArithmeticOf<X>::Type;
-  constexpr bool convert_weight = !__is_same(W, E);
-  constexpr int64_t most = kLinearDepthBytes / sizeof(E);
-  const int64_t pass = params.depth <= most ? params.depth : most * 3 / 4;
-  E* const x_scratch = reinterpret_cast<E*>(sums + kLinearRows * kLinearColumns);
-  E* const weight_scratch = x_scratch + kLinearRows * most;
+  using Entry = typename EntryOf<X>::Type;
+  constexpr int64_t pass = kLinearPass * kElementsPerEntry<Entry>;
+  float* const x_part = sums + kLinearRows * kLinearColumns;
+  float* const panel = x_part + kLinearRows * kLinearPassStride;
   const int64_t depth = params.depth, rows = block.row_end - block.row_begin;
-  const X* const x_rows = static_cast<const X*>(params.x) + block.row_begin * depth;
+  const X* const x = static_cast<const X*>(params.x) + block.row_begin * depth;
   const W* const weights = static_cast<const W*>(params.weight);
 
   for (int64_t begin = 0; begin < depth; begin += pass) {
     const int64_t count = depth - begin < pass ? depth - begin : pass;
-    // Of long rows a part is copied, since parts a power of two apart would share few cache sets.
-    const E* x = x_scratch;
-    int64_t x_stride = pass;
-    if (__is_same(X, E) && depth <= pass) {
-      x = reinterpret_cast<const E*>(x_rows);
-      x_stride = depth;
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        convert(x_scratch + i * pass, x_rows + i * depth + begin, count);
+    const int64_t entries = (count + kElementsPerEntry<Entry> - 1) / kElementsPerEntry<Entry>;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < count; k += kFloatLanes * kElementsPerEntry<Entry>) {
+        store(x_part + i * kLinearPassStride + k / kElementsPerEntry<Entry>,
+              load_entries<Entry>(x + i * depth + begin + k, count - k));
       }
     }
-    for (int64_t column = block.column_begin; column < block.column_end; column += kTileColumns) {
-      const E* weight[kTileColumns];
-      for (int64_t j = 0; j < kTileColumns; ++j) {
-        // Behind the last row of the weight, that row again: sums that nobody reads.
-        const int64_t row = column + j < params.columns ? column + j : params.columns - 1;
-        const W* source = weights + row * depth + begin;
-        if constexpr (convert_weight) {
-          convert(weight_scratch + j * most, source, count);
-          weight[j] = weight_scratch + j * most;
-        } else {
-          weight[j] = source;
-        }
-      }
-      float* tile = sums + (column - block.column_begin);
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        // While the first rows wait for this tile of the weight, the next one is asked for.
-        const int64_t ahead = i == 0 && !convert_weight ? kTileColumns * depth : 0;
-        const auto multiply = rows - i == 1   ? multiply_tile<1, E>
-                              : rows - i == 2 ? multiply_tile<2, E>
-                                              : multiply_tile<kTileRows, E>;
-        multiply(x + i * x_stride, x_stride, weight, count, begin > 0, tile + i * kLinearColumns,
-                 ahead);
-      }
+    for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
+      const int64_t left = params.columns - column;
+      const int64_t columns = left < kPanelColumns ? left : kPanelColumns;
+      pack_panel<Entry>(panel, weights + column * depth + begin, depth, columns, count,
+                        kPanelColumns * depth);
+      multiply<float, Entry>({reinterpret_cast<const Entry*>(x_part), kLinearPassStride},
+                             {panel, kPanelColumns},
+                             {sums + (column - block.column_begin), kLinearColumns}, rows,
+                             (columns + kFloatLanes - 1) / kFloatLanes, entries, begin > 0);
     }
   }
 }

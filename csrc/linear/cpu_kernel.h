@@ -25,16 +25,17 @@ struct LinearParams {
 struct LinearBlock {
   int64_t row_begin, row_end, column_begin, column_end;
 };
-constexpr int64_t kLinearRows = 144;
+constexpr int64_t kLinearRows = 264;
 constexpr int64_t kLinearColumns = 256;
 // Columns of a block begin at multiples of this.
-constexpr int64_t kLinearColumnStep = 8;
+constexpr int64_t kLinearColumnStep = 64;
 
-// What a call needs besides: sums [kLinearRows, kLinearColumns] and, where elements are not those
-// that the instruction set multiplies, converted rows of x and of the weight.
-constexpr int64_t kLinearDepthBytes = 4096;  // of a row of x or of the weight, per pass
+// What a call needs besides: sums [kLinearRows, kLinearColumns], and for each pass over a part of
+// the depth the rows of x, and a panel of kLinearColumnStep columns of the weight.
+constexpr int64_t kLinearPass = 256;                     // 32-bit entries of the depth
+constexpr int64_t kLinearPassStride = kLinearPass + 16;  // not a power of two: few cache sets
 constexpr int64_t kLinearScratchBytes =
-    kLinearRows * kLinearColumns * 4 + (kLinearRows + kLinearColumnStep) * kLinearDepthBytes;
+    4 * (kLinearRows * (kLinearColumns + kLinearPassStride) + kLinearPass * kLinearColumnStep);
 
 FLEXVAR_DECLARE_CPU_KERNEL(linear_block,
                            (const LinearParams& params, const LinearBlock& block, void* scratch));

@@ -93,10 +93,10 @@ class BackwardHeads {
   void differentiate_softmax(int64_t keys, int64_t vectors) {
     const T factor = static_cast<T>(__builtin_fabs(shape_.softmax_scale) * kLog2E);
     for (int64_t j = 0; j < vectors * kLanes<T>; j += kLanes<T>) {
-      const Vec<T> logsumexp = load(logsumexp_ + j), delta = load(delta_ + j);
+      const Vector<T> logsumexp = load(logsumexp_ + j), delta = load(delta_ + j);
       for (int64_t n = 0; n < keys; ++n) {
         T *weight = weights_ + n * kTile + j, *grad = grad_scores_ + n * kTile + j;
-        const Vec<T> p = exp2_nonpositive(load(weight) * factor - logsumexp);
+        const Vector<T> p = exp2_nonpositive(load(weight) * factor - logsumexp);
         store(weight, p);
         store(grad, p * (load(grad) - delta));
       }

@@ -3,6 +3,7 @@
 // lanes.
 #pragma once
 
+#include "scale_attention/cpu_exp2.h"
 #include "scale_attention/cpu_tiles.h"
 
 namespace flexvar::FLEXVAR_ISA {
@@ -27,22 +28,22 @@ template <typename T>
 inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t keys,
                           int64_t vectors) {
   for (int64_t j = 0; j < vectors * kLanes<T>; j += kLanes<T>) {
-    const Vec<T> before = load(state.maximum + j);
-    Vec<T> maximum = before;
+    const Vector<T> before = load(state.maximum + j);
+    Vector<T> maximum = before;
     for (int64_t n = 0; n < keys; ++n) {
-      const Vec<T> score = load(scores + n * kTile + j);
+      const Vector<T> score = load(scores + n * kTile + j);
       maximum = score > maximum ? score : maximum;
     }
     store(state.maximum + j, maximum);
     // -inf, the maximum of no finite score, is no number to subtract or scale.
     const T none = -__builtin_inf();
-    const Vec<T> base = maximum == none ? Vec<T>{} : maximum * state.factor;
-    const Vec<T> correction =
-        before == none ? Vec<T>{} : exp2_nonpositive(before * state.factor - base);
-    Vec<T> sum = load(state.sum + j) * correction;
+    const Vector<T> base = maximum == none ? Vector<T>{} : maximum * state.factor;
+    const Vector<T> correction =
+        before == none ? Vector<T>{} : exp2_nonpositive(before * state.factor - base);
+    Vector<T> sum = load(state.sum + j) * correction;
     for (int64_t n = 0; n < keys; ++n) {
       T* score = scores + n * kTile + j;
-      const Vec<T> weight = exp2_nonpositive(load(score) * state.factor - base);
+      const Vector<T> weight = exp2_nonpositive(load(score) * state.factor - base);
       store(score, weight);
       sum += weight;
     }

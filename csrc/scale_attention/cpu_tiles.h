@@ -2,8 +2,7 @@
 // arithmetic is done in.
 #pragma once
 
-#include "common/cpu_element.h"
-#include "scale_attention/cpu_gemm.h"
+#include "common/cpu_gemm.h"
 #include "scale_attention/cpu_kernel.h"
 #include "scale_attention/tile.h"
 

@@ -1,0 +1,127 @@
+// Small matrix products on packed tiles, the core of attention and of the linear layer on the CPU.
+//
+// The left factor is read one entry at a time, the right one by vectors along its rows, and so are
+// the sums. An entry of the left factor is a number or, where the CPU multiplies such, a pair of
+// bfloat16 that stand side by side along the depth; each 32 bits of the right factor are then such
+// a pair too.
+#pragma once
+
+#include "common/cpu_vector.h"
+
+namespace flexvar::FLEXVAR_ISA {
+
+#if FLEXVAR_VECTOR_BYTES == 64
+constexpr int kRegisterColumns = 4;  // vectors: 6 x 4 accumulators of 32 registers
+#else
+constexpr int kRegisterColumns = 2;  // 6 x 2 of 16
+#endif
+constexpr int kRegisterRows = 6;
+
+template <typename T>
+constexpr int64_t kLanes = VectorOf<T>::lanes;
+
+template <typename T>
+static inline __attribute__((always_inline)) Vector<T> multiply_add(T a, Vector<T> b,
+                                                                    Vector<T> sum) {
+  return sum + a * b;
+}
+#ifdef FLEXVAR_ISA_avx512bf16
+struct BfloatPair {
+  uint32_t bits;
+};
+static inline __attribute__((always_inline)) Vector<float> multiply_add(BfloatPair a,
+                                                                        Vector<float> b,
+                                                                        Vector<float> sum) {
+  return (Vector<float>)_mm512_dpbf16_ps(
+      (__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a.bits)), (__m512bh)b);
+}
+#endif
+
+// Element (i, k) stands at data[i * row + k * column].
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t row;
+  int64_t column = 1;
+};
+
+// c (+)= a b for kRows rows and kColumns vectors. Every sum is one chain of fused (where the CPU
+// has them) multiply-adds in the order of k, whatever tile it is in.
+template <typename A, typename T, int kRows, int kColumns>
+static inline void multiply_registers(Matrix<const A> a, const T* b, int64_t b_row, T* c,
+                                      int64_t c_row, int64_t depth, bool accumulate) {
+  Vector<T> sum[kRows][kColumns] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<T> right[kColumns];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const A left = a.data[i * a.row];
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+    }
+    a.data += a.column;
+    b += b_row;
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      T* const place = c + i * c_row + j * kLanes<T>;
+      store(place, accumulate ? load(place) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+template <typename A, typename T, int kColumns>
+static void multiply_columns(Matrix<const A> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+                             int64_t rows, int64_t depth, bool accumulate) {
+  for (; rows >= kRegisterRows; rows -= kRegisterRows) {
+    multiply_registers<A, T, kRegisterRows, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+    a.data += kRegisterRows * a.row;
+    c += kRegisterRows * c_row;
+  }
+  switch (rows) {
+    case 5:
+      return multiply_registers<A, T, 5, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+    case 4:
+      return multiply_registers<A, T, 4, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+    case 3:
+      return multiply_registers<A, T, 3, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+    case 2:
+      return multiply_registers<A, T, 2, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+    case 1:
+      return multiply_registers<A, T, 1, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+  }
+}
+
+// c (+)= a b: a is rows x depth, b depth x (vectors * lanes) and c rows x (vectors * lanes), the
+// latter two with contiguous rows.
+template <typename T, typename A = T>
+static void multiply(Matrix<const A> a, Matrix<const T> b, Matrix<T> c, int64_t rows,
+                     int64_t vectors, int64_t depth, bool accumulate) {
+  while (vectors > 0) {
+    const int64_t columns = vectors < kRegisterColumns ? vectors : kRegisterColumns;
+    switch (columns) {
+#if FLEXVAR_VECTOR_BYTES == 64
+      case 4:
+        multiply_columns<A, T, 4>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        break;
+      case 3:
+        multiply_columns<A, T, 3>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        break;
+#endif
+      case 2:
+        multiply_columns<A, T, 2>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        break;
+      default:
+        multiply_columns<A, T, 1>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+    }
+    b.data += columns * kLanes<T>;
+    c.data += columns * kLanes<T>;
+    vectors -= columns;
+  }
+}
+
+}  // namespace flexvar::FLEXVAR_ISA

@@ -1,0 +1,159 @@
+// Panels of the weight as the product reads them: entry k of the depth of every column side by
+// side. An entry is 32 bits: a number, or a pair of bfloat16 where the CPU multiplies such.
+#pragma once
+
+#include "common/cpu_gemm.h"
+#include "linear/cpu_kernel.h"
+
+namespace flexvar::FLEXVAR_ISA {
+
+constexpr int64_t kPanelColumns = kRegisterColumns * kFloatLanes;
+static_assert(kPanelColumns <= kLinearColumnStep && kLinearColumnStep % kPanelColumns == 0);
+
+// What elements of x and the weight are multiplied as, given the element of x.
+template <typename X>
+struct EntryOf {
+  using Type = float;
+};
+#ifdef FLEXVAR_ISA_avx512bf16
+template <>
+struct EntryOf<Bfloat16> {
+  using Type = BfloatPair;
+};
+#endif
+template <typename Entry>
+constexpr int64_t kElementsPerEntry = 1;
+#ifdef FLEXVAR_ISA_avx512bf16
+template <>
+constexpr int64_t kElementsPerEntry<BfloatPair> = 2;
+#endif
+
+// A vector of entries from the first `count` elements at p, the rest zero.
+template <typename Entry, typename W>
+static inline Vector<float> load_entries(const W* p, int64_t count) {
+#ifdef FLEXVAR_ISA_avx512bf16
+  if constexpr (__is_same(Entry, BfloatPair)) {
+    if constexpr (__is_same(W, Bfloat16)) {
+      const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+      return (Vector<float>)_mm512_maskz_loadu_epi16(mask, p);
+    } else {
+      const Vector<float> low = load_first(p, count);
+      const Vector<float> high = count > 16 ? load_first(p + 16, count - 16) : Vector<float>{};
+      // Denormal numbers become zero, as they do in the products of bfloat16.
+      return (Vector<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    }
+  }
+#endif
+  return load_first(p, count);
+}
+
+constexpr int kGroups = kFloatLanes / 4;  // of 128 bits in a vector
+
+// Group g: the four entries at rows[g].
+template <typename Entry, typename W>
+static inline __attribute__((always_inline)) Vector<float> load_groups(
+    const W* const (&rows)[kGroups]) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  if constexpr (sizeof(W) == 4 && kElementsPerEntry<Entry> == 1) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float*)rows[0]));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps((const float*)rows[1]));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps((const float*)rows[2]));
+    return (Vector<float>)_mm512_mask_broadcast_f32x4(v, 0xf000,
+                                                      _mm_loadu_ps((const float*)rows[3]));
+  }
+#endif
+#ifdef FLEXVAR_ISA_avx512bf16
+  if constexpr (__is_same(Entry, BfloatPair) && sizeof(W) == 4) {
+    const auto both = [](const W* low, const W* high) __attribute__((always_inline)) {
+      return _mm512_mask_broadcast_f32x8(_mm512_castps256_ps512(_mm256_loadu_ps((const float*)low)),
+                                         0xff00, _mm256_loadu_ps((const float*)high));
+    };
+    // Denormal numbers become zero, as they do in the products of bfloat16.
+    return (Vector<float>)_mm512_cvtne2ps_pbh(both(rows[2], rows[3]), both(rows[0], rows[1]));
+  }
+  if constexpr (__is_same(Entry, BfloatPair)) {
+    return load_groups<float>(reinterpret_cast<const float* const(&)[kGroups]>(rows));
+  }
+#endif
+  float entries[kFloatLanes];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    for (int i = 0; i < 4; ++i) entries[4 * g + i] = to_float(rows[g][i]);
+  }
+  return load(entries);
+}
+
+// Transposes the squares of four numbers that stand in the groups of four vectors.
+static inline void transpose_groups(Vector<float> (&v)[4]) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  const auto low = [](Vector<float> p, Vector<float> q) {
+    return (Vector<float>)_mm512_maskz_unpacklo_ps(0xffff, (__m512)p, (__m512)q);
+  };
+  const auto high = [](Vector<float> p, Vector<float> q) {
+    return (Vector<float>)_mm512_maskz_unpackhi_ps(0xffff, (__m512)p, (__m512)q);
+  };
+#elif FLEXVAR_VECTOR_BYTES == 32
+  const auto low = [](Vector<float> p, Vector<float> q) {
+    return (Vector<float>)_mm256_unpacklo_ps((__m256)p, (__m256)q);
+  };
+  const auto high = [](Vector<float> p, Vector<float> q) {
+    return (Vector<float>)_mm256_unpackhi_ps((__m256)p, (__m256)q);
+  };
+#else
+  const auto low = [](Vector<float> p, Vector<float> q) { return interleave_low(p, q); };
+  const auto high = [](Vector<float> p, Vector<float> q) { return interleave_high(p, q); };
+#endif
+  const Vector<float> a = low(v[0], v[2]), b = high(v[0], v[2]);
+  const Vector<float> c = low(v[1], v[3]), d = high(v[1], v[3]);
+  v[0] = low(a, c);
+  v[1] = high(a, c);
+  v[2] = low(b, d);
+  v[3] = high(b, d);
+}
+
+// Rows of the weight, `count` elements each, to columns of the panel [entries, kPanelColumns]. In
+// place of rows behind the last one, that row again: columns that nobody reads. What lies
+// `ahead` elements behind is asked for.
+template <typename Entry, typename W>
+static void pack_panel(float* panel, const W* weight, int64_t stride, int64_t rows, int64_t count,
+                       int64_t ahead) {
+  constexpr int kSquares = 4;  // side by side: a row's cache line is read at one go
+  constexpr int64_t group = 4 * kElementsPerEntry<Entry>, step = kSquares * group;
+  for (int64_t first = 0; first < rows; first += kFloatLanes) {
+    const W* row[kFloatLanes];
+    for (int64_t i = 0; i < kFloatLanes; ++i) {
+      row[i] = weight + (first + i < rows ? first + i : rows - 1) * stride;
+    }
+    W tail[kFloatLanes][step];
+    float* place = panel + first;
+    for (int64_t k = 0; k < count; k += step) {
+      if (count - k < step) {
+        for (int64_t i = 0; i < kFloatLanes; ++i) {
+          for (int64_t j = 0; j < step; ++j) tail[i][j] = j < count - k ? row[i][k + j] : W{};
+          row[i] = tail[i] - k;
+        }
+      }
+      Vector<float> square[kSquares][4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+        for (int s = 0; s < kSquares; ++s) {
+          const W* rows_of_groups[kGroups];
+#pragma GCC unroll 4
+          for (int g = 0; g < kGroups; ++g) rows_of_groups[g] = row[4 * g + j] + k + s * group;
+          square[s][j] = load_groups<Entry>(rows_of_groups);
+        }
+      }
+      for (int i = 0; i < kFloatLanes; ++i) __builtin_prefetch(row[i] + k + ahead, 0, 2);
+#pragma GCC unroll 4
+      for (int s = 0; s < kSquares; ++s) {
+        transpose_groups(square[s]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store(place + j * kPanelColumns, square[s][j]);
+        place += 4 * kPanelColumns;
+      }
+    }
+  }
+}
+
+}  // namespace flexvar::FLEXVAR_ISA
