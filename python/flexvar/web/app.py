@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 
 import gradio as gr
 
 from flexvar.web.controls import Sides
+from flexvar.web.edits import expand_inputs, inpaint_inputs, outpaint_inputs, refine_inputs
 from flexvar.web.studio import Studio
-from flexvar.web.task import Start, add_task
+from flexvar.web.task import Inputs, add_task
 
 _KEPT_FOR = 24 * 3600  # seconds that uploads and results stay on the server
 
@@ -30,8 +33,17 @@ def build_app(studio: Studio) -> gr.Blocks:
             elem_id="gallery",
             render=False,
         )
-        with gr.Tabs(), gr.Tab("Generate", id="generate"):
-            _add_generate(studio, gallery)
+        tasks: list[tuple[str, str, str, Callable[[], Inputs]]] = [
+            ("generate", "Generate", "Generate", partial(_generate_inputs, studio)),
+            ("inpaint", "In-paint", "Paint anew", inpaint_inputs),
+            ("outpaint", "Extend", "Extend", outpaint_inputs),
+            ("expand", "Expand", "Expand", expand_inputs),
+            ("refine", "Refine", "Refine", refine_inputs),
+        ]
+        with gr.Tabs():
+            for name, title, verb, make_inputs in tasks:
+                with gr.Tab(title, id=name):
+                    add_task(studio, gallery, name, verb, make_inputs)
         gallery.render()
     app.queue(max_size=studio.limits.max_waiting, api_open=False)
     return app
@@ -47,11 +59,7 @@ def _header(studio: Studio) -> str:
     )
 
 
-def _add_generate(studio: Studio, gallery: gr.Gallery) -> None:
+def _generate_inputs(studio: Studio) -> Inputs:
     height, width = studio.pipe.settings().layout(studio.pipe.patch_size).image_size
-
-    def make_inputs() -> tuple[list[gr.components.Component], Start]:
-        sides = Sides(studio, width, height)
-        return [sides.width, sides.height], lambda _, width, height: (None, {"width": width, "height": height})
-
-    add_task(studio, gallery, "generate", "Generate", make_inputs)
+    sides = Sides(studio, width, height)
+    return {"width": sides.width, "height": sides.height}, lambda _, **sizes: (None, sizes)

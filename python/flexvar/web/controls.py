@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import gradio as gr
 
@@ -17,10 +16,9 @@ _LARGEST_RANDOM_SEED = (1 << 31) - 1  # short enough to read; any up to 2**63 - 
 
 
 class Controls:
-    """Makes the components; :attr:`inputs` are those that a request reads."""
+    """Makes the components; :attr:`inputs` are those that a request reads, by their names in the endpoint."""
 
     NAMES = ("label", "num", "seed", "steps", "guidance_scale", "guidance_style", "top_k", "top_p")
-    COUNT = len(NAMES)
 
     def __init__(self, studio: Studio) -> None:
         config = studio.pipe.transformer.config
@@ -44,15 +42,10 @@ class Controls:
             with gr.Row(elem_classes="tight"):
                 self.top_k = gr.Number(defaults.top_k, label="Top-k", precision=0, min_width=100)
                 self.top_p = gr.Slider(0, 1, value=defaults.top_p, step=0.01, label="Top-p", min_width=120)
-        self.inputs = [
+        components = (
             self.label, self.num, self.seed, self.steps, self.guidance, self.style, self.top_k, self.top_p,
-        ]  # fmt: skip
-
-    @classmethod
-    def named(cls, values: Sequence[Any]) -> dict[str, Any]:
-        """Values of :attr:`inputs` -> arguments of :meth:`Studio.drawing`."""
-        arguments = dict(zip(cls.NAMES, values, strict=True))
-        return {**arguments, "steps": arguments["steps"] or None}
+        )  # fmt: skip
+        self.inputs = dict(zip(self.NAMES, components, strict=True))
 
 
 class Sides:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradio as gr
+
+#: Of the server, and nobody's business: of a file its name is said.
+_FOLDERS = re.compile(r"(?<!\S)/(?:[^/\s]+/)+")
 
 
 @contextmanager
@@ -24,5 +28,6 @@ def shown_errors() -> Iterator[None]:
 def _message(error: Exception) -> gr.Error:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror  # not the path, which is the server's own
-    return gr.Error(" ".join(text.split()) or type(error).__name__, print_exception=False)
+        text = error.strerror
+    text = _FOLDERS.sub("", " ".join(text.split()))
+    return gr.Error(text or type(error).__name__, print_exception=False)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexvar.edit_request import EditRequest
 from flexvar.generation.settings import check_integer
-from flexvar.image_io import open_image
 from flexvar.schedule import Size
 
 
@@ -40,23 +38,3 @@ class Limits:
             raise ValueError(
                 f"{task}: images must have at most {self.max_pixels} pixels together, got {num} of {width} x {height}"
             )
-
-    def check_edit(self, request: EditRequest, num: int) -> None:
-        """As :meth:`check_size` for the result of an edit. Also raises OSError and ValueError for its picture."""
-        self.check_size(request.task, edited_size(request), num)
-
-
-def edited_size(request: EditRequest) -> Size:
-    """(height, width) in pixels of an edit's result."""
-    width, height = open_image(request.image).size
-    max_side = check_integer("max_side", request.max_side, 0, op=request.task)
-    if 0 < max_side < max(width, height):
-        scale = max_side / max(width, height)
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    arguments = request.arguments
-    if "left" in arguments:
-        left, right, top, bottom = (
-            check_integer(name, arguments[name], 0, op=request.task) for name in ("left", "right", "top", "bottom")
-        )
-        return height + top + bottom, width + left + right
-    return arguments.get("height", height), arguments.get("width", width)

@@ -35,21 +35,21 @@ def make_stage() -> gr.HTML:
     return gr.HTML(_EMPTY, js_on_load=_JAVASCRIPT, apply_default_css=False)
 
 
-def stage_html(shown: Shown, film: Sequence[tuple[Size, str]], before: str | None = None) -> str:
+def stage_html(shown: Shown, film: Sequence[tuple[Size, str]]) -> str:
     """The pictures of a step; below, one thumbnail a step so far.
 
     Args:
         shown: the step.
         film: for every step so far its grid and, as a data URL, its first picture.
-        before: a data URL; the first finished picture is compared with it.
     """
     height, width = shown.size
     is_done = shown.step + 1 == shown.num_steps
+    before = "" if shown.before is None else data_url(shown.before)
     frames = []
     for number, picture in enumerate(shown.pictures):
         url = data_url(picture)
         image = f'<img src="{url}" alt="image {number + 1}">'
-        if before is not None and is_done and number == 0:
+        if shown.before is not None and is_done:
             image = (
                 f'<div class="compare">{image}<img class="before" src="{before}" alt="before">'
                 '<input type="range" min="0" max="100" value="50" aria-label="before and after">'

@@ -17,6 +17,7 @@ from flexvar.edit_request import EditRequest
 from flexvar.generation import FlexVARPipeline
 from flexvar.image_io import save_png
 from flexvar.schedule import Size
+from flexvar.web.before import before_picture, edited_size, starting_picture
 from flexvar.web.command_line import command_line
 from flexvar.web.limits import Limits
 
@@ -31,6 +32,7 @@ class Shown:
         grid: (h, w) of this step, in tokens.
         size: (height, width) of the finished images, in pixels.
         pictures: every image of the request as this step has it.
+        before: what an edit starts from, laid out as its result is.
         files: after the last step: a PNG of every image, then the pictures that an edit started from.
         command: after the last step: the command that makes the same images.
     """
@@ -40,6 +42,7 @@ class Shown:
     grid: Size
     size: Size
     pictures: Sequence[Image.Image]
+    before: Image.Image | None = None
     files: Sequence[Path] = ()
     command: str = ""
 
@@ -80,10 +83,12 @@ class Studio:
         Raises:
             OSError, TypeError, ValueError: it cannot be drawn; said before anything is.
         """
-        edit, fingerprints = None, dict[str, str]()
+        edit, fingerprints, before = None, dict[str, str](), None
         if request is not None:
-            self.limits.check_edit(request, drawing.num)
+            picture = starting_picture(request)
+            self.limits.check_size(request.task, edited_size(request, picture), drawing.num)
             edit, fingerprints = request.load()
+            before = before_picture(request, picture)
         size = drawing.layout(self.pipe, edit).image_size
         self.limits.check_size("generate" if request is None else request.task, size, drawing.num)
         drawing.check(self.pipe, edit)
@@ -94,7 +99,9 @@ class Studio:
         while True:
             with self._device:  # not held while what was drawn is shown: a request that is cancelled may never go on
                 _, step = next(steps)
-                shown = Shown(step.index, step.num_steps, step.size, size, cast("list[Image.Image]", step.preview()))
+                shown = Shown(
+                    step.index, step.num_steps, step.size, size, cast("list[Image.Image]", step.preview()), before
+                )
             if step.index + 1 == step.num_steps:
                 break
             yield shown

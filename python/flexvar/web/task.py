@@ -15,8 +15,12 @@ from flexvar.web.errors import shown_errors
 from flexvar.web.stage import make_stage, stage_html, thumbnail_url
 from flexvar.web.studio import Studio
 
-#: A folder for files, and the values of a task's own inputs -> the edit, if it is one, and options of a drawing.
+#: A folder for files, and by name the values of a task's own inputs -> the edit, if there is one, and options of a
+#: drawing.
 Start = Callable[..., tuple[EditRequest | None, dict[str, Any]]]
+
+#: A task's own inputs by their names in the endpoint, and what they ask for.
+Inputs = tuple[dict[str, Any], Start]
 
 _MARK_CANCELLED = "() => document.querySelectorAll('.stage.running').forEach(e => e.classList.add('cancelled'))"
 _LARGEST_GALLERY = 60
@@ -28,7 +32,7 @@ def add_task(
     gallery: gr.Gallery,
     name: str,
     verb: str,
-    make_inputs: Callable[[], tuple[Sequence[gr.components.Component], Start]],
+    make_inputs: Callable[[], Inputs],
 ) -> None:
     """Adds a task to the page.
 
@@ -63,22 +67,26 @@ def add_task(
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     drawn = seeded.then(
-        _endpoint(studio, start), [*own, *controls.inputs], [files, command, stage],
-        api_name=name, concurrency_limit=1, concurrency_id=_QUEUE,
-        show_progress="minimal", show_progress_on=stage,
+        _endpoint(studio, start), inputs_kwargs={**own, **controls.inputs}, outputs=[files, command, stage],
+        api_name=name, concurrency_limit=1, concurrency_id=_QUEUE, show_progress="minimal", show_progress_on=stage,
     )  # fmt: skip
     drawn.success(
-        _join_gallery, [files, gallery], gallery, queue=False, show_progress="hidden", api_visibility="private"
+        _join_gallery,
+        [files, controls.num, gallery],
+        gallery,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
     )
     cancel.click(None, js=_MARK_CANCELLED, cancels=[drawn])
 
 
 def _endpoint(studio: Studio, start: Start) -> Callable[..., Iterator[tuple[list[str] | None, str, str]]]:
-    def endpoint(*values: Any) -> Iterator[tuple[list[str] | None, str, str]]:
-        own, common = values[: -Controls.COUNT], values[-Controls.COUNT :]
+    def endpoint(**values: Any) -> Iterator[tuple[list[str] | None, str, str]]:
+        common = {name: values.pop(name) for name in Controls.NAMES}
         with shown_errors(), tempfile.TemporaryDirectory() as folder:
-            request, options = start(Path(folder), *own)
-            drawing = studio.drawing(**Controls.named(common), **options)
+            request, options = start(Path(folder), **values)
+            drawing = studio.drawing(**{**common, "steps": common["steps"] or None}, **options)
             film = []
             for shown in studio.draw(drawing, request, Path(folder)):
                 film.append((shown.grid, thumbnail_url(shown.pictures[0])))
@@ -88,5 +96,6 @@ def _endpoint(studio: Studio, start: Start) -> Callable[..., Iterator[tuple[list
     return endpoint
 
 
-def _join_gallery(files: Sequence[str] | None, pictures: Sequence[tuple[str, str | None]] | None) -> list[Any]:
-    return [*(files or ()), *(pictures or ())][:_LARGEST_GALLERY]
+def _join_gallery(files: Sequence[str], num: int, pictures: Sequence[tuple[str, str | None]] | None) -> list[Any]:
+    """The images come first among the files."""
+    return [*files[:num], *(pictures or ())][:_LARGEST_GALLERY]
