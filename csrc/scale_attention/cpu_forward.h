@@ -4,7 +4,7 @@
 #pragma once
 
 #include "scale_attention/cpu_exp2.h"
-#include "scale_attention/cpu_tiles.h"
+#include "scale_attention/cpu_pairs.h"
 
 namespace flexvar::FLEXVAR_ISA {
 
@@ -23,8 +23,17 @@ struct RunningSoftmax {
   T* correction;  // [kTile]: what earlier sums must be multiplied by after a block
 };
 
+// 2^x, as exactly as a weight that is multiplied as E needs it.
+template <typename E, typename V>
+static inline __attribute__((always_inline)) V exponential(V x) {
+#ifdef FLEXVAR_ISA_avx512bf16
+  if constexpr (__is_same(E, Bfloat16)) return exp2_for_bfloat16(x);
+#endif
+  return exp2_nonpositive(x);
+}
+
 // Turns a block of scores [keys, kTile] into exponentials relative to the new maximum.
-template <typename T>
+template <typename T, typename E>
 inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t keys,
                           int64_t vectors) {
   for (int64_t j = 0; j < vectors * kLanes<T>; j += kLanes<T>) {
@@ -43,7 +52,7 @@ inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t key
     Vector<T> sum = load(state.sum + j) * correction;
     for (int64_t n = 0; n < keys; ++n) {
       T* score = scores + n * kTile + j;
-      const Vector<T> weight = exp2_nonpositive(load(score) * state.factor - base);
+      const Vector<T> weight = exponential<E>(load(score) * state.factor - base);
       store(score, weight);
       sum += weight;
     }
@@ -56,7 +65,7 @@ template <typename T, typename E>
 class ForwardTiles {
  public:
   ForwardTiles(const AttentionForwardParams& params, void* memory)
-      : params_(params), shape_(params.shape) {
+      : params_(params), shape_(params.shape), entries_(kPairs ? shape_.dim / 2 : shape_.dim) {
     Scratch scratch{static_cast<char*>(memory)};
     keys_ = scratch.take<T>(shape_.key_count * shape_.dim);
     values_ = scratch.take<T>(shape_.key_count * shape_.dim);
@@ -76,24 +85,20 @@ class ForwardTiles {
     pack_keys(head, tile.key_end);
     const int64_t queries = tile.query_end - tile.query_begin;
     const int64_t vectors = (queries + kLanes<T> - 1) / kLanes<T>;
-    load_rows(query_rows_, head_rows<E>(params_.q, head, shape_.heads), tile.query_begin,
-              tile.query_end, shape_.dim);
-    transpose_rows(queries_, query_rows_, queries, shape_.dim,
-                   T(shape_.softmax_scale < 0 ? -1 : 1));
+    pack_queries(head, tile);
     for (int64_t i = 0; i < kTile; ++i) {
       softmax_.maximum[i] = -__builtin_inf();
       softmax_.sum[i] = 0;
     }
     for (int64_t begin = 0; begin < tile.key_end; begin += kKeyBlock) {
       const int64_t keys = tile.key_end - begin < kKeyBlock ? tile.key_end - begin : kKeyBlock;
-      multiply<T>({keys_ + begin * shape_.dim, shape_.dim}, {queries_, kTile}, {scores_, kTile},
-                  keys, vectors, shape_.dim, false);
-      softmax_block(softmax_, scores_, keys, vectors);
+      multiply<T, Entry>({reinterpret_cast<const Entry*>(keys_) + begin * entries_, entries_},
+                         {queries_, kTile}, {scores_, kTile}, keys, vectors, entries_, false);
+      softmax_block<T, E>(softmax_, scores_, keys, vectors);
       for (int64_t i = 0; begin > 0 && i < queries; ++i) {
         for (int64_t d = 0; d < shape_.dim; ++d) out_[i * shape_.dim + d] *= softmax_.correction[i];
       }
-      multiply<T>({scores_, 1, kTile}, {values_ + begin * shape_.dim, shape_.dim},
-                  {out_, shape_.dim}, queries, shape_.dim / kLanes<T>, keys, begin > 0);
+      multiply_values(begin, keys, queries, vectors);
     }
     finish(head, tile);
   }
@@ -104,11 +109,42 @@ class ForwardTiles {
     if (head != packed_head_) packed_keys_ = 0;
     packed_head_ = head;
     if (end <= packed_keys_) return;
-    load_rows(keys_ + packed_keys_ * shape_.dim, head_rows<E>(params_.k, head, shape_.heads),
-              packed_keys_, end, shape_.dim);
-    load_rows(values_ + packed_keys_ * shape_.dim, head_rows<E>(params_.v, head, shape_.heads),
-              packed_keys_, end, shape_.dim);
+    const HeadRows<E> keys = head_rows<E>(params_.k, head, shape_.heads);
+    const HeadRows<E> values = head_rows<E>(params_.v, head, shape_.heads);
+    const int64_t begin = packed_keys_;
+    if constexpr (kPairs) {
+      const int64_t even = begin / 2 * 2;  // a row without a partner may have one now
+      pack_row_pairs(keys_ + begin * entries_, keys, begin, end, shape_.dim);
+      pack_column_pairs(values_ + even * entries_, values, even, end, shape_.dim);
+    } else {
+      load_rows(keys_ + begin * shape_.dim, keys, begin, end, shape_.dim);
+      load_rows(values_ + begin * shape_.dim, values, begin, end, shape_.dim);
+    }
     packed_keys_ = end;
+  }
+
+  void pack_queries(int64_t head, const QueryTile& tile) {
+    const HeadRows<E> rows = head_rows<E>(params_.q, head, shape_.heads);
+    const int64_t queries = tile.query_end - tile.query_begin;
+    if constexpr (kPairs) {
+      pack_row_pairs(query_rows_, rows, tile.query_begin, tile.query_end, shape_.dim);
+      transpose_pairs(queries_, query_rows_, queries, shape_.dim, shape_.softmax_scale < 0);
+    } else {
+      load_rows(query_rows_, rows, tile.query_begin, tile.query_end, shape_.dim);
+      transpose_rows(queries_, query_rows_, queries, shape_.dim,
+                     T(shape_.softmax_scale < 0 ? -1 : 1));
+    }
+  }
+
+  // out_ += (scores_ of the block)^T values
+  void multiply_values(int64_t begin, int64_t keys, int64_t queries, int64_t vectors) {
+    if constexpr (kPairs) {
+      pair_rows(scores_, keys, vectors);
+      keys = (keys + 1) / 2;
+    }
+    multiply<T, Entry>({reinterpret_cast<const Entry*>(scores_), 1, kTile},
+                       {values_ + begin * entries_, shape_.dim}, {out_, shape_.dim}, queries,
+                       shape_.dim / kLanes<T>, keys, begin > 0);
   }
 
   void finish(int64_t head, const QueryTile& tile) {
@@ -126,9 +162,13 @@ class ForwardTiles {
                tile.query_begin, queries);
   }
 
+  using Entry = typename Packing<T, E>::Entry;
+  static constexpr bool kPairs = Packing<T, E>::pairs;
+
   const AttentionForwardParams& params_;
   const AttentionShape& shape_;
-  T *keys_, *values_;         // [keys, dim] of the head at hand
+  const int64_t entries_;     // of a row of D elements
+  T *keys_, *values_;         // [keys, dim] of the head at hand, of pairs half as many
   T *query_rows_, *queries_;  // [kTile, dim] and [dim, kTile]
   T* out_;                    // [kTile, dim], relative to the running maximum
   T* scores_;                 // [kKeyBlock, kTile]
