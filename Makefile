@@ -1,5 +1,6 @@
 # make demo    set everything up and write images           make test   set everything up and run the tests
 # make bench   native against reference, a table of ratios   make gpu    build, test and measure on an NVIDIA GPU
+# make figures the pictures of this README, with the bundled model
 # make kernels docs/kernels.md: registers, occupancy, floors of every CUDA kernel (nvcc, no GPU)
 # Variables: PYTHON (the interpreter to start from), PYTEST_ARGS, EXTRAS (of pyproject.toml), FLEXVAR_CUDA=auto|on|off, CUDAARCHS.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup ext emulated demo test bench gpu kernels lint format clean
+.PHONY: setup ext emulated demo test bench gpu figures kernels lint format clean
 
 # The virtual environment borrows the packages of the Python it starts from when that has a torch that fits, and installs
 # torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
@@ -57,6 +58,9 @@ gpu: export FLEXVAR_CUDA = on
 gpu: setup
 	FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.report --require-cuda
+
+figures: setup
+	$(BIN)/python -m benchmarks.figures
 
 kernels: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) emulated PYTHON=$(abspath $(BIN))/python

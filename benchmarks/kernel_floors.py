@@ -120,6 +120,7 @@ def works() -> list[Work]:
         ),
         attention_backward(64, 16, 64, tokens, pairs),
         attention(f"step: batch 128, 256 queries, {tokens} keys", 128, 16, 64, 256, tokens, 256 * tokens),
+        Work("append_qkv", "batch 128, 256 tokens, 16 heads of 64, bfloat16", bytes=2 * 3 * 128 * 256 * 1024 * 2),
         # Keys are compared about 14 times while a threshold is bisected, and weighed by an exponential.
         Work("guided_sample", "16,384 × 8,912, float32", bytes=16384 * 8912 * 4, exponentials=16384 * 8912,
              instructions=16384 * 8912 * 30),

@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
       "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
       "float softmax_scale) -> Tensor");
   m.def(
+      "append_qkv(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt position, Tensor? "
+      "q_scale) -> Tensor");
+  m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? "
       "residual) "
       "-> Tensor");

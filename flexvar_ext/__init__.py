@@ -9,6 +9,7 @@ from flexvar_ext._loader import load_libraries
 HAS_CUDA_KERNELS: bool = load_libraries()  # before the op files: they attach to the ops that the libraries register
 
 from flexvar_ext import reference  # noqa: E402
+from flexvar_ext.append_qkv import append_qkv  # noqa: E402
 from flexvar_ext.embed_resample import embed_resample  # noqa: E402
 from flexvar_ext.guided_sample import guided_sample  # noqa: E402
 from flexvar_ext.linear import linear  # noqa: E402
@@ -19,6 +20,7 @@ from flexvar_ext.vq_lookup_multiscale import vq_lookup_multiscale  # noqa: E402
 
 __all__ = [
     "HAS_CUDA_KERNELS",
+    "append_qkv",
     "embed_resample",
     "guided_sample",
     "linear",

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexvar_ext._checks import int64_per_image
 
 __all__ = [
+    "append_qkv",
     "embed_resample",
     "guided_sample",
     "linear",
@@ -115,6 +116,19 @@ def scale_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=softmax_scale
     )
     return out.transpose(1, 2)
+
+
+def append_qkv(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, *, q_scale: Tensor | None = None
+) -> Tensor:
+    """[B, l, 3, H, D], caches [B, L_max, H, D] -> queries [B, l, H, D]; keys and values go into their caches."""
+    wide = qkv if qkv.dtype == torch.float64 else qkv.float()
+    q, k, v = wide.unbind(2)
+    if q_scale is not None:
+        q, k = F.normalize(q, dim=-1) * q_scale.to(wide.dtype)[:, None], F.normalize(k, dim=-1)
+    k_cache[:, position : position + qkv.shape[1]] = k
+    v_cache[:, position : position + qkv.shape[1]] = v
+    return q.to(k_cache.dtype)
 
 
 def scale_attention_step(

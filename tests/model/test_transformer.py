@@ -144,16 +144,14 @@ def test_the_cache_is_allocated_once(small: FlexVARTransformer) -> None:
 
 def test_kv_cache() -> None:
     cache = KVCache(2, 1, 5, 1, 4, dtype=torch.float32, device="cpu")
-    k = torch.arange(12.0).view(1, 3, 1, 4)
-    keys, values, length = cache.write(1, k, -k)
-    assert (length, cache.length) == (3, 0)
-    assert torch.equal(keys[:, :3], k)
-    assert torch.equal(values[:, :3], -k)
+    keys, values, position = cache.room(1, 3)
+    assert position == 0
+    assert keys.data_ptr() == cache.k[1].data_ptr()
+    assert values.data_ptr() == cache.v[1].data_ptr()
     cache.advance(3)
-    _, _, length = cache.write(1, k[:, :2], k[:, :2])
-    assert length == 5
+    assert cache.room(1, 2)[2] == 3
     with pytest.raises(ValueError, match="KVCache: the cache holds at most 5 tokens, got 6"):
-        cache.write(1, k, k)
+        cache.room(1, 3)
     with pytest.raises(ValueError, match="KVCache: tokens must be from 0 to 2, got 3"):
         cache.advance(3)
     cache.reset()

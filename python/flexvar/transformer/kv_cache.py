@@ -43,22 +43,15 @@ class KVCache:
         """Bytes of keys and values together."""
         return self.k.nbytes + self.v.nbytes
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Put a step's keys and values of one block behind the finished steps.
-
-        Args:
-            layer: index of the block.
-            k, v: [B, l, heads, head_dim].
+    def room(self, layer: int, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """Where a step of ``tokens`` tokens puts the keys and values of one block.
 
         Returns:
-            The block's keys and values [B, max_tokens, heads, head_dim], and how many tokens of them to attend to.
+            The block's keys and values, [B, max_tokens, heads, head_dim] each, and the first token to write.
         """
-        stop = self.length + k.shape[1]
-        if stop > self.max_tokens:
-            raise ValueError(f"KVCache: the cache holds at most {self.max_tokens} tokens, got {stop}")
-        self.k[layer, :, self.length : stop] = k
-        self.v[layer, :, self.length : stop] = v
-        return self.k[layer], self.v[layer], stop
+        if self.length + tokens > self.max_tokens:
+            raise ValueError(f"KVCache: the cache holds at most {self.max_tokens} tokens, got {self.length + tokens}")
+        return self.k[layer], self.v[layer], self.length
 
     def advance(self, tokens: int) -> None:
         """Count the tokens of a step that all blocks have written."""

@@ -22,7 +22,7 @@ class Modulation(NamedTuple):
     """What a block needs that does not depend on its tokens: computed once per image, used at every step.
 
     gamma, scale and shift are [B, 1, width], index 1 for attention and 2 for the feed-forward network; 1 is already
-    added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads, 1], or None without QK normalisation.
+    added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads], or None without QK normalisation.
     """
 
     gamma1: Tensor
@@ -96,30 +96,31 @@ class SelfAttention(nn.Module):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if not self.qk_l2_norm:
             return bias, None
-        return bias, self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp().view(self.heads, 1)
+        return bias, self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp().view(self.heads)
 
-    def project(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, l, width] -> queries, keys and values [B, l, heads, head_dim]."""
-        qkv = ops(self.backend).linear(x, self.mat_qkv.weight_for(x), modulation.qkv_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if modulation.q_scale is not None:
-            # Under autocast the norm runs in float32; the attention op takes one dtype.
-            q = (F.normalize(q, dim=-1) * modulation.q_scale).to(v.dtype)
-            k = F.normalize(k, dim=-1).to(v.dtype)
-        return q, k, v
+    def project(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """[B, l, width] -> queries, keys and values [B, l, 3, heads, head_dim]."""
+        qkv: Tensor = ops(self.backend).linear(x, self.mat_qkv.weight_for(x), modulation.qkv_bias)
+        return qkv.unflatten(-1, (3, self.heads, -1))
 
     def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule, residual: Tensor) -> Tensor:
         """All scales at once: residual + gamma1 * attn(x), all [B, L, width]."""
-        q, k, v = self.project(x, modulation)
+        q, k, v = self.project(x, modulation).unbind(2)
+        if modulation.q_scale is not None:
+            # Under autocast the norm runs in float32; the attention op takes one dtype.
+            q = (F.normalize(q, dim=-1) * modulation.q_scale[:, None]).to(v.dtype)
+            k = F.normalize(k, dim=-1).to(v.dtype)
         out = ops(self.backend).scale_attention(q, k, v, schedule.lengths, softmax_scale=self.softmax_scale)
         return self.proj(out.flatten(2), gate=modulation.gamma1, residual=residual)
 
     def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int, residual: Tensor) -> Tensor:
         """One scale behind those in the cache: residual + gamma1 * attn(x), all [B, l, width]."""
-        q, k, v = self.project(x, modulation)
-        k_cache, v_cache, kv_length = cache.write(layer, k, v)
+        k_cache, v_cache, position = cache.room(layer, x.shape[1])
+        q = ops(self.backend).append_qkv(
+            self.project(x, modulation), k_cache, v_cache, position, q_scale=modulation.q_scale
+        )
         out = ops(self.backend).scale_attention_step(
-            q.to(k_cache.dtype), k_cache, v_cache, kv_length, softmax_scale=self.softmax_scale
+            q, k_cache, v_cache, position + x.shape[1], softmax_scale=self.softmax_scale
         )
         return self.proj(out.flatten(2), gate=modulation.gamma1, residual=residual)
 

@@ -1,0 +1,61 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "append_qkv/checks.h"
+#include "append_qkv/cpu_kernel.h"
+
+namespace flexvar {
+namespace {
+
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t kElementsPerTask = 1 << 15;
+
+QkvElement element_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return QkvElement::float64;
+    case ScalarType::Half:
+      return QkvElement::float16;
+    case ScalarType::BFloat16:
+      return QkvElement::bfloat16;
+    default:
+      return QkvElement::float32;
+  }
+}
+
+Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int64_t position,
+                      std::optional<Tensor> q_scale_in) {
+  check_append_qkv(qkv_in, k_cache, v_cache, position, q_scale_in);
+  const int64_t batch = qkv_in.size(0), tokens = qkv_in.size(1);
+  const int64_t heads = qkv_in.size(3), dim = qkv_in.size(4);
+  Tensor q = torch::stable::new_empty(k_cache, {batch, tokens, heads, dim});
+  if (q.numel() == 0) return q;
+  const Tensor qkv = torch::stable::contiguous(qkv_in);
+  std::optional<Tensor> q_scale;
+  if (q_scale_in) q_scale = torch::stable::contiguous(*q_scale_in);
+  const AppendQkvParams params{qkv.const_data_ptr(),
+                               q_scale ? q_scale->const_data_ptr() : nullptr,
+                               q.mutable_data_ptr(),
+                               cache_row(k_cache, position),
+                               cache_row(v_cache, position),
+                               element_of(qkv),
+                               element_of(q),
+                               tokens,
+                               heads,
+                               dim,
+                               k_cache.stride(0),
+                               k_cache.stride(1),
+                               v_cache.stride(0),
+                               v_cache.stride(1)};
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(append_qkv_tokens);
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (3 * heads * dim));
+  torch::stable::parallel_for(0, batch * tokens, grain,
+                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  return q;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("append_qkv", TORCH_BOX(&append_qkv_cpu)); }
+
+}  // namespace
+}  // namespace flexvar

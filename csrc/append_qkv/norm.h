@@ -1,0 +1,15 @@
+#pragma once
+
+#include "common/host_device.h"
+
+namespace flexvar {
+
+// What scales a vector of this length to length 1, but those shorter than 1e-12 as F.normalize
+// does.
+template <class Real>
+FLEXVAR_HOST_DEVICE Real inverse_length(Real length) {
+  constexpr Real shortest = static_cast<Real>(1e-12);
+  return 1 / (length < shortest ? shortest : length);  // NaN stays NaN
+}
+
+}  // namespace flexvar
