@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from importlib.util import find_spec
 from typing import Annotated
@@ -47,7 +48,7 @@ def web(
     limits = Limits(max_pixels, max_images, max_upload, max_waiting)
     pipe = load_pipeline(model, device, backend)
 
-    from flexvar.web.server import is_loopback, serve
+    from flexvar.web.server import serve
     from flexvar.web.studio import Studio
 
     if not is_loopback(host):
@@ -58,3 +59,11 @@ def web(
     app = serve(Studio(pipe, model, limits, dtype.value), host, port, block=False)
     print(f"FlexVAR is at {app.local_url} (Ctrl+C stops it)", flush=True)
     app.block_thread()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server on this address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

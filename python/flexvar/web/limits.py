@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexvar.cli_options import DrawOptions
 from flexvar.generation.settings import check_integer
 from flexvar.schedule import Size
 
@@ -14,19 +15,20 @@ class Limits:
 
     Attributes:
         max_pixels: pixels of all images of a request together.
-        max_images: images of a request.
+        max_images: images of a request; they are one batch, which is at most the command line's.
         max_upload_bytes: of a picture's file.
         max_waiting: requests that may wait for the device; further ones are turned away.
     """
 
     max_pixels: int = 1 << 20
-    max_images: int = 8  # at most DrawOptions.batch: all are drawn together
+    max_images: int = 8
     max_upload_bytes: int = 20_000_000
     max_waiting: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_images", "max_upload_bytes", "max_waiting"):
+        for name in ("max_pixels", "max_upload_bytes", "max_waiting"):
             check_integer(name.replace("_", "-"), getattr(self, name), 1, op="web")
+        check_integer("max-images", self.max_images, 1, DrawOptions.batch, op="web")
 
     def check_size(self, task: str, size: Size, num: int) -> None:
         """Raises ValueError for ``num`` images of (height, width) that are too many or too large, or no images."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from importlib import resources
 
@@ -52,11 +51,3 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None, *, b
         css=resources.files(__package__).joinpath("style.css").read_text("utf-8"),
     )
     return app
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server on this address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

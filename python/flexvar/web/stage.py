@@ -16,7 +16,7 @@ from flexvar.web.studio import Shown
 _LARGEST_PNG = 1 << 18  # pixels; larger pictures are shown as WebP, and downloaded as the PNG that they are
 _THUMBNAIL = 96
 
-_EMPTY = """<div class="stage"><div class="empty"><svg viewBox="0 0 84 28" aria-hidden="true">
+_EMPTY = """<div class="stage"><div class="empty"><svg viewBox="-1 -1 70 30" aria-hidden="true">
 <rect x="0" y="18" width="10" height="10"/><path d="M16 28v-16h16v16zM24 12v16M16 20h16"/>
 <path d="M40 28v-28h28v28zM47 0v28M54 0v28M61 0v28M40 7h28M40 14h28M40 21h28"/></svg>
 <p>Every step is the whole image at its own resolution. Watch it grow here.</p></div></div>"""

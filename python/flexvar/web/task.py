@@ -22,6 +22,12 @@ Start = Callable[..., tuple[EditRequest | None, dict[str, Any]]]
 #: A task's own inputs by their names in the endpoint, and what they ask for.
 Inputs = tuple[dict[str, Any], Start]
 
+# On a narrow screen the pictures are below the button.
+_LOOK_AT_STAGE = """(...values) => {
+  const stage = [...document.querySelectorAll('.stage')].find(e => e.offsetParent);
+  if (innerWidth < 700 && stage) stage.scrollIntoView({behavior: 'smooth', block: 'center'});
+  return values;
+}"""
 _MARK_CANCELLED = "() => document.querySelectorAll('.stage.running').forEach(e => e.classList.add('cancelled'))"
 _LARGEST_GALLERY = 60
 _QUEUE = "device"  # everything that computes: one at a time
@@ -64,7 +70,7 @@ def add_task(
             )
     seeded = draw.click(
         next_seed, [controls.seed, controls.is_random], controls.seed,
-        queue=False, show_progress="hidden", api_visibility="private",
+        queue=False, show_progress="hidden", api_visibility="private", js=_LOOK_AT_STAGE,
     )  # fmt: skip
     drawn = seeded.then(
         _endpoint(studio, start), inputs_kwargs={**own, **controls.inputs}, outputs=[files, command, stage],

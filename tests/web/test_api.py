@@ -1,0 +1,105 @@
+"""What docs/web-api.md says, done as it says it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flexvar.cli import main
+from flexvar.image_io import open_image, read_settings
+from PIL import Image
+
+pytestmark = pytest.mark.browser
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "web-api.md").read_text("utf-8")
+
+
+def snippet(language: str, url: str) -> str:
+    (text,) = re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+    return text.replace("http://127.0.0.1:7860", url.rstrip("/"))
+
+
+def test_every_endpoint_and_argument_is_documented(site: Any) -> None:
+    endpoints = site.get_api_info()["named_endpoints"]
+    own = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in re.findall(r"^\| `(/\w+)` \| (.*) \|$", DOCUMENT, re.M)}
+    described = [
+        name for row in re.findall(r"^\| (`[a-z].*?) \| [a-z]", DOCUMENT, re.M) for name in row.split("`")[1::2]
+    ]
+    common = described[described.index("label") :]
+    assert set(own) == set(endpoints)
+    for name, endpoint in endpoints.items():
+        assert [parameter["parameter_name"] for parameter in endpoint["parameters"]] == own[name] + common
+        assert set(own[name]) <= set(described)
+
+
+def test_the_curl_example(site: Any) -> None:
+    answer = subprocess.run(
+        ["bash", "-euc", snippet("bash", site.local_url)], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    events = re.findall(r"event: (\w+)\ndata: (.*)", answer)
+    kinds = [kind for kind, _ in events if kind != "heartbeat"]
+    assert kinds[-1] == "complete"
+    assert kinds.count("generating") > 2
+    files, command, _ = json.loads(events[-1][1])
+    assert [file["orig_name"] for file in files] == ["flexvar-generate-5.png"]
+    assert command.startswith("flexvar generate star")
+
+
+def test_the_python_example_and_its_command_lines(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = Image.new("L", (64, 32))
+    mask.paste(255, (32, 0, 64, 32))
+    mask.save("mask.png")
+    names: dict[str, Any] = {}
+    exec(snippet("python", site.local_url), names)
+    (drawn,) = names["files"]
+    assert Image.open(drawn).size == (64, 32)
+    result, source, _ = map(Path, names["edited"])
+    assert read_settings(result)["edit"]["task"] == "inpaint"
+    monkeypatch.chdir(source.parent)
+    for name in names["edited"][1:]:
+        (source.parent / Path(name).name).write_bytes(Path(name).read_bytes())
+    monkeypatch.setattr(sys, "argv", shlex.split(names["command"]))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    again = source.parent / result.name
+    assert np.array_equal(np.asarray(open_image(again)), np.asarray(open_image(result)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label": "starr"}, "did you mean star"),
+        ({"num": 0}, "num must be at least 1"),
+        ({"num": 9}, "num must be from 1 to 8"),
+        ({"width": 0}, "width must be at least 1"),
+        ({"width": 4000, "height": 4000}, "at most 131072 pixels together"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"steps": -2}, "steps must be at least 1"),
+        ({"top_p": 2}, "top_p|maximum"),
+    ],
+)
+def test_what_breaks_a_rule(site: Any, arguments: dict[str, Any], message: str) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(site.local_url, verbose=False)
+    with pytest.raises(AppError, match=message):
+        client.predict(**arguments, api_name="/generate")
+
+
+def test_files_of_the_server_stay_its_own(site: Any) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(site.local_url, verbose=False)
+    with pytest.raises(AppError):
+        client.predict(image={"path": __file__, "meta": {"_type": "gradio.FileData"}}, mask="", api_name="/inpaint")
