@@ -44,10 +44,11 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def page(site: Any, browser: Any) -> Iterator[Any]:
-    """The page at desktop width; fails if it asks any other host for anything, or says an error on the console."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+@pytest.fixture(params=[1280])
+def page(request: pytest.FixtureRequest, site: Any, browser: Any) -> Iterator[Any]:
+    """The page at desktop width; fails if it asks any other host for anything, or if its scripts fail."""
+    viewport = {"width": request.param, "height": 900}
+    context = browser.new_context(viewport=viewport, has_touch=request.param < 700, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(30_000)
     requests: list[str] = []
@@ -67,11 +68,11 @@ def page(site: Any, browser: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def screenshot(page: Any) -> Any:
-    """Keeps a picture of the page in the folder FLEXVAR_SCREENSHOTS, if that is set."""
+    """Keeps a picture of what is seen of the page in the folder FLEXVAR_SCREENSHOTS, if that is set."""
     folder = os.environ.get("FLEXVAR_SCREENSHOTS")
 
     def screenshot(name: str) -> None:
         if folder:
-            page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+            page.screenshot(path=Path(folder) / f"{name}.png", animations="disabled")
 
     return screenshot

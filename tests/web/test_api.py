@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,28 @@ def test_what_breaks_a_rule(site: Any, arguments: dict[str, Any], message: str) 
     client = Client(site.local_url, verbose=False)
     with pytest.raises(AppError, match=message):
         client.predict(**arguments, api_name="/generate")
+
+
+def test_one_at_a_time(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradio_client import Client
+
+    running = most = 0
+    draw = site.studio.draw
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            yield from draw(*arguments)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(site.studio, "draw", counted)
+    client = Client(site.local_url, verbose=False)
+    jobs = [client.submit(label="star", seed=seed, api_name="/generate") for seed in range(3)]
+    assert all(job.result(timeout=60)[0] for job in jobs)
+    assert (most, running) == (1, 0)
 
 
 def test_files_of_the_server_stay_its_own(site: Any) -> None:

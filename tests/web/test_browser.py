@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,23 @@ def download_all(page: Any, panel: Any, folder: Path) -> list[Path]:
     return paths
 
 
+def paint(page: Any, canvas: Any, *points: tuple[float, float]) -> None:
+    """A stroke of the brush; points are parts of the canvas's width and height."""
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for number, (x, y) in enumerate(points):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
 def toast(page: Any, text: str) -> None:
     """Waits for a message of the page that holds the text."""
     page.get_by_test_id("toast-body").filter(has_text=re.compile(text)).first.wait_for()
 
 
-def test_generates_step_by_step(page: Any, tmp_path: Path, screenshot: Callable[[str], None]) -> None:
+def test_generates_step_by_step(page: Any, tmp_path: Path) -> None:
     page.evaluate(WATCH)
     page.get_by_label("Class").first.fill("sta")  # the search
     page.get_by_role("option", name="star").click()
@@ -75,22 +87,11 @@ def test_generates_step_by_step(page: Any, tmp_path: Path, screenshot: Callable[
     assert command.startswith("flexvar generate star --height 64 --width 64")
     assert f"--seed {settings['seed']} " in command
     page.locator("#gallery img").first.wait_for()
-    screenshot("generate")
 
 
-def test_paints_a_mask_and_in_paints(page: Any, photo: Path, tmp_path: Path, screenshot: Callable[[str], None]) -> None:
+def test_paints_a_mask_and_in_paints(page: Any, photo: Path, tmp_path: Path) -> None:
     panel = open_tab(page, "In-paint", photo)
-    canvas = panel.locator("canvas")
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-
-    def stroke(*points: tuple[float, float]) -> None:
-        for number, (x, y) in enumerate(points):
-            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
-            if number == 0:
-                page.mouse.down()
-        page.mouse.up()
-
+    stroke = partial(paint, page, panel.locator("canvas"))
     stroke((0.05, 0.05), (0.15, 0.05))
     stroke((0.6, 0.5), (0.8, 0.5), (0.8, 0.8))
     panel.get_by_role("button", name="Undo").click()
@@ -99,7 +100,6 @@ def test_paints_a_mask_and_in_paints(page: Any, photo: Path, tmp_path: Path, scr
     stroke((0.6, 0.5), (0.8, 0.5), (0.8, 0.8))
     panel.get_by_role("button", name="Paint anew").click()
     panel.locator(".stage.done .compare").wait_for()
-    screenshot("inpaint")
 
     result, source, mask = download_all(page, panel, tmp_path / "downloads")
     assert source.read_bytes() == photo.read_bytes()
@@ -144,7 +144,6 @@ def test_larger_pictures(
     page: Any,
     photo: Path,
     tmp_path: Path,
-    screenshot: Callable[[str], None],
     title: str,
     fields: dict[str, int],
     size: tuple[int, int],
@@ -154,7 +153,6 @@ def test_larger_pictures(
         panel.get_by_label(label, exact=True).fill(str(value))
     panel.get_by_role("button", name=title).click()
     panel.locator(".stage.done .compare").wait_for()
-    screenshot(title.lower())
     result, _ = download_all(page, panel, tmp_path / "downloads")
     assert open_image(result).size == size
     assert commands.rerun(result, None, image=None, mask=None, device=None)
@@ -211,3 +209,30 @@ def test_bad_input_is_a_clear_message(page: Any, tmp_path: Path) -> None:
     panel.get_by_label("Width").fill("100000")
     panel.get_by_role("button", name="Generate").click()
     toast(page, "at most 131072 pixels together")
+
+
+def test_desktop(page: Any, screenshot: Callable[[str], None]) -> None:
+    panel = open_tab(page, "Generate")
+    panel.get_by_label("Class").fill("sta")
+    page.get_by_role("option", name="star").click()
+    panel.get_by_label("Images").fill("4")
+    panel.get_by_label("New seed every time").uncheck()
+    panel.get_by_label("Seed", exact=True).fill("4")
+    panel.get_by_role("button", name="Generate").click()
+    panel.locator(".stage.done").wait_for()
+    page.locator("#gallery img").nth(3).wait_for()
+    screenshot("web-desktop")
+
+
+@pytest.mark.parametrize("page", [390], indirect=True)
+def test_phone(page: Any, site: Any, tmp_path: Path, screenshot: Callable[[str], None]) -> None:
+    site.studio.pipe("star", seed=4).images[0].save(tmp_path / "star.png")
+    panel = open_tab(page, "In-paint", tmp_path / "star.png")
+    paint(page, panel.locator("canvas"), (0.3, 0.3), (0.5, 0.4), (0.6, 0.25))
+    page.evaluate("scrollTo(0, 0)")
+    screenshot("web-phone")
+    panel.get_by_role("button", name="Paint anew").click()
+    panel.locator(".stage.done .compare").wait_for()
+    for title in ("Generate", "In-paint"):
+        open_tab(page, title)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

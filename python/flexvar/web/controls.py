@@ -57,6 +57,8 @@ class Sides:
             self.aspect = gr.Dropdown(["free", *ASPECTS], value="1:1", label="Aspect", min_width=90)
             self.width = gr.Number(width, label="Width", precision=0, min_width=80)
             self.height = gr.Number(height, label="Height", precision=0, min_width=80)
+        for side in (self.width, self.height):
+            side.input(lambda: "free", None, self.aspect, queue=False, show_progress="hidden", api_visibility="private")
         self.aspect.input(
             self._set, [self.aspect, self.width, self.height], [self.width, self.height],
             queue=False, show_progress="hidden", api_visibility="private",
