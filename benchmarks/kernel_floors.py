@@ -106,6 +106,8 @@ def works() -> list[Work]:
     tokens, pairs = schedule.num_tokens, _pairs(schedule)
     large = ScaleSchedule([*schedule, (23, 23), (32, 32)])
     image = 64 * 32 * 4  # bytes of a float32 row of 32 channels in 64 images
+    width_1024 = f"batch 64, {tokens} tokens, width 1024"
+    channels = 64 * tokens * 1024  # of all tokens of 64 images; the residual stream in float32, the rest in bfloat16
     return [
         vq_lookup(680, 8912, 32),
         vq_lookup(680, 16384, 8),
@@ -121,6 +123,9 @@ def works() -> list[Work]:
         attention_backward(64, 16, 64, tokens, pairs),
         attention(f"step: batch 128, 256 queries, {tokens} keys", 128, 16, 64, 256, tokens, 256 * tokens),
         Work("append_qkv", "batch 128, 256 tokens, 16 heads of 64, bfloat16", bytes=2 * 3 * 128 * 256 * 1024 * 2),
+        Work("layer_norm_modulate", width_1024, bytes=channels * (4 + 2)),
+        Work("layer_norm_modulate_backward", width_1024, bytes=channels * (4 + 2 + 4), launches=3),
+        Work("residual_layer_norm_modulate", width_1024, bytes=channels * (4 + 2 + 4 + 2)),
         # Keys are compared about 14 times while a threshold is bisected, and weighed by an exponential.
         Work("guided_sample", "16,384 × 8,912, float32", bytes=16384 * 8912 * 4, exponentials=16384 * 8912,
              instructions=16384 * 8912 * 30),

@@ -22,6 +22,15 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
   m.def(
       "guided_sample(Tensor logits, SymInt top_k, float top_p, Tensor seeds, Tensor image_ids, "
       "SymInt step) -> Tensor");
+  m.def(
+      "layer_norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps, ScalarType dtype) "
+      "-> Tensor");
+  m.def(
+      "layer_norm_modulate_backward(Tensor grad_out, Tensor x, Tensor scale, float eps) "
+      "-> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
+  m.def(
+      "residual_layer_norm_modulate(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor "
+      "shift, float eps, ScalarType dtype) -> (Tensor y, Tensor out)");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");
   m.def("resample2d(Tensor x, SymInt height, SymInt width, str mode, bool antialias) -> Tensor");
   m.def(

@@ -12,6 +12,7 @@ from flexvar_ext import reference  # noqa: E402
 from flexvar_ext.append_qkv import append_qkv  # noqa: E402
 from flexvar_ext.embed_resample import embed_resample  # noqa: E402
 from flexvar_ext.guided_sample import guided_sample  # noqa: E402
+from flexvar_ext.layer_norm_modulate import layer_norm_modulate, residual_layer_norm_modulate  # noqa: E402
 from flexvar_ext.linear import linear  # noqa: E402
 from flexvar_ext.resample2d import resample2d  # noqa: E402
 from flexvar_ext.scale_attention import scale_attention, scale_attention_step  # noqa: E402
@@ -23,9 +24,11 @@ __all__ = [
     "append_qkv",
     "embed_resample",
     "guided_sample",
+    "layer_norm_modulate",
     "linear",
     "reference",
     "resample2d",
+    "residual_layer_norm_modulate",
     "scale_attention",
     "scale_attention_step",
     "vq_lookup",

@@ -18,8 +18,10 @@ __all__ = [
     "append_qkv",
     "embed_resample",
     "guided_sample",
+    "layer_norm_modulate",
     "linear",
     "resample2d",
+    "residual_layer_norm_modulate",
     "scale_attention",
     "scale_attention_step",
     "vq_lookup",
@@ -100,6 +102,36 @@ def linear(
         return out if gate is None else out * gate.to(out.dtype)
     out = out.to(residual.dtype)
     return residual + out if gate is None else torch.addcmul(residual, gate.to(residual.dtype), out)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """That of x; under autocast, autocast's, unless x is float64."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[B, L, C], [B or 1, 1, C] twice -> [B, L, C]: LayerNorm(x) * scale + shift, no parameters of its own."""
+    norm = F.layer_norm(x, x.shape[-1:], eps=eps)  # autocast runs it in float32
+    return torch.addcmul(shift, norm, scale).to(dtype or result_dtype(x))
+
+
+def residual_layer_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + gate * branch, in x's dtype, and its :func:`layer_norm_modulate`."""
+    y = torch.addcmul(x, gate, branch).to(x.dtype)
+    return y, layer_norm_modulate(y, scale, shift, eps=eps, dtype=dtype)
 
 
 def scale_attention(

@@ -164,6 +164,12 @@ def _example_calls() -> dict[str, Callable[[Any, Any], Any]]:
         "append_qkv": lambda op, d: op(
             draw(d, 1, 9, 3, 2, 32), draw(d, 1, 20, 2, 32), draw(d, 1, 20, 2, 32), 5, q_scale=draw(d, 2)
         ),
+        "layer_norm_modulate": lambda op, d: op(
+            draw(d, 2, 5, 24), draw(d, 2, 1, 24), draw(d, 1, 1, 24).expand(2, 1, 24)
+        ),
+        "residual_layer_norm_modulate": lambda op, d: op(
+            draw(d, 2, 5, 24), draw(d, 2, 6, 24)[:, 1:], *(draw(d, 2, 1, 24) for _ in range(3))
+        ),
         "linear": lambda op, d: op(draw(d, 2, 5, 24), draw(d, 9, 24), draw(d, 9), activation="gelu_tanh"),
         "guided_sample": lambda op, d: op(draw(d, 2, 9, 50), top_k=20, top_p=0.9, seed=1, image_ids=[0, 1], step=2),
     }

@@ -14,15 +14,15 @@ from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.kv_cache import KVCache
 
-_NORM_EPS = 1e-6
 _MAX_LOG_SCALE = math.log(100)  # bound of the learned log scale of normalised queries
 
 
 class Modulation(NamedTuple):
     """What a block needs that does not depend on its tokens: computed once per image, used at every step.
 
-    gamma, scale and shift are [B, 1, width], index 1 for attention and 2 for the feed-forward network; 1 is already
-    added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads], or None without QK normalisation.
+    gamma, scale and shift are [B, 1, width] in float32 (or float64), index 1 for attention and 2 for the feed-forward
+    network; 1 is already added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads], or None without QK
+    normalisation.
     """
 
     gamma1: Tensor
@@ -35,9 +35,9 @@ class Modulation(NamedTuple):
     q_scale: Tensor | None
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm(x) * scale + shift, the LayerNorm without affine parameters."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS), scale)
+def _wide(vectors: Tensor) -> Tensor:
+    """At least float32: what the ops take such vectors in, and where 1 can be added to a small scale."""
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 class Linear(nn.Linear):
@@ -148,6 +148,7 @@ class Block(nn.Module):
         super().__init__()
         self.width = config.width
         self.drop_path = drop_path
+        self.backend = backend
         self.attn = SelfAttention(config, backend)
         self.ffn = FeedForward(config, backend)
         self.shared_adaln = config.shared_adaln
@@ -165,7 +166,7 @@ class Block(nn.Module):
         """
         own = None if self.shared_adaln else self.ada_lin(condition).view(-1, 1, 6, self.width)
         vectors = self.ada_gss + condition if own is None else own
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(2)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = _wide(vectors).unbind(2)
         if self.training and self.drop_path > 0:
             gamma1 = gamma1 * self._kept_paths(gamma1, generator)
             gamma2 = gamma2 * self._kept_paths(gamma2, generator)
@@ -180,15 +181,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
         """All scales at once: [B, L, width] -> [B, L, width]."""
-        m = modulation
-        x = self.attn(modulated_norm(x, m.scale1, m.shift1), m, schedule, residual=x)
-        return self.ffn(modulated_norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
+        m, norm = modulation, ops(self.backend).layer_norm_modulate
+        x = self.attn(norm(x, m.scale1, m.shift1), m, schedule, residual=x)
+        return self.ffn(norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
 
     def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
         """One scale, [B, l, width], behind those in the cache."""
-        m = modulation
-        x = self.attn.step(modulated_norm(x, m.scale1, m.shift1), m, cache, layer, residual=x)
-        return self.ffn(modulated_norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
+        m, norm = modulation, ops(self.backend).layer_norm_modulate
+        x = self.attn.step(norm(x, m.scale1, m.shift1), m, cache, layer, residual=x)
+        return self.ffn(norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
 
 
 class HeadNorm(nn.Module):
@@ -201,7 +202,7 @@ class HeadNorm(nn.Module):
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Class embeddings [B, width] -> 1 + scale and shift, [B, 1, width] each."""
-        scale, shift = self.ada_lin(condition).view(-1, 1, 2, self.width).unbind(2)
+        scale, shift = _wide(self.ada_lin(condition)).view(-1, 1, 2, self.width).unbind(2)
         return scale + 1, shift
 
 

@@ -9,13 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flexvar._backend import check_backend
+from flexvar._backend import check_backend, ops
 from flexvar._checks import check_float, check_schedule, describe
 from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.initialization import initialize
 from flexvar.transformer.kv_cache import KVCache
-from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, SharedAdaLN, modulated_norm
+from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, SharedAdaLN
 from flexvar.transformer.positions import PositionCache
 
 
@@ -123,7 +123,7 @@ class FlexVARTransformer(nn.Module):
         shared = self.shared_ada_lin(condition)
         for block in self._typed_blocks:
             x = block(x, block.modulation(shared, generator), schedule)
-        return self.head(modulated_norm(x, *self.head_nm.modulation(condition)))
+        return self.head(ops(self.backend).layer_norm_modulate(x, *self.head_nm.modulation(condition)))
 
     @torch.inference_mode()
     def begin(
@@ -192,7 +192,8 @@ class FlexVARTransformer(nn.Module):
             x = x.repeat(rows // x.shape[0], 1, 1)
         for layer, (block, modulation) in enumerate(zip(self._typed_blocks, state.modulations, strict=True)):
             x = block.step(x, modulation, state.cache, layer)
-        hidden = modulated_norm(x, *state.head_modulation)
+        # Guidance mixes hidden states: in the residual's dtype, not in autocast's.
+        hidden: Tensor = ops(self.backend).layer_norm_modulate(x, *state.head_modulation, dtype=x.dtype)
         state.cache.advance(length)
         state.next_step += 1
         return hidden

@@ -1,0 +1,80 @@
+"""AdaLN of a d16 block: a step's tokens, alone, under autocast, with gradients, and behind a gated residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+import flexvar_ext
+from flexvar_ext import reference
+
+WIDTH = 1024
+TOKENS = [1, 100, 256, 680]  # of each of two guided images
+
+
+def arguments(tokens: int, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    given = {name: randn(2, tokens, WIDTH) for name in ("x", "branch")}
+    return given | {name: randn(2, 1, WIDTH) for name in ("gate", "scale", "shift")}
+
+
+def check(name: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(result, expected, strict=True):
+        tolerance = 1e-4 if a.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_layer_norm_modulate(compare, device, tokens, residual, autocast):
+    given = arguments(tokens, device)
+    if autocast:
+        given["branch"] = given["branch"].bfloat16()
+
+    def call(ops) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            context = torch.autocast(device.type, dtype=torch.bfloat16) if autocast else nullcontext()
+            with torch.inference_mode(), context:
+                if residual:
+                    return ops.residual_layer_norm_modulate(**given)
+                return (ops.layer_norm_modulate(given["x"], given["scale"], given["shift"]),)
+
+        return run
+
+    written = 2 if autocast else 4
+    moved = 4 + written + (4 + written if residual else 0)
+    compare(
+        {"native": call(flexvar_ext), "reference": call(reference)},
+        check=check,
+        bytes_moved=moved * given["x"].numel(),
+        targets={"reference": 1.0},
+        seconds=0.5,
+    )
+
+
+@pytest.mark.parametrize("tokens", [256, 680])
+def test_forward_and_backward(compare, device, tokens):
+    given = arguments(tokens, device)
+    leaves = [given[name].requires_grad_() for name in ("x", "scale", "shift")]
+
+    def call(ops) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(ops.layer_norm_modulate(*leaves), leaves, given["branch"])
+
+    compare(
+        {"native": call(flexvar_ext), "reference": call(reference)},
+        check=lambda name, result, expected: [
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(result, expected, strict=True)
+        ],
+        bytes_moved=5 * given["x"].nbytes,
+        targets={"reference": 1.0},
+        seconds=1.0,
+    )

@@ -1,0 +1,56 @@
+// What both launchers of layer_norm_modulate and its relatives make of their arguments.
+#pragma once
+
+#include "common/float_element.h"
+#include "common/tensor_checks.h"
+
+namespace flexvar {
+
+inline FloatElement float_element(ScalarType dtype, const char* op, const char* name) {
+  STD_TORCH_CHECK(is_floating(dtype), op, ": ", name,
+                  " must have dtype float32, float16 or bfloat16");
+  return dtype == ScalarType::Float  ? FloatElement::float32
+         : dtype == ScalarType::Half ? FloatElement::float16
+                                     : FloatElement::bfloat16;
+}
+
+// A vector for each image, or one for all: [B or 1, 1, C] in float32, read in place where possible.
+class ImageVectors {
+ public:
+  ImageVectors(const Tensor& given, const Tensor& x, const char* op, const char* name)
+      : tensor_(torch::stable::to(given, ScalarType::Float)) {
+    check_rank(given, 3, op, name);
+    check_same_device(x, given, op, name);
+    float_element(given.scalar_type(), op, name);
+    STD_TORCH_CHECK((given.size(0) == 1 || given.size(0) == x.size(0)) && given.size(1) == 1 &&
+                        given.size(2) == x.size(2),
+                    op, ": ", name, " must have shape [B or 1, 1, C]");
+    if (tensor_.stride(2) != 1) tensor_ = torch::stable::contiguous(tensor_);
+  }
+  const float* data() const { return tensor_.const_data_ptr<float>(); }
+  // From one image's vector to the next one's.
+  int64_t stride() const { return tensor_.size(0) == 1 ? 0 : tensor_.stride(0); }
+  int64_t count() const { return tensor_.size(0); }
+
+ private:
+  Tensor tensor_;
+};
+
+inline void check_tokens(const Tensor& x, const char* op) {
+  check_rank(x, 3, op, "x");
+  float_element(x.scalar_type(), op, "x");
+  STD_TORCH_CHECK(x.size(2) > 0, op, ": x must have at least one channel");
+}
+
+// Of the shape of x, contiguous.
+inline Tensor like_tokens(const Tensor& given, const Tensor& x, const char* op, const char* name) {
+  check_rank(given, 3, op, name);
+  check_same_device(x, given, op, name);
+  float_element(given.scalar_type(), op, name);
+  for (int64_t i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(given.size(i) == x.size(i), op, ": ", name, " must have the shape of x");
+  }
+  return torch::stable::contiguous(given);
+}
+
+}  // namespace flexvar

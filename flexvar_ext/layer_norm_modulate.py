@@ -1,0 +1,173 @@
+"""Layer normalisation with each image's own scale and shift (AdaLN), alone and behind a gated residual."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexvar_ext import reference
+from flexvar_ext._checks import FLOATING, check_same_device, check_tensor
+
+DTYPES = (*FLOATING, torch.float64)
+CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
+
+
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``LN(x) * scale + shift`` with ``LN(x) = (x - mean) / sqrt(variance + eps)`` over the channels of a token.
+
+    The adaptive layer norm of DiT (arXiv 2212.09748), whose ``1 + scale`` is this ``scale``. One pass over memory: x is
+    read, the result written, and nothing else but the vectors. Arithmetic is in float32, rounded once; a token's
+    result does not depend on other tokens, on the batch or on the number of threads, bit for bit. Gradients likewise,
+    their sums over tokens in one fixed order.
+
+    Args:
+        x: [B, L, C], float32, float16, bfloat16 or float64, any strides; C >= 1, on CUDA at most 4096.
+        scale, shift: both [B, 1, C], or both [1, 1, C] for all images; any of these dtypes, float32 best.
+        eps: added to the variance; finite, not negative.
+        dtype: of the result; that of x unless given, under autocast autocast's: what the linear layer behind it reads.
+
+    Returns: [B, L, C], contiguous. Differentiable once. float64 runs as :mod:`flexvar_ext.reference`.
+
+    Raises: TypeError and ValueError naming the argument, the rule and the value got.
+    """
+    op = "layer_norm_modulate"
+    dtype = _check(op, x, {"scale": scale, "shift": shift}, {}, eps, dtype)
+    if torch.float64 in (x.dtype, scale.dtype, shift.dtype, dtype):
+        return reference.layer_norm_modulate(x, scale, shift, eps=eps, dtype=dtype)
+    out: Tensor = torch.ops.flexvar.layer_norm_modulate(x, scale, shift, eps, dtype)
+    return out
+
+
+def residual_layer_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y = x + gate * branch`` and ``layer_norm_modulate(y, scale, shift)``, in one pass over memory.
+
+    The second result is that of :func:`layer_norm_modulate` on the first, bit for bit.
+
+    Args:
+        x: [B, L, C] as for :func:`layer_norm_modulate`.
+        branch: [B, L, C], any of its dtypes.
+        gate, scale, shift: all [B, 1, C], or all [1, 1, C] for all images; any of its dtypes.
+        eps, dtype: as for :func:`layer_norm_modulate`; ``dtype`` is that of the second result.
+
+    Returns: y, of x's dtype, and LN(y) * scale + shift: [B, L, C] each, contiguous. Differentiable once.
+
+    Raises: TypeError and ValueError naming the argument, the rule and the value got.
+    """
+    op = "residual_layer_norm_modulate"
+    dtype = _check(op, x, {"scale": scale, "shift": shift, "gate": gate}, {"branch": branch}, eps, dtype)
+    if torch.float64 in (x.dtype, branch.dtype, gate.dtype, scale.dtype, shift.dtype, dtype):
+        return reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=eps, dtype=dtype)
+    y, out = torch.ops.flexvar.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps, dtype)
+    return y, out
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    vectors: dict[str, Tensor],
+    tokens: dict[str, Tensor],
+    eps: float,
+    dtype: torch.dtype | None,
+) -> torch.dtype:
+    """Returns the dtype of the result."""
+    check_tensor(op, "x", x, "[B, L, C]", DTYPES)
+    batch, _, channels = x.shape
+    if channels == 0:
+        raise ValueError(f"{op}: x must have at least one channel, got shape {tuple(x.shape)}")
+    if x.device.type == "cuda" and channels > CUDA_MAX_CHANNELS:
+        raise ValueError(f"{op}: x must have at most {CUDA_MAX_CHANNELS} channels on CUDA, got {channels}")
+    for name, tensor in tokens.items():
+        check_tensor(op, name, tensor, "[B, L, C]", DTYPES)
+        if tensor.shape != x.shape:
+            raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    shape = vectors["scale"].shape if isinstance(vectors["scale"], Tensor) else None
+    for name, vector in vectors.items():
+        check_tensor(op, name, vector, "[B, 1, C]", DTYPES)
+        if vector.shape not in ((batch, 1, channels), (1, 1, channels)):
+            raise ValueError(
+                f"{op}: {name} must have shape [B or 1, 1, C], got {tuple(vector.shape)} for x {tuple(x.shape)}"
+            )
+        if vector.shape != shape:
+            raise ValueError(f"{op}: {name} must have the shape of scale, {shape}, got {tuple(vector.shape)}")
+    check_same_device(op, x=x, **tokens, **vectors)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+    if dtype is None:
+        return reference.result_dtype(x)
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
+    return dtype
+
+
+@torch.library.register_fake("flexvar::layer_norm_modulate")
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("flexvar::residual_layer_norm_modulate")
+def _(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("flexvar::layer_norm_modulate_backward")
+def _(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    sums = x.new_empty(scale.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), sums, torch.empty_like(sums)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, shift, ctx.eps, _ = inputs
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(x, scale)
+
+
+def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale = ctx.saved_tensors
+    grad_x, grad_scale, grad_shift = torch.ops.flexvar.layer_norm_modulate_backward(grad_out, x, scale, ctx.eps)
+    return grad_x, grad_scale.to(scale.dtype), grad_shift.to(ctx.shift_dtype), None, None
+
+
+def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, branch, gate, scale, shift, ctx.eps, _ = inputs
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(output[0], branch, gate, scale)
+
+
+def _residual_gradient(ctx: Any, grad_y: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    y, branch, gate, scale = ctx.saved_tensors
+    grad_x, grad_scale, grad_shift = torch.ops.flexvar.layer_norm_modulate_backward(grad_out, y, scale, ctx.eps)
+    grad_x = grad_x + grad_y
+    grad_gate = (grad_x.float() * branch).sum_to_size(gate.shape)
+    return (
+        grad_x,
+        (grad_x * gate).to(branch.dtype),
+        grad_gate.to(gate.dtype),
+        grad_scale.to(scale.dtype),
+        grad_shift.to(ctx.shift_dtype),
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("flexvar::layer_norm_modulate", _gradient, setup_context=_save)
+torch.library.register_autograd(
+    "flexvar::residual_layer_norm_modulate", _residual_gradient, setup_context=_save_residual
+)
