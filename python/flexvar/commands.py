@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flexvar.doctor import is_strict
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
-from flexvar.generation import Edit, FlexVARPipeline
+from flexvar.generation import Edit, FlexVARPipeline, GenerationStep
 from flexvar.generation.settings import check_integer
 from flexvar.image_io import make_grid, save_png
 from flexvar.rerun import Recipe, count_differing_pixels
@@ -254,16 +254,29 @@ def reconstruct(
     columns: int | None,
 ) -> None:
     """``flexvar reconstruct``: the picture and its reconstruction at every scale, on one sheet."""
-    autocast_dtype = None if dtype == "float32" else getattr(torch, dtype)
-    out = pipe.reconstruct(picture, schedule=schedule, steps=steps, autocast_dtype=autocast_dtype)
+    out = pipe.reconstruct(picture, schedule=schedule, steps=steps, autocast_dtype=autocast_dtype(dtype))
     scales: list[Image.Image] = []
     for step in tqdm(out.steps, desc="decoding", unit="scale", disable=None):
-        (preview,) = step.preview()
-        scales.append(preview.resize(picture.size, Image.Resampling.BICUBIC))
-    captions = [f"{h}x{w}" for h, w in (step.size for step in out.steps)]
-    sheet = make_grid([picture, *scales], columns=columns, captions=["original", *captions])
-    save_png(sheet, target)
+        scales += cast("list[Image.Image]", step.preview())
+    save_png(scales_sheet(picture, out.steps, scales, columns), target)
     print(target)
+
+
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """``--dtype`` as a pipeline takes it."""
+    return None if name == "float32" else cast("torch.dtype", getattr(torch, name))
+
+
+def scales_sheet(
+    picture: Image.Image,
+    steps: Sequence[GenerationStep],
+    scales: Sequence[Image.Image],
+    columns: int | None = None,
+) -> Image.Image:
+    """A picture, and all scales of its reconstruction at its size."""
+    shown = [scale.resize(picture.size, Image.Resampling.BICUBIC) for scale in scales]
+    captions = [f"{h}x{w}" for h, w in (step.size for step in steps)]
+    return make_grid([picture, *shown], columns=columns, captions=["original", *captions])
 
 
 def _name_of(label: int | str | None, class_names: Sequence[str]) -> str:

@@ -151,11 +151,37 @@ def test_larger_pictures(
     panel = open_tab(page, title, photo)
     for label, value in fields.items():
         panel.get_by_label(label, exact=True).fill(str(value))
-    panel.get_by_role("button", name=title).click()
+    panel.get_by_role("button", name=title, exact=True).click()
     panel.locator(".stage.done .compare").wait_for()
     result, _ = download_all(page, panel, tmp_path / "downloads")
     assert open_image(result).size == size
     assert commands.rerun(result, None, image=None, mask=None, device=None)
+
+
+def test_a_picture_of_the_session_goes_on(page: Any, tmp_path: Path) -> None:
+    panel = open_tab(page, "Generate")
+    panel.get_by_label("Images").fill("2")
+    panel.get_by_role("button", name="Generate").click()
+    page.locator("#gallery img").nth(1).wait_for()
+    drawn = download_all(page, panel, tmp_path / "generated")
+    page.get_by_role("button", name="Reconstruct it").click()  # the first
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    panel.locator(".shown img").wait_for()
+    panel.get_by_role("button", name="Reconstruct", exact=True).click()
+    panel.locator(".stage.done .compare").wait_for()
+    sheet, source = download_all(page, panel, tmp_path / "reconstructed")
+    assert source.read_bytes() == drawn[0].read_bytes()
+    assert sheet.name == "flexvar-reconstruct.png"
+    page.locator("#gallery button img").nth(1).click()  # the second
+    page.locator("#gallery .preview").wait_for()
+    page.get_by_role("button", name="Refine it").click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    panel.locator(".shown img").wait_for()
+    panel.get_by_role("button", name="Refine", exact=True).click()
+    panel.locator(".stage.done .compare").wait_for()
+    refined, source = download_all(page, panel, tmp_path / "refined")
+    assert source.read_bytes() == drawn[1].read_bytes()
+    assert commands.rerun(refined, None, image=None, mask=None, device=None)
 
 
 def test_cancel_stops_at_the_next_step(page: Any, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,14 +222,14 @@ def test_bad_input_is_a_clear_message(page: Any, tmp_path: Path) -> None:
     panel = open_tab(page, "Refine")
     panel.locator("input[type=file]").first.set_input_files(tmp_path / "bad.png")
     toast(page, "must be a picture that Pillow reads")
-    panel.get_by_role("button", name="Refine").click()
+    panel.get_by_role("button", name="Refine", exact=True).click()
     toast(page, "must be a picture that Pillow reads")
     assert "/" not in page.get_by_test_id("toast-body").first.inner_text()  # no folder of the server's
     (tmp_path / "large.png").write_bytes(bytes(2 << 20))
     panel = open_tab(page, "Expand")
     panel.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
     toast(page, "size")
-    panel.get_by_role("button", name="Expand").click()
+    panel.get_by_role("button", name="Expand", exact=True).click()
     toast(page, "picture must be chosen first")
     panel = open_tab(page, "Generate")
     panel.get_by_label("Width").fill("100000")

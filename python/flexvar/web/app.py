@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from flexvar.web.controls import Sides
-from flexvar.web.edits import expand_inputs, inpaint_inputs, outpaint_inputs, refine_inputs
+from flexvar.web.edits import expand_inputs, inpaint_inputs, outpaint_inputs, reconstruct_inputs, refine_inputs
 from flexvar.web.studio import Studio
-from flexvar.web.task import Inputs, add_task
+from flexvar.web.task import SILENT, Inputs, add_task, drawing_run
 
 _KEPT_FOR = 24 * 3600  # seconds that uploads and results stay on the server
 
@@ -33,18 +34,15 @@ def build_app(studio: Studio) -> gr.Blocks:
             elem_id="gallery",
             render=False,
         )
-        tasks: list[tuple[str, str, str, Callable[[], Inputs]]] = [
-            ("generate", "Generate", "Generate", partial(_generate_inputs, studio)),
-            ("inpaint", "In-paint", "Paint anew", inpaint_inputs),
-            ("outpaint", "Extend", "Extend", outpaint_inputs),
-            ("expand", "Expand", "Expand", expand_inputs),
-            ("refine", "Refine", "Refine", refine_inputs),
-        ]
-        with gr.Tabs():
-            for name, title, verb, make_inputs in tasks:
+        pictures = {}
+        with gr.Tabs() as tabs:
+            for name, title, verb, make_inputs in _TASKS:
                 with gr.Tab(title, id=name):
-                    add_task(studio, gallery, name, verb, make_inputs)
-        gallery.render()
+                    draws = studio if name != "reconstruct" else None
+                    own = add_task(gallery, name, verb, partial(make_inputs, studio), draws)
+                if "image" in own:
+                    pictures[title] = (name, own["image"])
+        _add_gallery(gallery, tabs, pictures)
     app.queue(max_size=studio.limits.max_waiting, api_open=False)
     return app
 
@@ -59,7 +57,41 @@ def _header(studio: Studio) -> str:
     )
 
 
+def _add_gallery(gallery: gr.Gallery, tabs: gr.Tabs, pictures: dict[str, tuple[str, gr.File]]) -> None:
+    """The gallery, and buttons that take the picture chosen there (at first the newest) to the tabs that edit."""
+    chosen = gr.State(0)
+    with gr.Column(elem_id="session"):
+        gallery.render()
+        with gr.Row(elem_classes="take"):
+            for title, (name, file) in pictures.items():
+                button = gr.Button(f"{title} it", size="sm", min_width=90)
+                button.click(partial(_take, name), [gallery, chosen], [file, tabs], **SILENT)
+    gallery.select(_chosen, None, chosen, **SILENT)
+    gallery.change(lambda: 0, None, chosen, **SILENT)
+
+
+def _chosen(event: gr.SelectData) -> int:
+    return int(event.index)
+
+
+def _take(name: str, pictures: list[tuple[str, str | None]] | None, chosen: int) -> tuple[Any, Any]:
+    path = pictures[min(chosen, len(pictures) - 1)][0] if pictures else None
+    return path, gr.Tabs(selected=name)
+
+
 def _generate_inputs(studio: Studio) -> Inputs:
     height, width = studio.pipe.settings().layout(studio.pipe.patch_size).image_size
     sides = Sides(studio, width, height)
-    return {"width": sides.width, "height": sides.height}, lambda _, **sizes: (None, sizes)
+    run = drawing_run(studio, lambda _, **sizes: (None, sizes))
+    return {"width": sides.width, "height": sides.height}, run
+
+
+#: Name, title, what the button says, and what makes the inputs.
+_TASKS: list[tuple[str, str, str, Callable[[Studio], Inputs]]] = [
+    ("generate", "Generate", "Generate", _generate_inputs),
+    ("inpaint", "In-paint", "Paint anew", inpaint_inputs),
+    ("outpaint", "Extend", "Extend", outpaint_inputs),
+    ("expand", "Expand", "Expand", expand_inputs),
+    ("refine", "Refine", "Refine", refine_inputs),
+    ("reconstruct", "Reconstruct", "Reconstruct", reconstruct_inputs),
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import gradio as gr
 from flexvar.edit_request import EditRequest
 from flexvar.web.painter import make_painter, write_mask
 from flexvar.web.picture import PictureInput, copied
-from flexvar.web.task import Inputs
+from flexvar.web.studio import Shown, Studio
+from flexvar.web.task import Inputs, Run, drawing_run
 
 _MAX_SIDE = 256
 
 
-def inpaint_inputs() -> Inputs:
+def inpaint_inputs(studio: Studio) -> Inputs:
     """A picture with a brush."""
     painter = make_painter()
     picture = PictureInput(painter)
@@ -27,10 +29,10 @@ def inpaint_inputs() -> Inputs:
         write_mask(mask, mask_path)
         return EditRequest("inpaint", path, mask_path, max_side, _arguments(arguments)), {}
 
-    return {"image": picture.file, "mask": painter, **pasting}, start
+    return {"image": picture.file, "mask": painter, **pasting}, drawing_run(studio, start)
 
 
-def outpaint_inputs() -> Inputs:
+def outpaint_inputs(studio: Studio) -> Inputs:
     """A picture and four margins."""
     picture = PictureInput()
     with gr.Row():
@@ -38,29 +40,42 @@ def outpaint_inputs() -> Inputs:
             side: gr.Number(0 if side in ("top", "bottom") else 32, label=side.title(), precision=0, min_width=60)
             for side in ("left", "right", "top", "bottom")
         }
-    return {"image": picture.file, **margins, **_pasting()}, _start("outpaint")
+    return {"image": picture.file, **margins, **_pasting()}, _run(studio, "outpaint")
 
 
-def expand_inputs() -> Inputs:
+def expand_inputs(studio: Studio) -> Inputs:
     """A picture and the size of the whole."""
     picture = PictureInput()
-    return {"image": picture.file, **_sides(128, 64), **_pasting()}, _start("expand")
+    return {"image": picture.file, **_sides(128, 64), **_pasting()}, _run(studio, "expand")
 
 
-def refine_inputs() -> Inputs:
+def refine_inputs(studio: Studio) -> Inputs:
     """A picture and a larger size."""
     picture = PictureInput()
     sides = _sides(128, 128)
     with gr.Accordion("Details", open=False):
-        return {"image": picture.file, **sides, **_options()}, _start("refine")
+        return {"image": picture.file, **sides, **_options()}, _run(studio, "refine")
 
 
-def _start(task: str) -> Any:
+def reconstruct_inputs(studio: Studio) -> Inputs:
+    """A picture, and how many scales to show of it."""
+    picture = PictureInput()
+    with gr.Row():
+        steps = gr.Number(0, label="Steps (0: auto)", precision=0, min_width=100)
+        max_side = gr.Number(_MAX_SIDE, label="Shrink larger pictures to", precision=0, min_width=120)
+
+    def run(folder: Path, image: str | None, steps: int, max_side: int) -> Iterator[Shown]:
+        return studio.reconstruct(copied(image, folder, "reconstruct"), steps or None, max_side)
+
+    return {"image": picture.file, "steps": steps, "max_side": max_side}, run
+
+
+def _run(studio: Studio, task: str) -> Run:
     def start(folder: Path, image: str | None, max_side: int, **arguments: Any) -> Any:
         path = copied(image, folder, task)
         return EditRequest(task, path, None, max_side, _arguments(arguments)), {}
 
-    return start
+    return drawing_run(studio, start)
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +12,12 @@ from typing import Any, cast
 from PIL import Image
 
 from flexvar.cli_options import DrawOptions
-from flexvar.commands import parse_labels
+from flexvar.commands import autocast_dtype, parse_labels, scales_sheet
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import FlexVARPipeline
-from flexvar.image_io import save_png
+from flexvar.image_io import open_image, save_png
+from flexvar.photos import shrink
 from flexvar.schedule import Size
 from flexvar.web.before import before_picture, edited_size, starting_picture
 from flexvar.web.command_line import command_line
@@ -105,17 +107,46 @@ class Studio:
             if step.index + 1 == step.num_steps:
                 break
             yield shown
+        sources = [] if request is None else [path for path in (request.image, request.mask) if path is not None]
+        stem = _free_stem(f"flexvar-{record['command']}-{drawing.seed}", sources)
         files = []
         for image, picture in enumerate(shown.pictures):
-            files.append(folder / f"{_stem(record, drawing)}{'' if drawing.num == 1 else f'-{image}'}.png")
+            files.append(folder / f"{stem}{'' if drawing.num == 1 else f'-{image}'}.png")
             save_png(picture, files[-1], {**record, **drawing.shown([image])})
-        sources = [] if request is None else [path for path in (request.image, request.mask) if path is not None]
         command = command_line(
             drawing, request, model=self.model, device=self.pipe.device.type, backend=record["backend"],
-            out=f"{_stem(record, drawing)}.png",
+            out=f"{stem}.png",
         )  # fmt: skip
         yield replace(shown, files=[*files, *sources], command=command)
 
+    def reconstruct(self, path: Path, steps: int | None, max_side: int) -> Iterator[Shown]:
+        """A picture through the tokenizer and back at every scale; the sheet of all is written beside it.
 
-def _stem(record: dict[str, Any], drawing: Drawing) -> str:
-    return f"flexvar-{record['command']}-{drawing.seed}"
+        Raises:
+            OSError, TypeError, ValueError: it cannot be done; said before anything is.
+        """
+        picture = shrink(open_image(path), path.name, max_side)
+        size = (picture.height, picture.width)
+        self.limits.check_size("reconstruct", size, 1)
+        with self._device:
+            out = self.pipe.reconstruct(picture, steps=steps, autocast_dtype=autocast_dtype(self.dtype))
+        scales = []
+        for step in out.steps:
+            with self._device:
+                scales += cast("list[Image.Image]", step.preview())
+            shown = Shown(step.index, step.num_steps, step.size, size, scales[-1:], picture)
+            if step.index + 1 < step.num_steps:
+                yield shown
+        target = path.with_name(f"{_free_stem('flexvar-reconstruct', [path])}.png")
+        save_png(scales_sheet(picture, out.steps, scales), target)
+        words = ["flexvar", "reconstruct", path.name, "--out", target.name, "--max-side", str(max_side)]
+        words += ["--model", self.model, "--device", self.pipe.device.type, "--dtype", self.dtype]
+        words += ["--backend", self.pipe.transformer.backend] + ([] if steps is None else ["--steps", str(steps)])
+        yield replace(shown, files=[target, path], command=shlex.join(words))
+
+
+def _free_stem(stem: str, sources: Sequence[Path]) -> str:
+    """A name for results that is not the beginning of a source's."""
+    while any(path.name.startswith(stem) for path in sources):
+        stem += "-again"
+    return stem

@@ -13,47 +13,46 @@ from flexvar.edit_request import EditRequest
 from flexvar.web.controls import Controls, next_seed
 from flexvar.web.errors import shown_errors
 from flexvar.web.stage import make_stage, stage_html, thumbnail_url
-from flexvar.web.studio import Studio
+from flexvar.web.studio import Shown, Studio
+
+#: A folder for files, and values by name -> what there is to show after every step.
+Run = Callable[..., Iterator[Shown]]
+
+#: A task's own inputs by their names in the endpoint, and what it does with them.
+Inputs = tuple[dict[str, Any], Run]
 
 #: A folder for files, and by name the values of a task's own inputs -> the edit, if there is one, and options of a
 #: drawing.
 Start = Callable[..., tuple[EditRequest | None, dict[str, Any]]]
 
-#: A task's own inputs by their names in the endpoint, and what they ask for.
-Inputs = tuple[dict[str, Any], Start]
-
 # On a narrow screen the pictures are below the button.
-_LOOK_AT_STAGE = """(...values) => {
+_LOOK_AT_STAGE = """() => {
   const stage = [...document.querySelectorAll('.stage')].find(e => e.offsetParent);
   if (innerWidth < 700 && stage) stage.scrollIntoView({behavior: 'smooth', block: 'center'});
-  return values;
 }"""
 _MARK_CANCELLED = "() => document.querySelectorAll('.stage.running').forEach(e => e.classList.add('cancelled'))"
 _LARGEST_GALLERY = 60
+SILENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUEUE = "device"  # everything that computes: one at a time
 
 
 def add_task(
-    studio: Studio,
-    gallery: gr.Gallery,
-    name: str,
-    verb: str,
-    make_inputs: Callable[[], Inputs],
-) -> None:
-    """Adds a task to the page.
+    gallery: gr.Gallery, name: str, verb: str, make_inputs: Callable[[], Inputs], controls_of: Studio | None
+) -> dict[str, Any]:
+    """Adds a task to the page, and returns its own inputs.
 
     Args:
-        studio: what draws.
         gallery: finished pictures join it.
         name: of the task, and of its endpoint.
         verb: what its button says.
-        make_inputs: makes the task's own inputs, and says what they ask for. The endpoint has them first, then those
-            of :class:`Controls`.
+        make_inputs: makes the task's own inputs, and says what it does. The endpoint has them first, then those of
+            :class:`Controls`.
+        controls_of: what draws, where the task draws.
     """
     with gr.Row(elem_classes="task"):
         with gr.Column(scale=4, min_width=300, elem_classes="panel"):
-            own, start = make_inputs()
-            controls = Controls(studio)
+            own, run = make_inputs()
+            controls = None if controls_of is None else Controls(controls_of)
             with gr.Row(elem_classes="buttons"):
                 draw = gr.Button(verb, variant="primary", scale=3, min_width=120)
                 cancel = gr.Button("Cancel", scale=1, min_width=80)
@@ -68,33 +67,38 @@ def add_task(
                 placeholder=" ",  # by which style.css knows that it is empty
                 elem_classes="command",
             )
-    seeded = draw.click(
-        next_seed, [controls.seed, controls.is_random], controls.seed,
-        queue=False, show_progress="hidden", api_visibility="private", js=_LOOK_AT_STAGE,
-    )  # fmt: skip
-    drawn = seeded.then(
-        _endpoint(studio, start), inputs_kwargs={**own, **controls.inputs}, outputs=[files, command, stage],
+    inputs = own
+    pressed = draw.click(None, js=_LOOK_AT_STAGE)
+    if controls is not None:
+        inputs = {**own, **controls.inputs}
+        pressed = draw.click(next_seed, [controls.seed, controls.is_random], controls.seed, **SILENT)
+    drawn = pressed.then(
+        _endpoint(run), inputs_kwargs=inputs, outputs=[files, command, stage],
         api_name=name, concurrency_limit=1, concurrency_id=_QUEUE, show_progress="minimal", show_progress_on=stage,
     )  # fmt: skip
-    drawn.success(
-        _join_gallery,
-        [files, controls.num, gallery],
-        gallery,
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    if controls is not None:
+        drawn.success(_join_gallery, [files, controls.num, gallery], gallery, **SILENT)
     cancel.click(None, js=_MARK_CANCELLED, cancels=[drawn])
+    return own
 
 
-def _endpoint(studio: Studio, start: Start) -> Callable[..., Iterator[tuple[list[str] | None, str, str]]]:
-    def endpoint(**values: Any) -> Iterator[tuple[list[str] | None, str, str]]:
+def drawing_run(studio: Studio, start: Start) -> Run:
+    """What a task does that draws: ``start`` says what, the controls how."""
+
+    def run(folder: Path, **values: Any) -> Iterator[Shown]:
         common = {name: values.pop(name) for name in Controls.NAMES}
+        request, options = start(folder, **values)
+        drawing = studio.drawing(**{**common, "steps": common["steps"] or None}, **options)
+        yield from studio.draw(drawing, request, folder)
+
+    return run
+
+
+def _endpoint(run: Run) -> Callable[..., Iterator[tuple[list[str] | None, str, str]]]:
+    def endpoint(**values: Any) -> Iterator[tuple[list[str] | None, str, str]]:
         with shown_errors(), tempfile.TemporaryDirectory() as folder:
-            request, options = start(Path(folder), **values)
-            drawing = studio.drawing(**{**common, "steps": common["steps"] or None}, **options)
             film = []
-            for shown in studio.draw(drawing, request, Path(folder)):
+            for shown in run(Path(folder), **values):
                 film.append((shown.grid, thumbnail_url(shown.pictures[0])))
                 files = [str(path) for path in shown.files] or None
                 yield files, shown.command, stage_html(shown, film)
