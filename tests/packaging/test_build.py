@@ -40,6 +40,7 @@ def test_wheel_holds_both_packages_and_works_unpacked(sources: Path, tmp_path: P
         archive.extractall(tmp_path / "site")
     for wanted in ("flexvar_ext/libflexvar_ops.so", "flexvar_ext/reference.py", "flexvar/cli.py", "flexvar/py.typed"):
         assert wanted in names
+    assert {"flexvar/web/style.css", "flexvar/web/painter.js"} <= set(names)
     assert any(name.startswith("flexvar/demo/") and name.endswith(".safetensors") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/")) or name.endswith("_cuda.so") for name in names)
 
