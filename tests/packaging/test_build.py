@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "flexvar_ext", "python"]
@@ -66,6 +67,15 @@ def test_cuda_asked_for_without_nvcc_is_an_error(sources: Path, tmp_path: Path) 
     wrong = run(*command, "-DFLEXVAR_CUDA=maybe", **environment)
     assert wrong.returncode != 0
     assert "FLEXVAR_CUDA must be auto, on or off, got 'maybe'" in wrong.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_without_cuda_in_torch_there_is_no_cuda_library(sources: Path, tmp_path: Path) -> None:
+    """Whether there is an nvcc or not: nothing could load it."""
+    command = ["cmake", "-S", str(sources), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DFLEXVAR_CUDA=auto"]
+    configured = run(*command, f"-DPython_EXECUTABLE={sys.executable}", f"-DFLEXVAR_OUTPUT_DIR={tmp_path}")
+    assert configured.returncode == 0, configured.stderr
+    assert "CPU only, no CUDA library will be built: this torch is a CPU build" in configured.stdout
 
 
 def test_missing_library_says_what_to_do(sources: Path) -> None:
