@@ -44,7 +44,9 @@ def web(
     if find_spec("gradio") is None:
         raise ImportError("web: the page needs gradio: pip install flexvar[web]")
     from flexvar.web.limits import Limits
+    from flexvar.web.privacy import forbid_telemetry
 
+    forbid_telemetry()
     limits = Limits(max_pixels, max_images, max_upload, max_waiting)
     pipe = load_pipeline(model, device, backend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from flexvar import FlexVARPipeline
 from flexvar.web.limits import Limits
+from flexvar.web.privacy import forbid_telemetry
 
 _FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -21,17 +23,28 @@ _FLAGS = (
 
 @pytest.fixture(scope="session")
 def site() -> Iterator[Any]:
-    """The running page: ``local_url`` is its address, ``studio`` what draws."""
+    """The running page: ``local_url`` is its address, ``studio`` what draws. Fails if it looks for another host."""
+    forbid_telemetry()
     from flexvar.web.server import serve
     from flexvar.web.studio import Studio
 
     studio = Studio(
         FlexVARPipeline.from_pretrained("demo"), "demo", Limits(max_pixels=1 << 17, max_upload_bytes=1 << 20)
     )
+    hosts: set[Any] = set()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.getaddrinfo":
+            hosts.add(arguments[0])
+        elif event == "socket.connect" and isinstance(arguments[1], tuple):
+            hosts.add(arguments[1][0])
+
+    sys.addaudithook(look)
     app = serve(studio, block=False)
     app.studio = studio
     yield app
     app.close()
+    assert hosts <= {"127.0.0.1", b"127.0.0.1", "localhost", "::1"}
 
 
 @pytest.fixture(scope="session")

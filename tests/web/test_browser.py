@@ -98,6 +98,9 @@ def test_paints_a_mask_and_in_paints(page: Any, photo: Path, tmp_path: Path) -> 
     panel.get_by_role("button", name="Undo").click()
     assert panel.get_by_role("button", name="Undo").is_disabled()
     stroke((0.6, 0.5), (0.8, 0.5), (0.8, 0.8))
+    panel.get_by_text("Clear", exact=True).click()
+    assert panel.get_by_text("Clear", exact=True).is_disabled()
+    panel.get_by_role("button", name="Undo").click()
     panel.get_by_role("button", name="Paint anew").click()
     panel.locator(".stage.done .compare").wait_for()
 

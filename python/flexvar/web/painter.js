@@ -9,6 +9,7 @@ let history = [];
 let last = null;
 
 function publish() {
+  const isPainted = context.getImageData(0, 0, canvas.width, canvas.height).data.some((value, i) => i % 4 === 3 && value);
   const mask = document.createElement('canvas');
   mask.width = canvas.width;
   mask.height = canvas.height;
@@ -20,8 +21,9 @@ function publish() {
   paint.globalCompositeOperation = 'destination-over';
   paint.fillStyle = 'black';
   paint.fillRect(0, 0, mask.width, mask.height);
-  props.value = history.length ? mask.toDataURL('image/png') : '';
-  find('.undo').disabled = find('.clear').disabled = !history.length;
+  props.value = isPainted ? mask.toDataURL('image/png') : '';
+  find('.undo').disabled = !history.length;
+  find('.clear').disabled = !isPainted;
 }
 
 function remember() {
@@ -83,7 +85,7 @@ find('.undo').addEventListener('click', () => {
   publish();
 });
 find('.clear').addEventListener('click', () => {
-  history = [];
+  remember();
   context.clearRect(0, 0, canvas.width, canvas.height);
   publish();
 });

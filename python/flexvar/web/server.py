@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from importlib import resources
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported and launched
 
 import gradio as gr
 

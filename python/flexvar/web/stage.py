@@ -44,12 +44,12 @@ def stage_html(shown: Shown, film: Sequence[tuple[Size, str]]) -> str:
     """
     height, width = shown.size
     is_done = shown.step + 1 == shown.num_steps
-    before = "" if shown.before is None else data_url(shown.before)
+    before = data_url(shown.before) if shown.before is not None and is_done else None
     frames = []
     for number, picture in enumerate(shown.pictures):
         url = data_url(picture)
         image = f'<img src="{url}" alt="image {number + 1}">'
-        if shown.before is not None and is_done:
+        if before is not None:
             image = (
                 f'<div class="compare">{image}<img class="before" src="{before}" alt="before">'
                 '<input type="range" min="0" max="100" value="50" aria-label="before and after">'
