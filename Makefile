@@ -27,11 +27,11 @@ $(VENV)/requirements: $(BIN)/python pyproject.toml
 	command -v cmake >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -q cmake
 	touch $@
 
-$(VENV)/installed: $(VENV)/requirements CMakeLists.txt setup.py pyproject.toml $(SOURCES)
+$(VENV)/installed-$(EXTRAS): $(VENV)/requirements CMakeLists.txt setup.py pyproject.toml $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
-setup: $(VENV)/installed
+setup: $(VENV)/installed-$(EXTRAS)
 
 # Native libraries only, in place, for whatever PYTHON is.
 ext:

@@ -136,6 +136,13 @@ def test_one_at_a_time(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (most, running) == (1, 0)
 
 
+def test_a_port_that_is_taken(site: Any) -> None:
+    from flexvar.web.server import serve
+
+    with pytest.raises(OSError, match=rf"must be free to listen on, got 127.0.0.1 and {site.server_port}"):
+        serve(site.studio, port=site.server_port, block=False)
+
+
 def test_files_of_the_server_stay_its_own(site: Any) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError

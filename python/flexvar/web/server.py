@@ -30,21 +30,26 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None, *, b
         OSError: the port is taken, or the address is not this machine's.
     """
     app = build_app(studio)
-    app.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        inbrowser=False,
-        prevent_thread_lock=not block,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        max_file_size=studio.limits.max_upload_bytes,
-        theme=_THEME,
-        css=resources.files(__package__).joinpath("style.css").read_text("utf-8"),
-    )
+    try:
+        app.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            inbrowser=False,
+            prevent_thread_lock=not block,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            max_file_size=studio.limits.max_upload_bytes,
+            theme=_THEME,
+            css=resources.files(__package__).joinpath("style.css").read_text("utf-8"),
+        )
+    except OSError as error:
+        raise OSError(
+            f"web: host and port must be free to listen on, got {host} and {port or '7860 to 7959'}"
+        ) from error
     return app
