@@ -8,6 +8,7 @@ import pytest
 import torch
 from flexvar import FlexVARTransformer, KVCache, ScaleSchedule, TransformerConfig, next_scale_inputs
 from flexvar._backend import ops
+from flexvar.transformer.layers import Linear
 from torch import Tensor
 
 from tests.golden.recipe import fill
@@ -440,3 +441,23 @@ def test_weights_are_cast_once_under_autocast():
         assert model.head.weight_for(x) is model.head.weight  # gradients
     with torch.inference_mode():
         assert model.head.weight_for(x) is model.head.weight
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@torch.no_grad()
+def test_gate_residual_and_norm_behind_a_linear_layer(autocast: torch.dtype | None, backend: str) -> None:
+    """What the CPU computes within the product and behind it is what CUDA computes in one pass behind it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    linear = Linear(24, 32, backend)
+    x, residual, vectors = randn(2, 5, 24), randn(2, 5, 32), [randn(2, 1, 32) for _ in range(3)]
+    gate, scale, shift = vectors
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        found = linear.add_and_norm(x, gate, residual, scale, shift)
+        expected = ops(backend).residual_layer_norm_modulate(residual, linear(x), *vectors)
+    tolerance = 1e-5 if autocast is None else 3e-2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)

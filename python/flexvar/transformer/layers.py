@@ -56,6 +56,17 @@ class Linear(nn.Linear):
         )
         return out
 
+    def add_and_norm(
+        self, input: Tensor, gate: Tensor, residual: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x = residual + gate * linear(input), and LN(x) * scale + shift, in the fewest passes over memory."""
+        op = ops(self.backend)
+        if input.device.type == "cuda":  # the product is torch's: all that follows is one pass behind it
+            x, normed = op.residual_layer_norm_modulate(residual, self(input), gate, scale, shift)
+            return x, normed
+        x = self(input, gate=gate, residual=residual)  # gate and residual belong to the product
+        return x, op.layer_norm_modulate(x, scale, shift)
+
     def weight_for(self, input: Tensor) -> Tensor:
         """The weight as a product with ``input`` takes it: under autocast cast once, until its values change.
 
@@ -103,18 +114,22 @@ class SelfAttention(nn.Module):
         qkv: Tensor = ops(self.backend).linear(x, self.mat_qkv.weight_for(x), modulation.qkv_bias)
         return qkv.unflatten(-1, (3, self.heads, -1))
 
-    def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule, residual: Tensor) -> Tensor:
-        """All scales at once: residual + gamma1 * attn(x), all [B, L, width]."""
+    def forward(
+        self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """All scales at once, x [B, L, width]: y = residual + gamma1 * attn(x), and LN(y) * scale2 + shift2."""
         q, k, v = self.project(x, modulation).unbind(2)
         if modulation.q_scale is not None:
             # Under autocast the norm runs in float32; the attention op takes one dtype.
             q = (F.normalize(q, dim=-1) * modulation.q_scale[:, None]).to(v.dtype)
             k = F.normalize(k, dim=-1).to(v.dtype)
         out = ops(self.backend).scale_attention(q, k, v, schedule.lengths, softmax_scale=self.softmax_scale)
-        return self.proj(out.flatten(2), gate=modulation.gamma1, residual=residual)
+        return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
 
-    def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int, residual: Tensor) -> Tensor:
-        """One scale behind those in the cache: residual + gamma1 * attn(x), all [B, l, width]."""
+    def step(
+        self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` for one scale behind those in the cache, x [B, l, width]."""
         k_cache, v_cache, position = cache.room(layer, x.shape[1])
         q = ops(self.backend).append_qkv(
             self.project(x, modulation), k_cache, v_cache, position, q_scale=modulation.q_scale
@@ -122,7 +137,7 @@ class SelfAttention(nn.Module):
         out = ops(self.backend).scale_attention_step(
             q, k_cache, v_cache, position + x.shape[1], softmax_scale=self.softmax_scale
         )
-        return self.proj(out.flatten(2), gate=modulation.gamma1, residual=residual)
+        return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
 
 
 class FeedForward(nn.Module):
@@ -181,15 +196,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
         """All scales at once: [B, L, width] -> [B, L, width]."""
-        m, norm = modulation, ops(self.backend).layer_norm_modulate
-        x = self.attn(norm(x, m.scale1, m.shift1), m, schedule, residual=x)
-        return self.ffn(norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
+        m = modulation
+        normed = ops(self.backend).layer_norm_modulate(x, m.scale1, m.shift1)
+        x, normed = self.attn(normed, m, schedule, residual=x)
+        return self.ffn(normed, gate=m.gamma2, residual=x)
 
     def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
         """One scale, [B, l, width], behind those in the cache."""
-        m, norm = modulation, ops(self.backend).layer_norm_modulate
-        x = self.attn.step(norm(x, m.scale1, m.shift1), m, cache, layer, residual=x)
-        return self.ffn(norm(x, m.scale2, m.shift2), gate=m.gamma2, residual=x)
+        m = modulation
+        normed = ops(self.backend).layer_norm_modulate(x, m.scale1, m.shift1)
+        x, normed = self.attn.step(normed, m, cache, layer, residual=x)
+        return self.ffn(normed, gate=m.gamma2, residual=x)
 
 
 class HeadNorm(nn.Module):
