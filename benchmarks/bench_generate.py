@@ -11,6 +11,7 @@ from flexvar import (
     TransformerConfig,
 )
 
+from benchmarks.compiled_formula import CompiledGeneration
 from benchmarks.released_formula import generate
 
 
@@ -45,6 +46,12 @@ def test_generate(compare, device, pipelines, dtype):
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             return generate(pipelines["native"], 7, schedule, **settings)
 
+    compiled_generation = CompiledGeneration(pipelines["reference"])
+
+    def compiled():
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            return compiled_generation(7, schedule, cache_dtype=dtype, **settings)
+
     def check(name, result, expected):
         pyramid, image = result
         assert image.shape == expected[1].shape
@@ -56,7 +63,12 @@ def test_generate(compare, device, pipelines, dtype):
 
     aim = 8 if device.type == "cuda" else 2.5 if dtype is None else 1.6
     compare(
-        {"native": lambda: ours("native"), "reference": lambda: ours("reference"), "released formula": released},
+        {
+            "native": lambda: ours("native"),
+            "reference": lambda: ours("reference"),
+            "released formula": released,
+            "compiled": compiled,
+        },
         check=check,
-        targets={"released formula": aim},
+        targets={"released formula": aim, "compiled": 1.4 if device.type == "cuda" else 1.3},
     )

@@ -1,0 +1,92 @@
+"""Generation as torch.compile does it best: a peer of bench_generate.
+
+Plain PyTorch on this library's modules, with the plan of work that a careful user would write: AdaLN vectors and
+positions once, a cache allocated once, guidance before the head. Blocks (for any number of tokens) and the decoder are
+compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from flexvar import FlexVARPipeline, ScaleSchedule
+from flexvar.generation.guidance import guidance_weights, mix_guidance
+from flexvar.transformer.layers import Block, Modulation
+from torch import Tensor
+
+from benchmarks.released_formula import sorted_multinomial
+
+
+class CompiledGeneration:
+    """Call it with a label: the indices of every step, int64 [1, h, w], and the picture [1, 3, H, W].
+
+    ``pipeline`` has the reference backend.
+    """
+
+    def __init__(self, pipeline: FlexVARPipeline) -> None:
+        self._pipeline = pipeline
+        self._block = torch.compile(_block, dynamic=True)
+        self._decode = torch.compile(pipeline.tokenizer.decode)
+
+    def __call__(
+        self,
+        label: int,
+        schedule: ScaleSchedule,
+        *,
+        guidance_scale: float,
+        top_k: int,
+        top_p: float,
+        cache_dtype: torch.dtype | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        model, tokenizer = self._pipeline.transformer, self._pipeline.tokenizer
+        codebook = F.normalize(tokenizer.codebook, dim=-1)
+        state = model.begin([label, model.config.null_class], schedule, cache_dtype=cache_dtype)
+        weights = guidance_weights(schedule, guidance_scale, "var")
+        grid: Tensor | None = None
+        pyramid = []
+        for index, (size, weight) in enumerate(zip(schedule, weights, strict=True)):
+            begin, end = schedule.offsets[index], schedule.offsets[index + 1]
+            positions = state.positions[:, begin:end]
+            if grid is None:
+                x = state.start + positions
+            else:
+                tokens = F.interpolate(grid, size=size, mode="bicubic").flatten(2).transpose(1, 2)
+                x = (model.word_embed(tokens) + positions).repeat(2, 1, 1)
+            for layer, block in enumerate(model.blocks):
+                k_cache, v_cache = state.cache.k[layer], state.cache.v[layer]
+                x = self._block(x, state.modulations[layer], _weights(block), k_cache, v_cache, begin)
+            scale, shift = state.head_modulation
+            hidden = mix_guidance(_norm(x, scale, shift), weight)
+            pyramid.append(sorted_multinomial(model.head(hidden).float(), top_k, top_p).unflatten(1, size))
+            grid = F.embedding(pyramid[-1], codebook).permute(0, 3, 1, 2)
+        return pyramid, self._decode(pyramid[-1])
+
+
+def _weights(block: Block) -> tuple[Tensor, ...]:
+    attention, ffn = block.attn, block.ffn
+    layers = (attention.proj, ffn.fc1, ffn.fc2)
+    return (attention.mat_qkv.weight, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
+
+
+def _block(
+    x: Tensor, m: Modulation, weights: tuple[Tensor, ...], k_cache: Tensor, v_cache: Tensor, position: int
+) -> Tensor:
+    """Block.step on functions of tensors alone, so that one compiled graph serves all blocks."""
+    qkv_weight, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    end = position + x.shape[1]
+    qkv = F.linear(_norm(x, m.scale1, m.shift1), qkv_weight, m.qkv_bias)
+    q, k, v = qkv.unflatten(-1, (3, k_cache.shape[2], k_cache.shape[3])).unbind(2)
+    if m.q_scale is None:
+        raise ValueError("compiled_formula: the model must have qk_l2_norm, got one without")
+    q = (F.normalize(q, dim=-1) * m.q_scale[:, None]).to(k_cache.dtype)
+    k_cache[:, position:end] = F.normalize(k, dim=-1)
+    v_cache[:, position:end] = v
+    past_k, past_v = k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), past_k, past_v, scale=1.0)
+    x = x + m.gamma1 * F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    hidden = F.gelu(F.linear(_norm(x, m.scale2, m.shift2), fc1_weight, fc1_bias), approximate="tanh")
+    return x + m.gamma2 * F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift
