@@ -123,7 +123,7 @@ def _op_table(report: Report, devices: list[str]) -> Iterator[str]:
                 else:
                     cells.append(f"{device}: FAILS")
                     report.problems.append(f"{name} on {device}: {error}")
-            yield f"op            {name:<22}{' · '.join(cells)}"
+            yield f"op            {name:<28} {' · '.join(cells)}"
 
 
 def _compare(name: str, call: Callable[[Any, Any], Any], device: Any) -> str | None:
