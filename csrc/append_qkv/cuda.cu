@@ -30,8 +30,9 @@ void launch(const Tensor& qkv, const std::optional<Tensor>& q_scale, Tensor& q, 
   };
   params.aligned = is_aligned(params.qkv, sizeof(From)) && is_aligned(params.q, sizeof(To)) &&
                    is_aligned(params.k, sizeof(To)) && is_aligned(params.v, sizeof(To));
-  for (const int64_t stride : {params.k_image_stride, params.k_token_stride, params.v_image_stride,
-                               params.v_token_stride}) {
+  const int64_t strides[] = {params.k_image_stride, params.k_token_stride, params.v_image_stride,
+                             params.v_token_stride};
+  for (const int64_t stride : strides) {
     params.aligned = params.aligned && stride % kAppendChunk == 0;
   }
   const int64_t blocks = (params.vectors + kAppendVectors - 1) / kAppendVectors;
