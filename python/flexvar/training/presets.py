@@ -58,7 +58,7 @@ DEMO_TRANSFORMER_TRAINING = TransformerTrainingConfig(
 )
 
 #: What suits the demo's transformer: the same guidance at every step, and only the likelier codes.
-DEMO_GENERATION: GenerationOptions = {"guidance_scale": 3.0, "guidance_style": "llamagen", "top_p": 0.5}
+DEMO_GENERATION: GenerationOptions = {"guidance_scale": 2.0, "guidance_style": "llamagen", "top_p": 0.5}
 
 
 def demo_tokenizer_data() -> list[ImageDataset]:
