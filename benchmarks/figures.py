@@ -81,6 +81,11 @@ def editing(pipe: FlexVARPipeline) -> Image.Image:
     small = real_picture(74).resize((24, 24), Image.Resampling.LANCZOS)
     results = pipe.refine(small, SIZE, SIZE, class_labels=["crescent"] * 3, seed=4, image_ids=ids).images
     add_row("refine", small, small.resize((SIZE, SIZE), Image.Resampling.BICUBIC), list(results), "24 px, enlarged")
+
+    picture = real_picture(134)
+    scales = pipe.reconstruct(picture, schedule=[1, 4, 8, 16]).steps
+    pictures = [step.preview()[0].resize(picture.size, Image.Resampling.BICUBIC) for step in scales]
+    add_row("reconstruct", picture, pictures[0], pictures[1:], "from 1, 16, 64, 256 tokens")
     return make_grid(cells, columns=5, captions=captions)
 
 
