@@ -28,7 +28,7 @@ def test_an_op_that_is_wrong_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> No
         flexvar_ext, "vq_lookup", lambda latents, codebook: torch.zeros(len(latents), dtype=torch.int64)
     )
     report = examine()
-    assert "vq_lookup             cpu: FAILS" in str(report)
+    assert f"{'vq_lookup':<28} cpu: FAILS" in str(report)
     assert any(problem.startswith("vq_lookup on cpu: Tensor-likes are not") for problem in report.problems)
     assert not report.healthy
 

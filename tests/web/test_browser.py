@@ -209,7 +209,7 @@ def test_cancel_stops_at_the_next_step(page: Any, site: Any, monkeypatch: pytest
     panel.get_by_role("button", name="Generate").click()
     panel.locator(".stage.running").wait_for()
     panel.get_by_role("button", name="Cancel").click()
-    panel.locator(".stage.cancelled").wait_for()
+    panel.locator("[data-cancelled] > .stage.running").wait_for()
     assert stopped.wait(30)
     assert steps[-1] < 39
     monkeypatch.undo()

@@ -28,9 +28,13 @@ Start = Callable[..., tuple[EditRequest | None, dict[str, Any]]]
 # On a narrow screen the pictures are below the button.
 _LOOK_AT_STAGE = """() => {
   const stage = [...document.querySelectorAll('.stage')].find(e => e.offsetParent);
+  if (stage) delete stage.parentElement.dataset.cancelled;
   if (innerWidth < 700 && stage) stage.scrollIntoView({behavior: 'smooth', block: 'center'});
 }"""
-_MARK_CANCELLED = "() => document.querySelectorAll('.stage.running').forEach(e => e.classList.add('cancelled'))"
+# On what holds the stage: a step that was on its way already may still take the stage's place.
+_MARK_CANCELLED = """() => {
+  document.querySelectorAll('.stage.running').forEach(e => e.parentElement.dataset.cancelled = '');
+}"""
 _LARGEST_GALLERY = 60
 SILENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUEUE = "device"  # everything that computes: one at a time
