@@ -27,7 +27,7 @@ static inline Vector<double> exp2_nonpositive(Vector<double> x) {
   return x;
 }
 
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
 // 2^x for x <= 0 (also -inf) with a relative error of 7.5e-5, a twenty-sixth of what rounding to
 // bfloat16 makes; NaN stays NaN.
 static inline __attribute__((always_inline)) Vector<float> exp2_for_bfloat16(Vector<float> x) {
