@@ -20,6 +20,62 @@ float multiply_plainly(const X* x, const W* w, int64_t depth) {
   return sum;
 }
 
+// A NaN of the tiles' sums is replaced by the definition's.
+template <typename X, typename W>
+Vector<float> mend(const LinearParams& params, Vector<float> y, int64_t row, int64_t column) {
+  for (unsigned nan = _mm512_cmp_ps_mask((__m512)y, (__m512)y, _CMP_UNORD_Q); nan != 0;
+       nan &= nan - 1) {
+    const int64_t lane = __builtin_ctz(nan);
+    if (column + lane >= params.columns) break;
+    y[lane] = multiply_plainly(
+        static_cast<const X*>(params.x) + row * params.depth,
+        static_cast<const W*>(params.weight) + (column + lane) * params.depth, params.depth);
+  }
+  return y;
+}
+
+// The sums [column tiles, row tiles] of a block to the output.
+template <typename Out, typename X, typename W>
+void finish_tiles(const LinearParams& params, const LinearAmxBlock& block, const float* sums) {
+  const LinearAmxRows& rows = block.rows;
+  const int64_t row_tiles = (rows.end - rows.begin + kTileRows - 1) / kTileRows;
+  const int64_t column_end = block.column_end < params.columns ? block.column_end : params.columns;
+  const bool gelu = params.gelu;
+  for (int64_t i = 0; i < row_tiles; ++i) {
+    const int64_t first = rows.begin + i * kTileRows;
+    const int64_t count = rows.end - first < kTileRows ? rows.end - first : kTileRows;
+    OutputRow<Out> row[kTileRows];
+    for (int64_t j = 0; j < count; ++j) row[j] = OutputRow<Out>(params, first + j);
+    const float* tile = sums + i * 256;
+    for (int64_t column = block.column_begin; column < column_end; column += kTileRows) {
+      const int64_t columns = column_end - column;
+      const Vector<float> bias = load_bias(params, column, columns);
+      Vector<float> square[kTileRows];
+      Vector<float> product{};  // with zero: NaN where a sum is NaN or infinite
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kTileRows; ++j) {
+        square[j] = load(tile + j * kTileRows);
+        product += square[j] * 0.0f;
+      }
+      tile += row_tiles * 256;
+      transpose<float>(square);
+      if (kPartsOf<X> > 1 && _mm512_cmp_ps_mask((__m512)product, (__m512)product, _CMP_UNORD_Q)) {
+        for (int64_t j = 0; j < count; ++j) {
+          square[j] = mend<X, W>(params, square[j], first + j, column);
+        }
+      }
+      if (count == kTileRows && columns >= kFloatLanes) {
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kTileRows; ++j) {
+          row[j].finish(square[j], bias, gelu, column, kFloatLanes);
+        }
+      } else {
+        for (int64_t j = 0; j < count; ++j) row[j].finish(square[j], bias, gelu, column, columns);
+      }
+    }
+  }
+}
+
 template <typename X, typename W>
 void multiply_block(const LinearParams& params, const LinearAmxBlock& block, const char* x_panels,
                     char* scratch) {
@@ -28,7 +84,6 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
   const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
   char* const weight_panel = scratch;
   float* const sums = reinterpret_cast<float*>(scratch + kLinearAmxPanelBytes);
-  float* const lines = sums + kLinearAmxColumns / kTileRows * kLinearAmxMaxRows / kTileRows * 256;
   const W* const weights = static_cast<const W*>(params.weight);
   const auto sums_of = [&](int64_t column_tile, int64_t row_tile) {
     return sums + (column_tile * row_tiles + row_tile) * 256;
@@ -64,46 +119,13 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
     x_panels += row_tiles * panel_bytes;
   }
 
-  for (int64_t i = 0; i < row_tiles; ++i) {
-    const int64_t first = block.rows.begin + i * kTileRows;
-    const int64_t last = first + kTileRows < block.rows.end ? first + kTileRows : block.rows.end;
-    for (int64_t column = block.column_begin; column < block.column_end; column += kTileRows) {
-      const int64_t offset = column - block.column_begin;
-      const float* const tile = sums_of(offset / kTileRows, i);
-      Vector<float> square[kTileRows];
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < kTileRows; ++j) square[j] = load(tile + j * kTileRows);
-      transpose<float>(square);
-      unsigned nan[kTileRows], any = 0;
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < kTileRows; ++j) {
-        store(lines + j * kLinearAmxColumns + offset, square[j]);
-        nan[j] = _mm512_cmp_ps_mask((__m512)square[j], (__m512)square[j], _CMP_UNORD_Q);
-        any |= nan[j];
-      }
-      if (parts == 1 || !any) continue;
-      for (int64_t row = first; row < last; ++row) {
-        for (unsigned left = nan[row - first]; left != 0; left &= left - 1) {
-          const int64_t j = column + __builtin_ctz(left);
-          if (j >= params.columns) break;
-          lines[(row - first) * kLinearAmxColumns + offset + j - column] = multiply_plainly(
-              static_cast<const X*>(params.x) + row * depth, weights + j * depth, depth);
-        }
-      }
-    }
-    const LinearBlock part{first, last, block.column_begin,
-                           block.column_end < params.columns ? block.column_end : params.columns};
-    switch (params.out_element) {
-      case LinearElement::float32:
-        finish_block<float>(params, part, lines);
-        break;
-      case LinearElement::float16:
-        finish_block<Half>(params, part, lines);
-        break;
-      case LinearElement::bfloat16:
-        finish_block<Bfloat16>(params, part, lines);
-        break;
-    }
+  switch (params.out_element) {
+    case LinearElement::float32:
+      return finish_tiles<float, X, W>(params, block, sums);
+    case LinearElement::float16:
+      return finish_tiles<Half, X, W>(params, block, sums);
+    case LinearElement::bfloat16:
+      return finish_tiles<Bfloat16, X, W>(params, block, sums);
   }
 }
 

@@ -18,10 +18,10 @@ struct LinearAmxBlock {
   LinearAmxRows rows;
   int64_t column_begin, column_end;  // at most kLinearAmxColumns, a multiple of 32 apart
 };
-// Of linear_amx_block, aligned to 64 bytes: two panels of the weight; sums; 16 rows of the output.
+// Of linear_amx_block, aligned to 64 bytes: two panels of the weight; sums.
 constexpr int64_t kLinearAmxPanelBytes = 32 * 1024;
 constexpr int64_t kLinearAmxScratchBytes =
-    kLinearAmxPanelBytes + 4 * (kLinearAmxMaxRows + 16) * kLinearAmxColumns;
+    kLinearAmxPanelBytes + 4 * kLinearAmxMaxRows * kLinearAmxColumns;
 
 // What 16 rows of x take, packed.
 int64_t linear_amx_panel_bytes(const LinearParams& params);
