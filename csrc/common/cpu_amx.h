@@ -39,40 +39,44 @@ struct TileVectors {
 
 // 32 numbers of the depth, those from `count` on zero, as one vector of bfloat16 a part. The order
 // within the 32 is that of the parts: the same for both factors.
-template <int kParts, typename T>
-static inline TileVectors<kParts> load_tile_vectors(const T* p, int64_t count) {
-  if constexpr (kParts == 1 && __is_same(T, Bfloat16)) {
-    const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-    return {{_mm512_maskz_loadu_epi16(mask, p)}};
-  } else {
-    const bool whole = count >= kTileDepth;
-    const Vector<float> low = whole ? load(p) : load_first(p, count);
-    const Vector<float> high = whole        ? load(p + 16)
-                               : count > 16 ? load_first(p + 16, count - 16)
-                                            : Vector<float>{};
-    if constexpr (kParts == 1) {
-      return {{(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)}};
-    } else {
-      // Rounded in the magnitude's bits, half up. What is left over is exact, and the last part
-      // takes all of it. A NaN ends up in the last part at the latest; an infinity leaves a NaN.
-      TileVectors<kParts> result;
-      Vector<float> left[2] = {low, high};
+template <int kParts>
+static inline __attribute__((always_inline)) TileVectors<kParts> split(Vector<float> low,
+                                                                       Vector<float> high) {
+  if constexpr (kParts == 1) return {{(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)}};
+  // The first part is cut off, the second rounded half up, both in the magnitude's bits. What is
+  // left over is exact, and the last part takes all of it. A NaN ends up in the last part at the
+  // latest; an infinity leaves a NaN.
+  TileVectors<kParts> result;
+  Bits32 bits[2] = {(Bits32)low, (Bits32)high};
 #pragma GCC unroll 3
-      for (int i = 0; i < kParts; ++i) {
-        Bits32 bits[2];
+  for (int i = 0; i < kParts; ++i) {
+    result.part[i] = _mm512_mask_mov_epi16((__m512i)bits[1], 0x55555555, (__m512i)(bits[0] >> 16));
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          bits[j] = (Bits32)left[j];
-          if (i + 1 < kParts) {
-            bits[j] = (bits[j] + 0x8000) & 0xffff0000;
-            left[j] -= (Vector<float>)bits[j];
-          }
-        }
-        result.part[i] =
-            _mm512_mask_mov_epi16((__m512i)bits[1], 0x55555555, (__m512i)(bits[0] >> 16));
-      }
-      return result;
+    for (int j = 0; j < 2 && i + 1 < kParts; ++j) {
+      Vector<float>& left = j == 0 ? low : high;
+      left -= (Vector<float>)(bits[j] & 0xffff0000);
+      bits[j] = (Bits32)left + (i == 0 ? 0x8000 : 0);
     }
+  }
+  return result;
+}
+template <int kParts, typename T>
+static inline __attribute__((always_inline)) TileVectors<kParts> load_tile_vectors(const T* p) {
+  if constexpr (kParts == 1 && __is_same(T, Bfloat16)) return {{_mm512_loadu_si512(p)}};
+  return split<kParts>(load(p), load(p + 16));
+}
+// The same for the last numbers of the depth: those from `count` < 32 on are zero.
+template <int kParts, typename T>
+static TileVectors<kParts> load_last_tile_vectors(const T* p, int64_t count) {
+  T numbers[kTileDepth] = {};
+  for (int64_t i = 0; i < count; ++i) numbers[i] = p[i];
+  return load_tile_vectors<kParts>(numbers);
+}
+template <int kParts>
+static inline void store_tile_vectors(char* place, const TileVectors<kParts>& vectors) {
+#pragma GCC unroll 3
+  for (int part = 0; part < kParts; ++part) {
+    _mm512_store_si512(place + part * kTileBytes, vectors.part[part]);
   }
 }
 
@@ -83,19 +87,19 @@ template <int kParts, typename T>
 static void pack_left_panel(char* panel, const T* p, int64_t stride, int64_t rows, int64_t depth,
                             int64_t ahead) {
   constexpr int64_t kNumbersInLine = 64 / sizeof(T);
+  const int64_t whole = depth / kTileDepth * kTileDepth;
   for (int64_t i = 0; i < kTileRows; ++i) {
     const T* const row = p + (i < rows ? i : rows - 1) * stride;
     char* place = panel + i * 64;
-    for (int64_t k = 0; k < depth; k += kTileDepth, place += kParts * kTileBytes) {
+    for (int64_t k = 0; k < whole; k += kTileDepth, place += kParts * kTileBytes) {
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kTileDepth; j += kNumbersInLine) {
         __builtin_prefetch(row + ahead + k + j, 0, 2);
       }
-      const auto vectors = load_tile_vectors<kParts>(row + k, depth - k);
-#pragma GCC unroll 3
-      for (int part = 0; part < kParts; ++part) {
-        _mm512_store_si512(place + part * kTileBytes, vectors.part[part]);
-      }
+      store_tile_vectors(place, load_tile_vectors<kParts>(row + k));
+    }
+    if (whole < depth) {
+      store_tile_vectors(place, load_last_tile_vectors<kParts>(row + whole, depth - whole));
     }
   }
 }
@@ -109,7 +113,11 @@ static void pack_right_panel(char* panel, const T* p, int64_t stride, int64_t ro
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kTileRows; ++i) {
       TileVectors<kParts> vectors{};
-      if (i < rows) vectors = load_tile_vectors<kParts>(p + i * stride + k, depth - k);
+      const T* const place = p + i * stride + k;
+      if (i < rows) {
+        vectors = depth - k >= kTileDepth ? load_tile_vectors<kParts>(place)
+                                          : load_last_tile_vectors<kParts>(place, depth - k);
+      }
 #pragma GCC unroll 3
       for (int part = 0; part < kParts; ++part) {
         square[part][i] = (Vector<float>)vectors.part[part];
