@@ -134,31 +134,57 @@ static void pack_right_panel(char* panel, const T* p, int64_t stride, int64_t ro
   }
 }
 
-#define FLEXVAR_LOAD_LEFT(part)                          \
-  _tile_loadd(4, left[0] + k + (part) * kTileBytes, 64); \
-  _tile_loadd(5, left[1] + k + (part) * kTileBytes, 64);
-#define FLEXVAR_LOAD_RIGHT(part)                          \
-  _tile_loadd(6, right[0] + k + (part) * kTileBytes, 64); \
-  if constexpr (kColumns == 2) _tile_loadd(7, right[1] + k + (part) * kTileBytes, 64);
+// Two left factors by tiles, wherever they stand: part p of tile s of the depth of factor i begins
+// at tile[i] + step[s] + p * part, its rows `row` bytes apart.
+struct LeftTiles {
+  const char* tile[2];
+  const int64_t* step;
+  int64_t part = kTileBytes, row = 64;
+};
+// The steps of a left panel.
+template <int kParts>
+constexpr int64_t kPanelSteps[16] = {0,
+                                     1 * kParts * kTileBytes,
+                                     2 * kParts * kTileBytes,
+                                     3 * kParts * kTileBytes,
+                                     4 * kParts * kTileBytes,
+                                     5 * kParts * kTileBytes,
+                                     6 * kParts * kTileBytes,
+                                     7 * kParts * kTileBytes,
+                                     8 * kParts * kTileBytes,
+                                     9 * kParts * kTileBytes,
+                                     10 * kParts * kTileBytes,
+                                     11 * kParts * kTileBytes,
+                                     12 * kParts * kTileBytes,
+                                     13 * kParts * kTileBytes,
+                                     14 * kParts * kTileBytes,
+                                     15 * kParts * kTileBytes};
+
+#define FLEXVAR_LOAD_LEFT(p)                                       \
+  _tile_loadd(4, left.tile[0] + step + (p) * left.part, left.row); \
+  _tile_loadd(5, left.tile[1] + step + (p) * left.part, left.row);
+#define FLEXVAR_LOAD_RIGHT(p)                          \
+  _tile_loadd(6, right[0] + k + (p) * kTileBytes, 64); \
+  if constexpr (kColumns == 2) _tile_loadd(7, right[1] + k + (p) * kTileBytes, 64);
 #define FLEXVAR_MULTIPLY                                \
   _tile_dpbf16ps(0, 4, 6);                              \
   _tile_dpbf16ps(2, 5, 6);                              \
   if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7); \
   if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
 
-// Tiles of the depth that a product takes at a time: two panels of so many stay in the L1 cache.
-// In float32 it also bounds the length of a chain of sums. They are added up outside of the unit:
-// one long chain would lose what the parts keep.
+// Tiles of the depth that a linear layer takes at a time: two panels of so many stay in the L1
+// cache. In float32 it also bounds the length of a chain of sums. They are added up outside of the
+// unit: one long chain would lose what the parts keep.
 template <int kParts>
-constexpr int64_t kTileChain = kParts == 1 ? 16 : 4;
+constexpr int64_t kTileSteps = kParts == 1 ? 16 : 4;
 
-// sums (+)= left right for two left panels and kColumns right ones over `steps` <= kTileChain tiles
-// of the depth. sums[i][j] is 1 KiB, row-major.
+// sums (+)= left right for the two left factors and kColumns right panels over `steps` tiles of the
+// depth, few enough for one chain of sums. sums[i][j] is 1 KiB, row-major.
 template <int kParts, int kColumns>
-static __attribute__((noinline)) void multiply_panels(const char* const (&left)[2],
-                                                      const char* const (&right)[2],
-                                                      float* const (&sums)[2][2], int64_t steps,
-                                                      bool accumulate) {
+static __attribute__((noinline)) void multiply_tiles(const LeftTiles& left,
+                                                     const char* const (&right)[2],
+                                                     float* const (&sums)[2][2], int64_t steps,
+                                                     bool accumulate) {
   constexpr bool kAddsOutside = kParts > 1;
   alignas(64) float chain[2][2][256];
   asm volatile("" ::: "memory");  // the tile instructions do not tell the compiler what they read
@@ -173,8 +199,8 @@ static __attribute__((noinline)) void multiply_panels(const char* const (&left)[
     if constexpr (kColumns == 2) _tile_zero(1);
     if constexpr (kColumns == 2) _tile_zero(3);
   }
-  const int64_t end = steps * kParts * kTileBytes;
-  for (int64_t k = 0; k < end; k += kParts * kTileBytes) {
+  for (int64_t s = 0, k = 0; s < steps; ++s, k += kParts * kTileBytes) {
+    const int64_t step = left.step[s];
     if constexpr (kParts == 1) {
       FLEXVAR_LOAD_LEFT(0)
       FLEXVAR_LOAD_RIGHT(0)

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common/scratch.h"
 #include "common/tensor_checks.h"
 #include "linear/cpu_amx.h"
 #include "linear/cpu_kernel.h"
@@ -42,20 +43,6 @@ const float* data_or_null(const std::optional<Tensor>& t) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
-
-// Memory for the kernels, aligned to a cache line for as long as this lives.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes)
-      : owner_(torch::stable::empty({bytes + 64}, ScalarType::Byte)),
-        begin_(reinterpret_cast<char*>(
-            (reinterpret_cast<uintptr_t>(owner_.mutable_data_ptr()) + 63) / 64 * 64)) {}
-  char* begin() const { return begin_; }
-
- private:
-  Tensor owner_;
-  char* begin_;
-};
 
 #ifdef FLEXVAR_X86
 void run_on_tiles(const LinearParams& params) {

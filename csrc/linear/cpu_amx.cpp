@@ -89,9 +89,9 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
     return sums + (column_tile * row_tiles + row_tile) * 256;
   };
 
-  for (int64_t k = 0; k < depth; k += kTileChain<parts> * kTileDepth) {
+  for (int64_t k = 0; k < depth; k += kTileSteps<parts> * kTileDepth) {
     const int64_t some =
-        depth - k < kTileChain<parts> * kTileDepth ? depth - k : kTileChain<parts> * kTileDepth;
+        depth - k < kTileSteps<parts> * kTileDepth ? depth - k : kTileSteps<parts> * kTileDepth;
     const int64_t steps = (some + kTileDepth - 1) / kTileDepth;
     const int64_t panel_bytes = steps * parts * kTileBytes;
     for (int64_t column = block.column_begin; column < block.column_end; column += 2 * kTileRows) {
@@ -103,16 +103,16 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
                                depth, params.columns - begin, some, 2 * kTileRows * depth);
       }
       const int64_t tile = (column - block.column_begin) / kTileRows;
-      const char* const left[2] = {weight_panel, weight_panel + panel_bytes};
+      const LeftTiles left{{weight_panel, weight_panel + panel_bytes}, kPanelSteps<parts>};
       for (int64_t i = 0; i < row_tiles; i += 2) {
         const char* const x = x_panels + i * panel_bytes;
         const char* const right[2] = {x, x + panel_bytes};
         float* const out[2][2] = {{sums_of(tile, i), sums_of(tile, i + 1)},
                                   {sums_of(tile + 1, i), sums_of(tile + 1, i + 1)}};
         if (i + 1 < row_tiles) {
-          multiply_panels<parts, 2>(left, right, out, steps, k > 0);
+          multiply_tiles<parts, 2>(left, right, out, steps, k > 0);
         } else {
-          multiply_panels<parts, 1>(left, right, out, steps, k > 0);
+          multiply_tiles<parts, 1>(left, right, out, steps, k > 0);
         }
       }
     }
@@ -135,10 +135,10 @@ void pack_rows(const LinearParams& params, const LinearAmxRows& rows, int64_t ti
   constexpr int parts = kPartsOf<X>;
   const int64_t tiles = (rows.end - rows.begin + kTileRows - 1) / kTileRows;
   const X* const x = static_cast<const X*>(params.x);
-  for (int64_t k = 0; k < params.depth; k += kTileChain<parts> * kTileDepth) {
+  for (int64_t k = 0; k < params.depth; k += kTileSteps<parts> * kTileDepth) {
     const int64_t left = params.depth - k;
     const int64_t some =
-        left < kTileChain<parts> * kTileDepth ? left : kTileChain<parts> * kTileDepth;
+        left < kTileSteps<parts> * kTileDepth ? left : kTileSteps<parts> * kTileDepth;
     const int64_t panel_bytes = (some + kTileDepth - 1) / kTileDepth * parts * kTileBytes;
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t row = rows.begin + tile * kTileRows;
