@@ -160,6 +160,18 @@ constexpr int64_t kPanelSteps[16] = {0,
                                      14 * kParts * kTileBytes,
                                      15 * kParts * kTileBytes};
 
+// Results, the first `count`. Denormal bfloat16 numbers become zero, as they do in products.
+template <typename T>
+static inline void store_result(T* p, Vector<float> v, int64_t count) {
+  if constexpr (__is_same(T, Bfloat16)) {
+    if (count >= kFloatLanes) {
+      _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+      return;
+    }
+  }
+  store_first(p, v, count);
+}
+
 #define FLEXVAR_LOAD_LEFT(p)                                       \
   _tile_loadd(4, left.tile[0] + step + (p) * left.part, left.row); \
   _tile_loadd(5, left.tile[1] + step + (p) * left.part, left.row);

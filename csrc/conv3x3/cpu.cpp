@@ -43,37 +43,34 @@ Tensor channels_last(const Tensor& t) {
 
 void run(Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
-  const Scratch x_tiles(params.batch * params.channel_blocks() * params.block_bytes());
   const int64_t weight_units = params.column_tiles() * params.channel_blocks();
   const Scratch panels(params.phases() * weight_units * params.weight_block_bytes());
-  params.x_tiles = x_tiles.begin();
   params.weight_panels = panels.begin();
-  torch::stable::parallel_for(
-      0, params.batch * params.channel_blocks() * params.padded_height(),
-      divide_up(1024, params.padded_width()),
-      [&](int64_t begin, int64_t end) { amx::conv3x3_pack_x(params, begin, end); });
   torch::stable::parallel_for(0, weight_units, 1, [&](int64_t begin, int64_t end) {
     amx::conv3x3_pack_weight(params, begin, end);
   });
 
-  const int64_t tiles = params.grid_height() * params.tiles_in_row();
-  const int64_t tile_blocks = divide_up(tiles, amx::kConvTiles);
-  const int64_t column_blocks = divide_up(params.column_tiles(), amx::kConvColumnTiles);
-  const int64_t units = params.batch * params.phases() * tile_blocks * column_blocks;
-  const int64_t runs = std::min(units, threads);
-  const Scratch scratch(runs * amx::kConvScratchBytes);
+  const amx::Conv3x3Band band(params);
+  const int64_t band_rows = divide_up(params.grid_height(), band.rows);
+  const int64_t band_columns = divide_up(params.tiles_in_row(), band.tiles);
+  const int64_t bands = params.batch * band_rows * band_columns;
+  // Few bands are shared by threads that each take some of the columns.
+  const int64_t shares =
+      std::clamp<int64_t>(divide_up(4 * threads, bands), 1, divide_up(params.column_tiles(), 2));
+  const int64_t units = bands * shares, runs = std::min(units, threads);
+  const int64_t scratch_bytes = band.bytes(params) + amx::kConvSumBytes;
+  const Scratch scratch(runs * scratch_bytes);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
     for (int64_t run = first_run; run < last_run; ++run) {
       for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
-        // Pixels that stand together meet all columns of their phase one after the other.
-        const int64_t column = unit % column_blocks * amx::kConvColumnTiles;
-        const int64_t tile = unit / column_blocks % tile_blocks * amx::kConvTiles;
-        const int64_t rest = unit / column_blocks / tile_blocks;
-        amx::conv3x3_block(params,
-                           {rest / params.phases(), rest % params.phases(), tile,
-                            std::min(amx::kConvTiles, tiles - tile), column,
-                            std::min(column + amx::kConvColumnTiles, params.column_tiles())},
-                           scratch.begin() + run * amx::kConvScratchBytes);
+        const int64_t share = unit % shares, place = unit / shares;
+        const int64_t pairs = divide_up(params.column_tiles(), 2);
+        amx::conv3x3_block(
+            params, band,
+            {place / band_columns / band_rows, place / band_columns % band_rows * band.rows,
+             place % band_columns * band.tiles, pairs * share / shares * 2,
+             std::min(pairs * (share + 1) / shares * 2, params.column_tiles())},
+            scratch.begin() + run * scratch_bytes);
       }
     }
   });

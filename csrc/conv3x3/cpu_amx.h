@@ -22,9 +22,7 @@ struct Conv3x3Params {
   ConvElement element, weight_element;  // of x, residual and out; of the weight
   ConvResize resize;
   int64_t batch, height, width, out_height, out_width, in_channels, out_channels;
-  // Where the packed factors are.
-  char* x_tiles;
-  char* weight_panels;
+  char* weight_panels;  // packed: [phases][column_tiles][channel_blocks]
 
   // Upsampling, the output's pixels are of four phases by the parity of their row and column, with
   // 2x2 taps each.
@@ -39,30 +37,43 @@ struct Conv3x3Params {
   int64_t column_tiles() const { return (out_channels + 15) / 16; }
   int64_t tiles_in_row() const { return (grid_width() + 15) / 16; }
 
-  // x_tiles: [batch][channel_blocks][parts][padded rows][padded columns] of 32 channels, a pixel of
-  // zeros around what convolutions pad; weight_panels: [phases][column_tiles][channel_blocks].
-  int64_t pad_before() const { return resize == ConvResize::down ? 0 : 1; }
-  int64_t padded_height() const { return (grid_height() - 1) * stride() + 3; }
-  int64_t padded_width() const { return (tiles_in_row() * 16 - 1) * stride() + 3; }
-  int64_t part_bytes() const { return padded_height() * padded_width() * 64; }
-  int64_t block_bytes() const { return parts() * part_bytes(); }
+  // The pixels of zeros before the first.
+  int64_t padding() const { return resize == ConvResize::down ? 0 : 1; }
   int64_t weight_block_bytes() const { return taps() * parts() * 1024; }
 };
 
-// What one call of conv3x3_block computes: `tiles` tiles of 16 pixels of a phase of an image, in
-// row-major order from `first_tile` on, for some of the output channels.
-struct Conv3x3Block {
-  int64_t image, phase, first_tile, tiles, column_tile_begin, column_tile_end;
+// A band of a phase's grid: `rows` rows of `tiles` times 16 pixels, small enough that what it sees
+// of x stays in the L2 cache, packed as [channel_blocks][parts][rows][columns] of 32 channels.
+struct Conv3x3Band {
+  int64_t rows, tiles;
+
+  explicit Conv3x3Band(const Conv3x3Params& params);
+  int64_t seen_rows(const Conv3x3Params& params) const { return (rows - 1) * params.stride() + 3; }
+  int64_t seen_columns(const Conv3x3Params& params) const {
+    return (tiles * 16 - 1) * params.stride() + 3;
+  }
+  int64_t part_bytes(const Conv3x3Params& params) const {
+    return seen_rows(params) * seen_columns(params) * 64;
+  }
+  int64_t bytes(const Conv3x3Params& params) const {
+    return params.channel_blocks() * params.parts() * part_bytes(params);
+  }
 };
+
+// What one call of conv3x3_block computes: a band whose first pixel is at (row, 16 * tile), all
+// phases, for some of the output channels.
+struct Conv3x3Block {
+  int64_t image, row, tile, column_tile_begin, column_tile_end;
+};
+// Tiles of pixels and of columns that are summed together; the sums follow the band in the scratch
+// memory.
 constexpr int64_t kConvTiles = 16;
 constexpr int64_t kConvColumnTiles = 8;
-constexpr int64_t kConvScratchBytes = kConvTiles * kConvColumnTiles * 1024;
+constexpr int64_t kConvSumBytes = kConvTiles * kConvColumnTiles * 1024;
 
-// A unit is a padded row of a block of channels of an image: batch * channel_blocks *
-// padded_height.
-void conv3x3_pack_x(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end);
 // A unit is a tile of columns of a block of channels: column_tiles * channel_blocks.
 void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end);
-void conv3x3_block(const Conv3x3Params& params, const Conv3x3Block& block, char* scratch);
+void conv3x3_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
+                   char* scratch);
 
 }  // namespace flexvar::amx
