@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "scale_attention/checks.h"
+#include "scale_attention/cpu_amx.h"
 #include "scale_attention/cpu_kernel.h"
 
 namespace flexvar {
@@ -33,11 +34,12 @@ AttentionShape shape_of(const Tensor& q, int64_t key_count, double softmax_scale
 }
 
 // Scratch memory for `runs` runs at once: `per_key` + `per_tile` arrays of D numbers for every key
-// and query of a tile, two blocks of scores, and change.
+// (in whole blocks) and query of a tile, two blocks of scores, and change.
 Tensor scratch_for(const AttentionShape& shape, int64_t runs, int64_t per_key, int64_t per_tile,
                    int64_t* run_bytes) {
   const int64_t numbers =
-      (shape.key_count * per_key + kAttentionTileQueries * per_tile) * shape.dim +
+      ((shape.key_count + kAttentionKeyBlock) * per_key + kAttentionTileQueries * per_tile) *
+          shape.dim +
       (2 * kAttentionKeyBlock + 4) * kAttentionTileQueries;
   *run_bytes = numbers * (shape.element == AttentionElement::float64 ? 8 : 4) + 64;
   *run_bytes = (*run_bytes + 63) / 64 * 64;
@@ -68,7 +70,12 @@ void run_forward(const AttentionForwardParams& params, const std::vector<QueryTi
   int64_t run_bytes = 0;
   const Tensor scratch = scratch_for(params.shape, runs, 2, 2, &run_bytes);
   char* const memory = aligned_scratch(scratch);
-  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_forward);
+  auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_forward);
+#ifdef FLEXVAR_X86
+  if (selected_cpu_isa() == CpuIsa::amx && params.shape.element == AttentionElement::bfloat16) {
+    kernel = &amx::attention_forward_bfloat16;
+  }
+#endif
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
       kernel(params, bounds[run], bounds[run + 1], memory + run * run_bytes);
