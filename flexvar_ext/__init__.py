@@ -11,6 +11,7 @@ HAS_CUDA_KERNELS: bool = load_libraries()  # before the op files: they attach to
 from flexvar_ext import reference  # noqa: E402
 from flexvar_ext.append_qkv import append_qkv  # noqa: E402
 from flexvar_ext.embed_resample import embed_resample  # noqa: E402
+from flexvar_ext.group_norm_silu import group_norm_silu  # noqa: E402
 from flexvar_ext.guided_sample import guided_sample  # noqa: E402
 from flexvar_ext.layer_norm_modulate import layer_norm_modulate, residual_layer_norm_modulate  # noqa: E402
 from flexvar_ext.linear import linear  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "HAS_CUDA_KERNELS",
     "append_qkv",
     "embed_resample",
+    "group_norm_silu",
     "guided_sample",
     "layer_norm_modulate",
     "linear",
