@@ -15,6 +15,7 @@ constexpr int64_t kElementsPerTask = 16'384;
 // Elements of a chunk, which is what a cache close by should hold of x and of grad_out.
 constexpr int64_t kRunElements = 4'096;
 constexpr int64_t kChannelsLastElements = 32'768;
+constexpr int64_t kChannelsLastPixels = 256;  // at most: what a sum in float32 takes
 
 GroupNormShape shape_of(const FeatureMaps& maps) {
   GroupNormShape shape{};
@@ -23,9 +24,10 @@ GroupNormShape shape_of(const FeatureMaps& maps) {
   shape.groups = maps.groups();
   shape.pixels = maps.pixels();
   shape.channels_last = maps.channels_last();
-  shape.chunk_pixels = shape.channels_last
-                           ? std::max<int64_t>(kChannelsLastElements / shape.channels, 1)
-                           : kRunElements;
+  shape.chunk_pixels =
+      shape.channels_last
+          ? std::clamp<int64_t>(kChannelsLastElements / shape.channels, 1, kChannelsLastPixels)
+          : kRunElements;
   shape.chunks = (shape.pixels + shape.chunk_pixels - 1) / shape.chunk_pixels;
   return shape;
 }

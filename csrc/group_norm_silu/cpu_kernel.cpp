@@ -12,25 +12,35 @@ constexpr float kMinusLog2E = -1.44269504f;
 
 // --- SiLU ----------------------------------------------------------------------------------------
 
-// 1 + exp(-y); infinite where exp(-y) is beyond 2^126.
-static inline Vector<float> one_plus_exp_minus(Vector<float> y) {
+// Of 1 <= x <= 2^127, to 2 ulp.
+static inline Vector<float> reciprocal(Vector<float> x) {
+#if FLEXVAR_VECTOR_BYTES == 64  // a division takes as long as all the rest; a Newton step does not
+  const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return estimate + estimate * (1.0f - x * estimate);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + exp(-y)); 0 where exp(-y) is beyond 2^126.
+static inline Vector<float> sigmoid(Vector<float> y) {
   Vector<float> exponent = y * kMinusLog2E;
   exponent = exponent < -126.0f ? Vector<float>{} - 126.0f : exponent;
-  const Vector<float> power = exp2_within_range(exponent);
-  return 1.0f + (exponent > 126.0f ? Vector<float>{} + __builtin_inff() : power);
+  const Vector<float> result = reciprocal(1.0f + exp2_within_range(exponent));
+  return exponent > 126.0f ? Vector<float>{} : result;
 }
 
 template <bool kSilu>
 static inline Vector<float> activation(Vector<float> y) {
-  return kSilu ? y / one_plus_exp_minus(y) : y;
+  return kSilu ? y * sigmoid(y) : y;
 }
 
 // grad times the derivative of the activation at y.
 template <bool kSilu>
 static inline Vector<float> through_activation(Vector<float> grad, Vector<float> y) {
   if constexpr (!kSilu) return grad;
-  const Vector<float> sigmoid = 1.0f / one_plus_exp_minus(y);
-  return grad * (sigmoid * (1.0f + y * (1.0f - sigmoid)));
+  const Vector<float> s = sigmoid(y);
+  return grad * (s * (1.0f + y * (1.0f - s)));
 }
 
 // --- Units of work -------------------------------------------------------------------------------
@@ -65,6 +75,16 @@ static inline Unit unit_at(const GroupNormShape& shape, int64_t index) {
   return unit;
 }
 
+// f(i, elements) for every vector of `count` elements, all but the last of which are full. Behind
+// the test of the loop a load of the first so many elements is a plain load.
+template <typename F>
+static inline __attribute__((always_inline)) void for_each_vector(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kFloatLanes <= count; i += kFloatLanes) f(i, kFloatLanes);
+  if (i < count) f(i, count - i);
+}
+#define FLEXVAR_INLINE __attribute__((always_inline))
+
 static inline float total(const Vector<float> (&sum)[kUnroll]) {
   const Vector<float> lanes = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   float result = 0;
@@ -79,67 +99,93 @@ struct Moments {
   float squares;  // of differences from the mean, summed
 };
 
-// From sums of differences, and of their squares, from `shift`, which lies close to the mean.
-static inline Moments moments_about(float shift, float differences, float squares, float count) {
+// Differences are taken from a shift, the mean of the first k of n elements. Squares of differences
+// from it sum to at most 1 + n / k times those from the mean, so what is subtracted at the end
+// cannot swallow the variance, whatever the elements are.
+constexpr int64_t kShiftElements = 256;  // of at most 4,096 side by side
+constexpr int64_t kShiftPixels = 16;     // of at most 256
+
+static inline float squares_about_mean(float squares, float differences, float count) {
   const float rest = squares - differences * differences / count;
-  return {shift + differences / count, rest < 0 ? 0 : rest};
+  return rest < 0 ? 0 : rest;
 }
 
-// Of elements side by side, in one order for a given count. The second pass over them is over a
-// chunk, which the first one brought into the cache.
+// Of elements side by side, in one order for a given count.
 template <typename T>
 static Moments moments_of_run(const T* x, int64_t count) {
-  const auto for_each_vector = [&](float filling, const auto& add) {
-    int64_t i = 0;
-    for (; i + kStep <= count; i += kStep) {
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kUnroll; ++j) add(j, load(x + i + j * kFloatLanes));
-    }
-    for (; i < count; i += kFloatLanes) {
-      Vector<float> v = load_first(x + i, count - i);
-      for (int64_t lane = count - i; lane < kFloatLanes; ++lane) v[lane] = filling;
-      add(0, v);
-    }
-  };
+  const int64_t first = count < kShiftElements ? count : kShiftElements;
   Vector<float> sum[kUnroll] = {};
-  for_each_vector(0, [&](int64_t j, Vector<float> v) { sum[j] += v; });
-  const float shift = total(sum) / static_cast<float>(count);
+  for_each_vector(first,
+                  [&](int64_t i, int64_t n) FLEXVAR_INLINE { sum[0] += load_first(x + i, n); });
+  const float shift = total(sum) / static_cast<float>(first);
+
   Vector<float> differences[kUnroll] = {}, squares[kUnroll] = {};
-  for_each_vector(shift, [&](int64_t j, Vector<float> v) {
+  const auto add = [&](int64_t j, Vector<float> v) FLEXVAR_INLINE {
     const Vector<float> difference = v - shift;
     differences[j] += difference;
     squares[j] += difference * difference;
-  });
-  return moments_about(shift, total(differences), total(squares), static_cast<float>(count));
+  };
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kUnroll; ++j) add(j, load(x + i + j * kFloatLanes));
+  }
+  for (; i < count; i += kFloatLanes) {
+    Vector<float> v = load_first(x + i, count - i);
+    for (int64_t lane = count - i; lane < kFloatLanes; ++lane) v[lane] = shift;
+    add(0, v);
+  }
+  const float n = static_cast<float>(count), difference = total(differences);
+  return {shift + difference / n, squares_about_mean(total(squares), difference, n)};
 }
 
-// Of each of `columns` (at most kVectors vectors of) channels, `stride` from pixel to pixel.
-template <typename T, int kVectors>
-static void moments_of_columns(const T* x, int64_t stride, int64_t pixels, int64_t columns,
-                               float* mean, float* squares) {
-  const auto column = [&](int64_t pixel, int64_t j) {
-    return load_first(x + pixel * stride + j * kFloatLanes, columns - j * kFloatLanes);
-  };
+// Pixels of which a channel's numbers are added up before they go back to their row: so many rows
+// are read side by side.
+constexpr int64_t kPixelsAtATime = 4;
+
+// add(pixels, T) for `pixels` rows from x on, with a constant number of them at a time.
+template <typename T, typename Add>
+static inline __attribute__((always_inline)) void for_pixels(const T* x, int64_t channels,
+                                                             int64_t pixels, const Add& add) {
+  int64_t pixel = 0;
+  for (; pixel + kPixelsAtATime <= pixels; pixel += kPixelsAtATime) {
+    add(x + pixel * channels, kPixelsAtATime);
+  }
+  for (; pixel < pixels; ++pixel) add(x + pixel * channels, 1);
+}
+
+// Of every channel, in two rows: means, and squared differences from them. `shift`: scratch, a row.
+template <typename T>
+static void moments_of_channels(const T* x, int64_t channels, int64_t pixels, float* shift,
+                                float* means, float* squares) {
+  for (int64_t c = 0; c < group_norm_row(channels); ++c) shift[c] = means[c] = squares[c] = 0;
+  const int64_t first = pixels < kShiftPixels ? pixels : kShiftPixels;
+  for_pixels(x, channels, first, [&](const T* rows, int64_t count) FLEXVAR_INLINE {
+    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+      Vector<float> sum = load(shift + c);
+      for (int64_t i = 0; i < count; ++i) sum += load_first(rows + i * channels + c, n);
+      store(shift + c, sum);
+    });
+  });
+  for (int64_t c = 0; c < channels; ++c) shift[c] /= static_cast<float>(first);
+
+  for_pixels(x, channels, pixels, [&](const T* rows, int64_t count) FLEXVAR_INLINE {
+    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+      const Vector<float> from = load(shift + c);
+      Vector<float> difference_sum = load(means + c), square_sum = load(squares + c);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vector<float> difference = load_first(rows + i * channels + c, n) - from;
+        difference_sum += difference;
+        square_sum += difference * difference;
+      }
+      store(means + c, difference_sum);
+      store(squares + c, square_sum);
+    });
+  });
   const float count = static_cast<float>(pixels);
-  Vector<float> sum[kVectors] = {};
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kVectors; ++j) sum[j] += column(pixel, j);
-  }
-  Vector<float> shift[kVectors], difference_sum[kVectors] = {}, square_sum[kVectors] = {};
-  for (int64_t j = 0; j < kVectors; ++j) shift[j] = sum[j] / count;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kVectors; ++j) {
-      const Vector<float> difference = column(pixel, j) - shift[j];
-      difference_sum[j] += difference;
-      square_sum[j] += difference * difference;
-    }
-  }
-  for (int64_t j = 0; j < kVectors; ++j) {
-    const Vector<float> rest = square_sum[j] - difference_sum[j] * difference_sum[j] / count;
-    store(mean + j * kFloatLanes, shift[j] + difference_sum[j] / count);
-    store(squares + j * kFloatLanes, rest < 0.0f ? Vector<float>{} : rest);
+  for (int64_t c = 0; c < channels; ++c) {
+    squares[c] = squares_about_mean(squares[c], means[c], count);
+    means[c] = shift[c] + means[c] / count;
   }
 }
 
@@ -177,14 +223,8 @@ void group_norm_moments(const GroupNormSiluParams& params, float* scratch, int64
         continue;
       }
       float *const mean = scratch, *const squares = scratch + group_norm_row(channels);
-      int64_t c = 0;
-      for (; c + kStep <= channels; c += kStep) {
-        moments_of_columns<T, kUnroll>(x + c, channels, unit.pixels, kStep, mean + c, squares + c);
-      }
-      for (; c < channels; c += kFloatLanes) {
-        moments_of_columns<T, 1>(x + c, channels, unit.pixels, channels - c, mean + c,
-                                 squares + c);
-      }
+      moments_of_channels(x, channels, unit.pixels, squares + group_norm_row(channels), mean,
+                          squares);
       for (int64_t group = 0; group < shape.groups; ++group) {
         write(unit.image, group, unit.chunk,
               moments_of_group(mean + group * group_size, squares + group * group_size, group_size,
@@ -197,23 +237,26 @@ void group_norm_moments(const GroupNormSiluParams& params, float* scratch, int64
 // --- From statistics to the result ---------------------------------------------------------------
 
 // What is done to the elements of a channel: (x - mean) * factor + bias, then the activation.
+// Functions of their own, so that the constants of the loop stay in registers.
 template <typename T, bool kSilu>
-static void apply_run(const T* x, T* out, int64_t count, float mean, float factor, float bias) {
-  for (int64_t i = 0; i < count; i += kFloatLanes) {
-    const Vector<float> y = (load_first(x + i, count - i) - mean) * factor + bias;
-    store_first(out + i, activation<kSilu>(y), count - i);
-  }
+static __attribute__((noinline)) void apply_run(const T* x, T* out, int64_t count, float mean,
+                                                float factor, float bias) {
+  for_each_vector(count, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+    const Vector<float> y = (load_first(x + i, n) - mean) * factor + bias;
+    store_first(out + i, activation<kSilu>(y), n);
+  });
 }
 
 template <typename T, bool kSilu>
-static void apply_pixels(const T* x, T* out, int64_t pixels, int64_t channels, const float* mean,
-                         const float* factor, const float* bias) {
+static __attribute__((noinline)) void apply_pixels(const T* x, T* out, int64_t pixels,
+                                                   int64_t channels, const float* mean,
+                                                   const float* factor, const float* bias) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
-    for (int64_t c = 0; c < channels; c += kFloatLanes) {
-      const Vector<float> v = load_first(x + c, channels - c);
+    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+      const Vector<float> v = load_first(x + c, n);
       const Vector<float> y = (v - load(mean + c)) * load(factor + c) + load(bias + c);
-      store_first(out + c, activation<kSilu>(y), channels - c);
-    }
+      store_first(out + c, activation<kSilu>(y), n);
+    });
   }
 }
 
@@ -283,9 +326,8 @@ static inline Channel<float> channel_at(const GroupNormSiluBackwardParams& param
                                         int64_t c) {
   const GroupNormShape& shape = params.shape;
   const int64_t group = (image * shape.groups + c / channels_per_group(shape)) * 2;
-  return {params.statistics[group],      params.statistics[group + 1], params.weight[c],
-          params.bias[c],                params.group_means[group + 1],
-          params.group_means[group]};
+  return {params.statistics[group], params.statistics[group + 1],  params.weight[c],
+          params.bias[c],           params.group_means[group + 1], params.group_means[group]};
 }
 
 // The same of all channels, as six rows of scratch.
@@ -296,15 +338,20 @@ class ChannelRows {
   void fill(const GroupNormSiluBackwardParams& params, int64_t image) {
     for (int64_t c = 0; c < params.shape.channels; ++c) {
       const Channel<float> channel = channel_at(params, image, c);
-      const float values[] = {channel.mean, channel.reciprocal_deviation, channel.weight,
-                              channel.bias, channel.grad_mean,            channel.product_mean};
+      const float values[] = {channel.mean,      channel.reciprocal_deviation,
+                              channel.weight,    channel.bias,
+                              channel.grad_mean, channel.product_mean};
       for (int64_t i = 0; i < 6; ++i) rows_[i * row_ + c] = values[i];
     }
   }
   Channel<Vector<float>> at(int64_t c) const {
     const float* const first = rows_ + c;
-    return {load(first),            load(first + row_),     load(first + 2 * row_),
-            load(first + 3 * row_), load(first + 4 * row_), load(first + 5 * row_)};
+    return {load(first),
+            load(first + row_),
+            load(first + 2 * row_),
+            load(first + 3 * row_),
+            load(first + 4 * row_),
+            load(first + 5 * row_)};
   }
 
  private:
@@ -326,13 +373,12 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     if (!shape.channels_last) {
       const Channel<float> channel = channel_at(params, unit.image, unit.channel);
       Vector<float> products[kUnroll] = {}, grads[kUnroll] = {};
-      for (int64_t i = 0; i < unit.pixels; i += kFloatLanes) {  // behind the end g is 0
-        const int64_t count = unit.pixels - i;
-        const NormAndGrad at = norm_and_grad<kSilu>(load_first(x + i, count),
-                                                    load_first(grad_out + i, count), channel);
-        products[0] += at.grad * at.norm;
+      for_each_vector(unit.pixels, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+        const NormAndGrad at =
+            norm_and_grad<kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
+        products[0] += at.grad * at.norm;  // behind the end g is 0
         grads[0] += at.grad;
-      }
+      });
       product_sums[unit.channel] = total(products);
       grad_sums[unit.channel] = total(grads);
       continue;
@@ -341,20 +387,19 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     rows.fill(params, unit.image);
     for (int64_t c = 0; c < row; ++c) product_sums[c] = grad_sums[c] = 0;
     for (int64_t pixel = 0; pixel < unit.pixels; ++pixel, x += channels, grad_out += channels) {
-      for (int64_t c = 0; c < channels; c += kFloatLanes) {
-        const int64_t count = channels - c;
-        const NormAndGrad at = norm_and_grad<kSilu>(load_first(x + c, count),
-                                                    load_first(grad_out + c, count), rows.at(c));
+      for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+        const NormAndGrad at =
+            norm_and_grad<kSilu>(load_first(x + c, n), load_first(grad_out + c, n), rows.at(c));
         store(product_sums + c, load(product_sums + c) + at.grad * at.norm);
         store(grad_sums + c, load(grad_sums + c) + at.grad);
-      }
+      });
     }
   }
 }
 
 template <typename T, bool kSilu>
-static void backward_apply(const GroupNormSiluBackwardParams& params, float* scratch,
-                           int64_t begin, int64_t end) {
+static void backward_apply(const GroupNormSiluBackwardParams& params, float* scratch, int64_t begin,
+                           int64_t end) {
   const GroupNormShape& shape = params.shape;
   const int64_t channels = shape.channels;
   for (int64_t index = begin; index < end; ++index) {
@@ -362,20 +407,22 @@ static void backward_apply(const GroupNormSiluBackwardParams& params, float* scr
     const T* x = static_cast<const T*>(params.x) + unit.offset;
     const T* grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
     T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
-    const auto write = [&](int64_t i, int64_t count, const auto& channel) {
-      const NormAndGrad at = norm_and_grad<kSilu>(load_first(x + i, count),
-                                                  load_first(grad_out + i, count), channel);
-      store_first(grad_x + i, grad_of_x(at, channel), count);
+    const auto write = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
+      const NormAndGrad at =
+          norm_and_grad<kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
+      store_first(grad_x + i, grad_of_x(at, channel), n);
     };
     if (!shape.channels_last) {
       const Channel<float> channel = channel_at(params, unit.image, unit.channel);
-      for (int64_t i = 0; i < unit.pixels; i += kFloatLanes) write(i, unit.pixels - i, channel);
+      for_each_vector(unit.pixels,
+                      [&](int64_t i, int64_t n) FLEXVAR_INLINE { write(i, n, channel); });
       continue;
     }
     ChannelRows rows(scratch, channels);
     rows.fill(params, unit.image);
     for (int64_t pixel = 0; pixel < unit.pixels; ++pixel) {
-      for (int64_t c = 0; c < channels; c += kFloatLanes) write(c, channels - c, rows.at(c));
+      for_each_vector(channels,
+                      [&](int64_t c, int64_t n) FLEXVAR_INLINE { write(c, n, rows.at(c)); });
       x += channels;
       grad_out += channels;
       grad_x += channels;
@@ -393,8 +440,7 @@ void group_norm_silu_backward_sums(const GroupNormSiluBackwardParams& params, fl
 void group_norm_silu_backward_apply(const GroupNormSiluBackwardParams& params, float* scratch,
                                     int64_t begin, int64_t end) {
   with_element(params.element, [&]<typename T>(T) {
-    (params.silu ? backward_apply<T, true> : backward_apply<T, false>)(params, scratch, begin,
-                                                                      end);
+    (params.silu ? backward_apply<T, true> : backward_apply<T, false>)(params, scratch, begin, end);
   });
 }
 

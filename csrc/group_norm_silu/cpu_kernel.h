@@ -16,7 +16,8 @@ struct GroupNormShape {
   bool channels_last;            // [images, pixels, channels], else [images, channels, pixels]
 };
 
-// `static`: kernels are compiled once per instruction set, and the linker must not merge the copies.
+// `static`: kernels are compiled once per instruction set, and the linker must not merge the
+// copies.
 static inline int64_t channels_per_group(const GroupNormShape& s) { return s.channels / s.groups; }
 static inline int64_t pixels_of_chunk(const GroupNormShape& s, int64_t chunk) {
   return chunk + 1 < s.chunks ? s.chunk_pixels : s.pixels - chunk * s.chunk_pixels;
@@ -52,23 +53,24 @@ struct GroupNormSiluBackwardParams {
   const float *weight, *bias;  // [channels]
   const float* statistics;     // [images, groups, 2]
   // With g = grad_out through SiLU's derivative and n = GN(x) before weight and bias:
-  float* sums;         // [images, chunks, 2, group_norm_row]: of g * n and of g over a chunk
-  float* group_means;  // [images, groups, 2]: of g * weight * n and of g * weight
-  void* grad_x;        // as x
+  float* sums;           // [images, chunks, 2, group_norm_row]: of g * n and of g over a chunk
+  float* group_means;    // [images, groups, 2]: of g * weight * n and of g * weight
+  void* grad_x;          // as x
   FloatElement element;  // of grad_out, x and grad_x
   bool silu;
 };
 
 // Floats of scratch that a call of any of the kernels needs.
-static constexpr int64_t group_norm_scratch(int64_t channels) { return 6 * group_norm_row(channels); }
+static constexpr int64_t group_norm_scratch(int64_t channels) {
+  return 6 * group_norm_row(channels);
+}
 
 // Units [begin, end): x to parts.
 FLEXVAR_DECLARE_CPU_KERNEL(group_norm_moments, (const GroupNormSiluParams& params, float* scratch,
                                                 int64_t begin, int64_t end));
 // x and statistics to out.
-FLEXVAR_DECLARE_CPU_KERNEL(group_norm_silu_apply,
-                           (const GroupNormSiluParams& params, float* scratch, int64_t begin,
-                            int64_t end));
+FLEXVAR_DECLARE_CPU_KERNEL(group_norm_silu_apply, (const GroupNormSiluParams& params,
+                                                   float* scratch, int64_t begin, int64_t end));
 // x, statistics and grad_out to sums.
 FLEXVAR_DECLARE_CPU_KERNEL(group_norm_silu_backward_sums,
                            (const GroupNormSiluBackwardParams& params, float* scratch,
