@@ -192,14 +192,14 @@ static void moments_of_channels(const T* x, int64_t channels, int64_t pixels, fl
 // Of a group's channels, each of which has so many pixels.
 static inline Moments moments_of_group(const float* mean, const float* squares, int64_t channels,
                                        int64_t pixels) {
-  float mean_sum = 0, square_sum = 0;
+  double mean_sum = 0, square_sum = 0;
   for (int64_t c = 0; c < channels; ++c) mean_sum += mean[c];
-  const float group_mean = mean_sum / static_cast<float>(channels);
+  const double group_mean = mean_sum / static_cast<double>(channels);
   for (int64_t c = 0; c < channels; ++c) {
-    const float difference = mean[c] - group_mean;
-    square_sum += squares[c] + static_cast<float>(pixels) * (difference * difference);
+    const double difference = mean[c] - group_mean;
+    square_sum += squares[c] + static_cast<double>(pixels) * (difference * difference);
   }
-  return {group_mean, square_sum};
+  return {static_cast<float>(group_mean), static_cast<float>(square_sum)};
 }
 
 void group_norm_moments(const GroupNormSiluParams& params, float* scratch, int64_t begin,
@@ -359,6 +359,9 @@ class ChannelRows {
   int64_t row_;
 };
 
+// Elements whose sum is rounded on its own before it joins the others'.
+constexpr int64_t kSumElements = 512;
+
 template <typename T, bool kSilu>
 static void backward_sums(const GroupNormSiluBackwardParams& params, float* scratch, int64_t begin,
                           int64_t end) {
@@ -373,12 +376,19 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     if (!shape.channels_last) {
       const Channel<float> channel = channel_at(params, unit.image, unit.channel);
       Vector<float> products[kUnroll] = {}, grads[kUnroll] = {};
-      for_each_vector(unit.pixels, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
-        const NormAndGrad at =
-            norm_and_grad<kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
-        products[0] += at.grad * at.norm;  // behind the end g is 0
-        grads[0] += at.grad;
-      });
+      for (int64_t first = 0; first < unit.pixels; first += kSumElements) {
+        const int64_t rest = unit.pixels - first;
+        Vector<float> product_sum = {}, grad_sum = {};
+        for_each_vector(
+            rest < kSumElements ? rest : kSumElements, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+              const NormAndGrad at = norm_and_grad<kSilu>(
+                  load_first(x + first + i, n), load_first(grad_out + first + i, n), channel);
+              product_sum += at.grad * at.norm;  // behind the end g is 0
+              grad_sum += at.grad;
+            });
+        products[first / kSumElements % kUnroll] += product_sum;
+        grads[first / kSumElements % kUnroll] += grad_sum;
+      }
       product_sums[unit.channel] = total(products);
       grad_sums[unit.channel] = total(grads);
       continue;

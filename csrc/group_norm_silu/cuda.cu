@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     params.weight = weight.const_data_ptr<float>();
     params.bias = bias.const_data_ptr<float>();
     params.parts = data(parts);
-    params.statistics = data(statistics);
+    params.statistics = statistics.mutable_data_ptr<float>();
     params.out = out.mutable_data_ptr();
     params.eps = static_cast<float>(eps);
     params.silu = silu;
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
         params.x = x.const_data_ptr();
         params.weight = weight.const_data_ptr<float>();
         params.bias = bias.const_data_ptr<float>();
-        params.statistics = static_cast<const float2*>(statistics.const_data_ptr());
+        params.statistics = statistics.const_data_ptr<float>();
         params.parts = data(parts);
         params.channel_sums = data(channel_sums);
         params.group_means = data(group_means);

@@ -70,7 +70,7 @@ struct GroupNormSiluCudaParams {
   const void* x;
   const float *weight, *bias;  // [channels]
   float2* parts;               // [images, chunks, channels]: mean, squared differences from it
-  float2* statistics;          // [images, groups]: mean, reciprocal deviation
+  float* statistics;           // [images, groups, 2]: mean, reciprocal deviation
   void* out;                   // as x
   float eps;
   bool silu;
@@ -80,7 +80,7 @@ struct GroupNormSiluBackwardCudaParams {
   GroupNormPlan plan;
   const void *grad_out, *x;
   const float *weight, *bias;  // [channels]
-  const float2* statistics;    // [images, groups]
+  const float* statistics;     // [images, groups, 2]
   // With g = grad_out through SiLU's derivative and n = GN(x) before weight and bias:
   float2* parts;                   // [images, chunks, channels]: of g * n and of g, summed
   float2* channel_sums;            // [images, channels]: likewise
@@ -327,9 +327,9 @@ __global__ void __launch_bounds__(kGroupNormCombineThreads)
   });
   const double variance = block_sum(squares, shared) / elements;
   if (threadIdx.x == 0) {
-    params.statistics[blockIdx.x] =
-        make_float2(static_cast<float>(mean),
-                    static_cast<float>(1 / sqrt(variance + static_cast<double>(params.eps))));
+    params.statistics[2 * blockIdx.x] = static_cast<float>(mean);
+    params.statistics[2 * blockIdx.x + 1] =
+        static_cast<float>(1 / sqrt(variance + static_cast<double>(params.eps)));
   }
 }
 
@@ -350,9 +350,9 @@ __global__ void __launch_bounds__(kGroupNormThreads)
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
     const int64_t channel = channel_of(plan, place, j);
-    const float2 statistics = params.statistics[group_of(plan, place, channel)];
-    mean[j] = statistics.x;
-    factor[j] = statistics.y * params.weight[channel];
+    const float* const statistics = params.statistics + 2 * group_of(plan, place, channel);
+    mean[j] = statistics[0];
+    factor[j] = statistics[1] * params.weight[channel];
     bias[j] = params.bias[channel];
   }
 #pragma unroll 4
@@ -398,9 +398,9 @@ __global__ void __launch_bounds__(kGroupNormThreads)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const int64_t channel = channel_of(plan, place, j);
-      const float2 statistics = params.statistics[group_of(plan, place, channel)];
-      mean[j] = statistics.x;
-      factor[j] = statistics.y;
+      const float* const statistics = params.statistics + 2 * group_of(plan, place, channel);
+      mean[j] = statistics[0];
+      factor[j] = statistics[1];
       weight[j] = params.weight[channel];
       bias[j] = params.bias[channel];
     }
@@ -519,9 +519,9 @@ __global__ void __launch_bounds__(kGroupNormThreads)
   for (int j = 0; j < kVector; ++j) {
     const int64_t channel = channel_of(plan, place, j);
     const int64_t group = group_of(plan, place, channel);
-    const float2 statistics = params.statistics[group], means = params.group_means[group];
-    mean[j] = statistics.x;
-    factor[j] = statistics.y;
+    const float2 means = params.group_means[group];
+    mean[j] = params.statistics[2 * group];
+    factor[j] = params.statistics[2 * group + 1];
     weight[j] = params.weight[channel];
     bias[j] = params.bias[channel];
     product_mean[j] = means.x;
