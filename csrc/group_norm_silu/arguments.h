@@ -34,7 +34,7 @@ class FeatureMaps {
   int64_t pixels() const { return tensor_.size(2) * tensor_.size(3); }
 
   // For results in another dtype than that of x: float32 holds all of them.
-  void widen() { tensor_ = torch::stable::to(tensor_, ScalarType::Float); }
+  void widen() { tensor_ = in_dtype(tensor_, ScalarType::Float); }
 
   // Of the shape of x, in its memory format.
   Tensor like(const Tensor& given, const char* name) const {
@@ -54,7 +54,7 @@ class FeatureMaps {
     check_same_device(tensor_, given, op_, name);
     float_element(given.scalar_type(), op_, name);
     STD_TORCH_CHECK(given.size(0) == channels(), op_, ": ", name, " must have shape [C]");
-    return torch::stable::contiguous(torch::stable::to(given, ScalarType::Float));
+    return contiguous(in_dtype(given, ScalarType::Float));
   }
 
   // The forward's second result: mean and reciprocal deviation, float32 [images, groups, 2].
@@ -64,10 +64,18 @@ class FeatureMaps {
     check_dtype(given, ScalarType::Float, op_, "statistics");
     STD_TORCH_CHECK(given.size(0) == images() && given.size(1) == groups_ && given.size(2) == 2,
                     op_, ": statistics must have shape [B, num_groups, 2]");
-    return torch::stable::contiguous(given);
+    return contiguous(given);
+  }
+
+  static Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
   }
 
  private:
+  static Tensor contiguous(const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+
   Tensor in_format(const Tensor& t) const {
     return torch::stable::contiguous(t, channels_last_
                                             ? torch::headeronly::MemoryFormat::ChannelsLast

@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
         [&](int64_t group) { put_together(params, eps, group); },
         [&](int64_t begin, int64_t end, float* scratch) { apply(params, scratch, begin, end); });
   }
-  return {torch::stable::to(out, dtype), statistics};
+  return {FeatureMaps::in_dtype(out, dtype), statistics};
 }
 
 // The sums of a group's channels over the chunks of its image, in their order: to channel_sums
@@ -163,14 +163,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
   const ScalarType dtype = maps.dtype();
   if (grad_in.scalar_type() != dtype) maps.widen();
   const Tensor& x = maps.tensor();
-  const Tensor grad = torch::stable::to(maps.like(grad_in, "grad_out"), x.scalar_type());
+  const Tensor grad = FeatureMaps::in_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor statistics = maps.statistics(statistics_in);
   const int64_t channels = maps.channels();
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {torch::stable::to(grad_x, dtype), grad_weight, grad_bias};
+  if (grad_x.numel() == 0) return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
 
   GroupNormSiluBackwardParams params{};
   params.shape = shape_of(maps);
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
     }
     results[c / channels][c % channels] = static_cast<float>(total);
   }
-  return {torch::stable::to(grad_x, dtype), grad_weight, grad_bias};
+  return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) {

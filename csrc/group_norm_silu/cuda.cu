@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
   Tensor out = torch::stable::empty_like(x);
   Tensor statistics =
       torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
-  if (out.numel() == 0) return {torch::stable::to(out, dtype), statistics};
+  if (out.numel() == 0) return {FeatureMaps::in_dtype(out, dtype), statistics};
   with_plan(maps, aligned({&x, &out}), op, [&]<class T, int kVector>(const GroupNormPlan& plan) {
     Tensor parts = pairs(maps, plan.chunks, maps.channels());
     GroupNormSiluCudaParams params{};
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     group_norm_silu_apply_kernel<T, kVector><<<blocks, plan.threads(), 0, scope.stream()>>>(params);
     check_launch(op);
   });
-  return {torch::stable::to(out, dtype), statistics};
+  return {FeatureMaps::in_dtype(out, dtype), statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
@@ -98,14 +98,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
   const ScalarType dtype = maps.dtype();
   if (grad_in.scalar_type() != dtype) maps.widen();
   const Tensor& x = maps.tensor();
-  const Tensor grad = torch::stable::to(maps.like(grad_in, "grad_out"), x.scalar_type());
+  const Tensor grad = FeatureMaps::in_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor statistics = maps.statistics(statistics_in);
   const int64_t channels = maps.channels();
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {torch::stable::to(grad_x, dtype), grad_weight, grad_bias};
+  if (grad_x.numel() == 0) return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
   with_plan(
       maps, aligned({&x, &grad, &grad_x}), op,
       [&]<class T, int kVector>(const GroupNormPlan& plan) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
             <<<blocks, plan.threads(), 0, stream>>>(params);
         check_launch(op);
       });
-  return {torch::stable::to(grad_x, dtype), grad_weight, grad_bias};
+  return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {

@@ -170,6 +170,7 @@ def _example_calls() -> dict[str, Callable[[Any, Any], Any]]:
         "residual_layer_norm_modulate": lambda op, d: op(
             draw(d, 2, 5, 24), draw(d, 2, 6, 24)[:, 1:], *(draw(d, 2, 1, 24) for _ in range(3))
         ),
+        "group_norm_silu": lambda op, d: op(draw(d, 2, 12, 5, 4), 3, draw(d, 12), draw(d, 11, 12)[0]),
         "linear": lambda op, d: op(draw(d, 2, 5, 24), draw(d, 9, 24), draw(d, 9), activation="gelu_tanh"),
         "guided_sample": lambda op, d: op(draw(d, 2, 9, 50), top_k=20, top_p=0.9, seed=1, image_ids=[0, 1], step=2),
     }
