@@ -23,7 +23,8 @@ def group_norm_silu(
     2012.09841). x is read twice and the result written once, nothing else of that size. Arithmetic is in float32,
     rounded once; variances are summed from differences and never as a difference of large squares. An image's result
     does not depend on the batch or on the number of threads, bit for bit. Gradients likewise, those of weight and bias
-    summed over images in their order.
+    summed over images in their order. On bfloat16 maps SiLU may be off by 1.4e-4, a fourteenth of what their
+    rounding makes.
 
     Args:
         x: [B, C, H, W], float32, float16, bfloat16 or float64. Contiguous and channels-last maps are read as they are,

@@ -73,26 +73,35 @@ void run(const GroupNormShape& shape, const First& first, const Between& between
   in_parallel(shape, groups, [&](int64_t begin, int64_t end, float*) {
     for (int64_t group = begin; group < end; ++group) between(group);
   });
-  in_parallel(shape, units, second);
+  // Backwards, since what a thread read last is still in its cache.
+  in_parallel(shape, units, [&](int64_t begin, int64_t end, float* scratch) {
+    for (int64_t unit = end; unit > begin; --unit) second(unit - 1, unit, scratch);
+  });
 }
 
-// Of one group of one image, from its parts in their order.
+// f(part, elements in it) for the parts of a group, in their order.
+template <class F>
+void for_each_part(const GroupNormShape& shape, const float* parts, const F& f) {
+  const int64_t channels = shape.channels_last ? channels_per_group(shape) : 1;  // in a part
+  for (int64_t plane = parts_per_group(shape) / shape.chunks; plane > 0; --plane) {
+    for (int64_t chunk = 0; chunk < shape.chunks; ++chunk, parts += 2) {
+      f(parts, static_cast<double>(pixels_of_chunk(shape, chunk) * channels));
+    }
+  }
+}
+
+// Of one group of one image, from its parts.
 void put_together(const GroupNormSiluParams& params, double eps, int64_t group) {
   const GroupNormShape& shape = params.shape;
-  const int64_t count = parts_per_group(shape);
-  const float* const parts = params.parts + group * count * 2;
-  double sum = 0;
-  for (int64_t part = 0; part < count; ++part) {
-    sum += static_cast<double>(elements_of_part(shape, part)) * parts[2 * part];
-  }
+  const float* const parts = params.parts + group * parts_per_group(shape) * 2;
   const double elements = static_cast<double>(channels_per_group(shape) * shape.pixels);
+  double sum = 0, squares = 0;
+  for_each_part(shape, parts, [&](const float* part, double count) { sum += count * part[0]; });
   const double mean = sum / elements;
-  double squares = 0;
-  for (int64_t part = 0; part < count; ++part) {
-    const double difference = parts[2 * part] - mean;
-    squares += parts[2 * part + 1] +
-               static_cast<double>(elements_of_part(shape, part)) * (difference * difference);
-  }
+  for_each_part(shape, parts, [&](const float* part, double count) {
+    const double difference = part[0] - mean;
+    squares += part[1] + count * difference * difference;
+  });
   params.statistics[2 * group] = static_cast<float>(mean);
   params.statistics[2 * group + 1] = static_cast<float>(1 / std::sqrt(squares / elements + eps));
 }

@@ -12,35 +12,53 @@ constexpr float kMinusLog2E = -1.44269504f;
 
 // --- SiLU ----------------------------------------------------------------------------------------
 
-// Of 1 <= x <= 2^127, to 2 ulp.
-static inline Vector<float> reciprocal(Vector<float> x) {
-#if FLEXVAR_VECTOR_BYTES == 64  // a division takes as long as all the rest; a Newton step does not
-  const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-  return estimate + estimate * (1.0f - x * estimate);
-#else
-  return 1.0f / x;
-#endif
-}
-
-// 1 / (1 + exp(-y)); 0 where exp(-y) is beyond 2^126.
+// 1 / (1 + exp(-y)), as exactly as maps of T need it; 0 where exp(-y) is beyond 2^126.
+template <typename T>
 static inline Vector<float> sigmoid(Vector<float> y) {
   Vector<float> exponent = y * kMinusLog2E;
+#ifdef FLEXVAR_ISA_avx512bf16
+  if constexpr (__is_same(T, Bfloat16)) {
+    const Vector<float> sum = 1.0f + exp2_for_bfloat16(exponent);
+    return (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+  }
+#endif
+#if FLEXVAR_VECTOR_BYTES == 64
+  const Vector<float> lowest = Vector<float>{} - 126.0f;
+  exponent = (Vector<float>)_mm512_maskz_max_ps(0xffff, (__m512)lowest, (__m512)exponent);
+  const Vector<float> sum = 1.0f + exp2_within_range(exponent);
+  // A division takes as long as all the rest; an estimate and a Newton step do not.
+  const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+  const Vector<float> result = estimate + estimate * (1.0f - sum * estimate);
+#else
   exponent = exponent < -126.0f ? Vector<float>{} - 126.0f : exponent;
-  const Vector<float> result = reciprocal(1.0f + exp2_within_range(exponent));
+  const Vector<float> result = 1.0f / (1.0f + exp2_within_range(exponent));
+#endif
   return exponent > 126.0f ? Vector<float>{} : result;
 }
 
-template <bool kSilu>
+template <typename T, bool kSilu>
 static inline Vector<float> activation(Vector<float> y) {
-  return kSilu ? y * sigmoid(y) : y;
+  return kSilu ? y * sigmoid<T>(y) : y;
 }
 
 // grad times the derivative of the activation at y.
-template <bool kSilu>
+template <typename T, bool kSilu>
 static inline Vector<float> through_activation(Vector<float> grad, Vector<float> y) {
   if constexpr (!kSilu) return grad;
-  const Vector<float> s = sigmoid(y);
+  const Vector<float> s = sigmoid<T>(y);
   return grad * (s * (1.0f + y * (1.0f - s)));
+}
+
+template <typename T>
+static inline void store_result(T* p, Vector<float> v, int64_t n) {
+#ifdef FLEXVAR_ISA_avx512bf16
+  if constexpr (__is_same(T,
+                          Bfloat16)) {  // one instruction, which takes what is below 2^-126 for 0
+    if (n == kFloatLanes)
+      return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  }
+#endif
+  store_first(p, v, n);
 }
 
 // --- Units of work -------------------------------------------------------------------------------
@@ -85,11 +103,16 @@ static inline __attribute__((always_inline)) void for_each_vector(int64_t count,
 }
 #define FLEXVAR_INLINE __attribute__((always_inline))
 
+// Neighbours first, then neighbours of those.
 static inline float total(const Vector<float> (&sum)[kUnroll]) {
-  const Vector<float> lanes = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float result = 0;
-  for (int64_t lane = 0; lane < kFloatLanes; ++lane) result += lanes[lane];
-  return result;
+  float lanes[kFloatLanes];
+  store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+#pragma GCC unroll 4
+  for (int64_t step = 1; step < kFloatLanes; step *= 2) {
+#pragma GCC unroll 8
+    for (int64_t lane = 0; lane < kFloatLanes; lane += 2 * step) lanes[lane] += lanes[lane + step];
+  }
+  return lanes[0];
 }
 
 // --- Moments -------------------------------------------------------------------------------------
@@ -110,21 +133,11 @@ static inline float squares_about_mean(float squares, float differences, float c
   return rest < 0 ? 0 : rest;
 }
 
-// Of elements side by side, in one order for a given count.
-template <typename T>
-static Moments moments_of_run(const T* x, int64_t count) {
-  const int64_t first = count < kShiftElements ? count : kShiftElements;
-  Vector<float> sum[kUnroll] = {};
-  for_each_vector(first,
-                  [&](int64_t i, int64_t n) FLEXVAR_INLINE { sum[0] += load_first(x + i, n); });
-  const float shift = total(sum) / static_cast<float>(first);
-
-  Vector<float> differences[kUnroll] = {}, squares[kUnroll] = {};
-  const auto add = [&](int64_t j, Vector<float> v) FLEXVAR_INLINE {
-    const Vector<float> difference = v - shift;
-    differences[j] += difference;
-    squares[j] += difference * difference;
-  };
+// add(j, vector) for all elements, with j going round the sums under way; what lies behind the last
+// element is `filling`.
+template <typename T, typename Add>
+static inline __attribute__((always_inline)) void for_run(const T* x, int64_t count, float filling,
+                                                          const Add& add) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
 #pragma GCC unroll 4
@@ -132,9 +145,25 @@ static Moments moments_of_run(const T* x, int64_t count) {
   }
   for (; i < count; i += kFloatLanes) {
     Vector<float> v = load_first(x + i, count - i);
-    for (int64_t lane = count - i; lane < kFloatLanes; ++lane) v[lane] = shift;
+    for (int64_t lane = count - i; lane < kFloatLanes; ++lane) v[lane] = filling;
     add(0, v);
   }
+}
+
+// Of elements side by side, in one order for a given count.
+template <typename T>
+static Moments moments_of_run(const T* x, int64_t count) {
+  const int64_t first = count < kShiftElements ? count : kShiftElements;
+  Vector<float> sum[kUnroll] = {};
+  for_run(x, first, 0, [&](int64_t j, Vector<float> v) FLEXVAR_INLINE { sum[j] += v; });
+  const float shift = total(sum) / static_cast<float>(first);
+
+  Vector<float> differences[kUnroll] = {}, squares[kUnroll] = {};
+  for_run(x, count, shift, [&](int64_t j, Vector<float> v) FLEXVAR_INLINE {
+    const Vector<float> difference = v - shift;
+    differences[j] += difference;
+    squares[j] += difference * difference;
+  });
   const float n = static_cast<float>(count), difference = total(differences);
   return {shift + difference / n, squares_about_mean(total(squares), difference, n)};
 }
@@ -243,7 +272,7 @@ static __attribute__((noinline)) void apply_run(const T* x, T* out, int64_t coun
                                                 float factor, float bias) {
   for_each_vector(count, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
     const Vector<float> y = (load_first(x + i, n) - mean) * factor + bias;
-    store_first(out + i, activation<kSilu>(y), n);
+    store_result(out + i, activation<T, kSilu>(y), n);
   });
 }
 
@@ -255,7 +284,7 @@ static __attribute__((noinline)) void apply_pixels(const T* x, T* out, int64_t p
     for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
       const Vector<float> v = load_first(x + c, n);
       const Vector<float> y = (v - load(mean + c)) * load(factor + c) + load(bias + c);
-      store_first(out + c, activation<kSilu>(y), n);
+      store_result(out + c, activation<T, kSilu>(y), n);
     });
   }
 }
@@ -308,11 +337,11 @@ struct NormAndGrad {
   Vector<float> norm, grad;  // n, and g: grad_out through the activation's derivative
 };
 
-template <bool kSilu, typename Number>
+template <typename T, bool kSilu, typename Number>
 static inline NormAndGrad norm_and_grad(Vector<float> x, Vector<float> grad_out,
                                         const Channel<Number>& channel) {
   const Vector<float> norm = (x - channel.mean) * channel.reciprocal_deviation;
-  return {norm, through_activation<kSilu>(grad_out, norm * channel.weight + channel.bias)};
+  return {norm, through_activation<T, kSilu>(grad_out, norm * channel.weight + channel.bias)};
 }
 
 // The gradient of x: (g * weight - mean(g * weight) - n * mean(g * weight * n)) / deviation.
@@ -381,7 +410,7 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
         Vector<float> product_sum = {}, grad_sum = {};
         for_each_vector(
             rest < kSumElements ? rest : kSumElements, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
-              const NormAndGrad at = norm_and_grad<kSilu>(
+              const NormAndGrad at = norm_and_grad<T, kSilu>(
                   load_first(x + first + i, n), load_first(grad_out + first + i, n), channel);
               product_sum += at.grad * at.norm;  // behind the end g is 0
               grad_sum += at.grad;
@@ -399,7 +428,7 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     for (int64_t pixel = 0; pixel < unit.pixels; ++pixel, x += channels, grad_out += channels) {
       for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
         const NormAndGrad at =
-            norm_and_grad<kSilu>(load_first(x + c, n), load_first(grad_out + c, n), rows.at(c));
+            norm_and_grad<T, kSilu>(load_first(x + c, n), load_first(grad_out + c, n), rows.at(c));
         store(product_sums + c, load(product_sums + c) + at.grad * at.norm);
         store(grad_sums + c, load(grad_sums + c) + at.grad);
       });
@@ -419,8 +448,8 @@ static void backward_apply(const GroupNormSiluBackwardParams& params, float* scr
     T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
     const auto write = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
       const NormAndGrad at =
-          norm_and_grad<kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
-      store_first(grad_x + i, grad_of_x(at, channel), n);
+          norm_and_grad<T, kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
+      store_result(grad_x + i, grad_of_x(at, channel), n);
     };
     if (!shape.channels_last) {
       const Channel<float> channel = channel_at(params, unit.image, unit.channel);

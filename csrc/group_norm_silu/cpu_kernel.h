@@ -29,10 +29,6 @@ static inline int64_t units_per_image(const GroupNormShape& s) {
 static inline int64_t parts_per_group(const GroupNormShape& s) {
   return s.chunks * (s.channels_last ? 1 : channels_per_group(s));
 }
-static inline int64_t elements_of_part(const GroupNormShape& s, int64_t part) {
-  return pixels_of_chunk(s, part % s.chunks) * (s.channels_last ? channels_per_group(s) : 1);
-}
-
 struct GroupNormSiluParams {
   GroupNormShape shape;
   const void* x;
