@@ -108,6 +108,7 @@ def works() -> list[Work]:
     image = 64 * 32 * 4  # bytes of a float32 row of 32 channels in 64 images
     width_1024 = f"batch 64, {tokens} tokens, width 1024"
     channels = 64 * tokens * 1024  # of all tokens of 64 images; the residual stream in float32, the rest in bfloat16
+    maps = 64 * 128 * 256 * 256  # elements of the decoder's last feature maps
     return [
         vq_lookup(680, 8912, 32),
         vq_lookup(680, 16384, 8),
@@ -126,6 +127,11 @@ def works() -> list[Work]:
         Work("layer_norm_modulate", width_1024, bytes=channels * (4 + 2)),
         Work("layer_norm_modulate_backward", width_1024, bytes=channels * (4 + 2 + 4), launches=3),
         Work("residual_layer_norm_modulate", width_1024, bytes=channels * (4 + 2 + 4 + 2)),
+        # Maps larger than the cache are read twice; SiLU takes an exponential and a reciprocal.
+        Work("group_norm_silu", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 3 * maps,
+             exponentials=2 * maps, launches=3),
+        Work("group_norm_silu_backward", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 5 * maps,
+             exponentials=4 * maps, launches=4),
         # Keys are compared about 14 times while a threshold is bisected, and weighed by an exponential.
         Work("guided_sample", "16,384 × 8,912, float32", bytes=16384 * 8912 * 4, exponentials=16384 * 8912,
              instructions=16384 * 8912 * 30),

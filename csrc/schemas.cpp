@@ -25,6 +25,13 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
       "guided_sample(Tensor logits, SymInt top_k, float top_p, Tensor seeds, Tensor image_ids, "
       "SymInt step) -> Tensor");
   m.def(
+      "group_norm_silu(Tensor x, SymInt num_groups, Tensor weight, Tensor bias, float eps, bool "
+      "silu, ScalarType dtype) -> (Tensor out, Tensor statistics)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad_out, Tensor x, SymInt num_groups, Tensor weight, "
+      "Tensor bias, Tensor statistics, bool silu) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
       "layer_norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps, ScalarType dtype) "
       "-> Tensor");
   m.def(

@@ -12,6 +12,7 @@ from flexvar_ext import reference  # noqa: E402
 from flexvar_ext.append_qkv import append_qkv  # noqa: E402
 from flexvar_ext.conv3x3 import conv3x3, conv3x3_is_native  # noqa: E402
 from flexvar_ext.embed_resample import embed_resample  # noqa: E402
+from flexvar_ext.group_norm_silu import group_norm_silu  # noqa: E402
 from flexvar_ext.guided_sample import guided_sample  # noqa: E402
 from flexvar_ext.layer_norm_modulate import layer_norm_modulate, residual_layer_norm_modulate  # noqa: E402
 from flexvar_ext.linear import linear  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "conv3x3",
     "conv3x3_is_native",
     "embed_resample",
+    "group_norm_silu",
     "guided_sample",
     "layer_norm_modulate",
     "linear",

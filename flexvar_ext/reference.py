@@ -18,6 +18,7 @@ __all__ = [
     "append_qkv",
     "conv3x3",
     "embed_resample",
+    "group_norm_silu",
     "guided_sample",
     "layer_norm_modulate",
     "linear",
@@ -148,6 +149,16 @@ def residual_layer_norm_modulate(
     """x + gate * branch, in x's dtype, and its :func:`layer_norm_modulate`."""
     y = torch.addcmul(x, gate, branch).to(x.dtype)
     return y, layer_norm_modulate(y, scale, shift, eps=eps, dtype=dtype)
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, silu: bool = True
+) -> Tensor:
+    """[B, C, H, W], [C] twice -> [B, C, H, W]: SiLU(GroupNorm(x)), or GroupNorm(x); in float32, rounded once."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    out = torch.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    return (F.silu(out) if silu else out).to(result_dtype(x))
 
 
 def scale_attention(

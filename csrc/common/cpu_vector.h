@@ -70,9 +70,14 @@ static inline void store(Half* p, Vector<float> v) {
 
 // --- bfloat16: the upper half of a float; stored rounded to nearest even, NaN stays NaN ---------
 static inline Vector<float> load(const Bfloat16* p) {
+#if FLEXVAR_VECTOR_BYTES == 64  // GCC converts it in halves
+  const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
+  return (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
+#else
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   return (Vector<float>)(__builtin_convertvector(bits, Bits32) << 16);
+#endif
 }
 static inline void store(Bfloat16* p, Vector<float> v) {
   const Bits32 bits = (Bits32)v;

@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/float_element.h"
+
 namespace flexvar {
 
 using torch::headeronly::ScalarType;
@@ -29,6 +31,14 @@ inline void check_same_device(const Tensor& a, const Tensor& b, const char* op, 
 
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+inline FloatElement float_element(ScalarType dtype, const char* op, const char* name) {
+  STD_TORCH_CHECK(is_floating(dtype), op, ": ", name,
+                  " must have dtype float32, float16 or bfloat16");
+  return dtype == ScalarType::Float  ? FloatElement::float32
+         : dtype == ScalarType::Half ? FloatElement::float16
+                                     : FloatElement::bfloat16;
 }
 
 }  // namespace flexvar

@@ -1,18 +1,9 @@
 // What both launchers of layer_norm_modulate and its relatives make of their arguments.
 #pragma once
 
-#include "common/float_element.h"
 #include "common/tensor_checks.h"
 
 namespace flexvar {
-
-inline FloatElement float_element(ScalarType dtype, const char* op, const char* name) {
-  STD_TORCH_CHECK(is_floating(dtype), op, ": ", name,
-                  " must have dtype float32, float16 or bfloat16");
-  return dtype == ScalarType::Float  ? FloatElement::float32
-         : dtype == ScalarType::Half ? FloatElement::float16
-                                     : FloatElement::bfloat16;
-}
 
 // A vector for each image, or one for all: [B or 1, 1, C] in float32, read in place where possible.
 class ImageVectors {

@@ -1,25 +1,11 @@
 // From the sums of a block to the output: residual + gate * activation(sums + bias).
 #pragma once
 
+#include "common/cpu_exp2.h"
 #include "common/cpu_vector.h"
 #include "linear/cpu_kernel.h"
 
 namespace flexvar::FLEXVAR_ISA {
-
-// 2^x to 2 ulp for -126 <= x <= 126.
-static inline Vector<float> exp2_within_range(Vector<float> x) {
-  const Vector<float> shifted =
-      x + 0x1.8p23f;  // rounds to an integer, which the low bits then hold
-  const Vector<float> fraction = x - (shifted - 0x1.8p23f);
-  // Minimax polynomial of 2^f on [-0.5, 0.5], relative error 2e-9 before rounding.
-  Vector<float> y = fraction * 0.00015345774590969086f + 0.0013399930903688073f;
-  y = y * fraction + 0.009618489071726799f;
-  y = y * fraction + 0.05550328642129898f;
-  y = y * fraction + 0.24022646248340607f;
-  y = y * fraction + 0.6931471824645996f;
-  y = y * fraction + 1.0f;
-  return y * (Vector<float>)(((Bits32)shifted + 127) << 23);  // casts keep the bits
-}
 
 // x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
 static inline Vector<float> gelu_tanh(Vector<float> x) {

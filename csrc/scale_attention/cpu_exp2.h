@@ -1,6 +1,7 @@
 // 2^x, the exponential of the softmax.
 #pragma once
 
+#include "common/cpu_exp2.h"
 #include "common/cpu_vector.h"
 
 namespace flexvar::FLEXVAR_ISA {
@@ -8,36 +9,11 @@ namespace flexvar::FLEXVAR_ISA {
 // 2^x for x <= 0 (also -inf) to 2 ulp; exactly 0 below 2^-126.5; NaN stays NaN.
 static inline __attribute__((always_inline)) Vector<float> exp2_nonpositive(Vector<float> x) {
   x = x < -127.0f ? Vector<float>{} - 127.0f : x;
-  const Vector<float> shifted =
-      x + 0x1.8p23f;  // rounds to an integer, which the low bits then hold
-  const Vector<float> fraction = x - (shifted - 0x1.8p23f);
-  // Minimax polynomial of 2^f on [-0.5, 0.5], relative error 2e-9 before rounding.
-  Vector<float> y = fraction * 0.00015345774590969086f + 0.0013399930903688073f;
-  y = y * fraction + 0.009618489071726799f;
-  y = y * fraction + 0.05550328642129898f;
-  y = y * fraction + 0.24022646248340607f;
-  y = y * fraction + 0.6931471824645996f;
-  y = y * fraction + 1.0f;
-  // Casts between vectors keep the bits.
-  const Bits32 exponent = ((Bits32)shifted + 127) << 23;
-  return y * (Vector<float>)exponent;
+  return exp2_within_range(x);
 }
 static inline Vector<double> exp2_nonpositive(Vector<double> x) {
   for (int i = 0; i < VectorOf<double>::lanes; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }
-
-#ifdef __AVX512BF16__
-// 2^x for x <= 0 (also -inf) with a relative error of 7.5e-5, a twenty-sixth of what rounding to
-// bfloat16 makes; NaN stays NaN.
-static inline __attribute__((always_inline)) Vector<float> exp2_for_bfloat16(Vector<float> x) {
-  constexpr int to_floor = 1;
-  const Vector<float> fraction = (Vector<float>)_mm512_maskz_reduce_ps(0xffff, (__m512)x, to_floor);
-  Vector<float> y = fraction * 0.07802452147f + 0.2260671556f;
-  y = y * fraction + 0.6958335638f;
-  y = y * fraction + 0.9999251962f;
-  return (Vector<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)x);  // y * 2^floor(x)
-}
-#endif
 
 }  // namespace flexvar::FLEXVAR_ISA

@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of the VQ autoencoder.
 
 The architecture of LlamaGen's VQ models (arXiv 2406.06525), which is VQGAN's (arXiv 2012.09841); module names are
-those of the published checkpoints. Feature maps are [B, channels, height, width].
+those of the published checkpoints. Feature maps are [B, channels, height, width]. ``backend``: "native", or
+"reference" for the plain-PyTorch ops.
 """
 
 from __future__ import annotations
@@ -12,37 +13,49 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexvar._backend import check_backend, ops
 from flexvar.tokenizer.config import TokenizerConfig
 from flexvar.tokenizer.upsampling import Upsample
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """GroupNorm and, unless ``silu`` is False, SiLU. [B, channels, h, w], in x's memory format."""
+
+    def __init__(self, channels: int, groups: int, *, silu: bool = True, backend: str) -> None:
+        super().__init__(groups, channels, eps=1e-6)
+        self.silu = silu
+        self.backend = check_backend(backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = ops(self.backend).group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, eps=self.eps, silu=self.silu
+        )
+        return out
 
 
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a skip connection (1x1 convolution where the channels change)."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, *, backend: str) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels, norm_groups)
+        self.norm1 = Norm(in_channels, norm_groups, backend=backend)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, norm_groups)
+        self.norm2 = Norm(out_channels, norm_groups, backend=backend)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.nin_shortcut(x) + h
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions, around a skip connection."""
 
-    def __init__(self, channels: int, norm_groups: int) -> None:
+    def __init__(self, channels: int, norm_groups: int, *, backend: str) -> None:
         super().__init__()
-        self.norm = _norm(channels, norm_groups)
+        self.norm = Norm(channels, norm_groups, silu=False, backend=backend)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -79,12 +92,13 @@ class Level(nn.Module):
         attention: bool,
         downsample: bool = False,
         upsample: bool = False,
+        backend: str,
     ) -> None:
         super().__init__()
         channels = [in_channels] + [out_channels] * num_res_blocks
-        self.res = nn.ModuleList(ResidualBlock(a, b, norm_groups) for a, b in pairwise(channels))
+        self.res = nn.ModuleList(ResidualBlock(a, b, norm_groups, backend=backend) for a, b in pairwise(channels))
         self.attn = nn.ModuleList(
-            AttentionBlock(out_channels, norm_groups) if attention else nn.Identity() for _ in self.res
+            AttentionBlock(out_channels, norm_groups, backend=backend) if attention else nn.Identity() for _ in self.res
         )
         self.downsample = Downsample(out_channels) if downsample else nn.Identity()
         self.upsample = Upsample(out_channels) if upsample else nn.Identity()
@@ -95,51 +109,57 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def _middle(channels: int, norm_groups: int) -> nn.Sequential:
+def _middle(channels: int, norm_groups: int, *, backend: str) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels, norm_groups),
-        AttentionBlock(channels, norm_groups),
-        ResidualBlock(channels, channels, norm_groups),
+        ResidualBlock(channels, channels, norm_groups, backend=backend),
+        AttentionBlock(channels, norm_groups, backend=backend),
+        ResidualBlock(channels, channels, norm_groups, backend=backend),
     )
 
 
 class Encoder(nn.Module):
     """[B, 3, H, W] -> [B, z_channels, H / patch_size, W / patch_size]."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig, *, backend: str) -> None:
         super().__init__()
         channels = [config.base_channels * m for m in config.channel_multipliers]
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(a, b, config.num_res_blocks, config.norm_groups, attention=index == last, downsample=index != last)
+            Level(
+                a, b, config.num_res_blocks, config.norm_groups,
+                attention=index == last, downsample=index != last, backend=backend,
+            )
             for index, (a, b) in enumerate(pairwise([config.base_channels, *channels]))
-        )
-        self.mid = _middle(channels[-1], config.norm_groups)
-        self.norm_out = _norm(channels[-1], config.norm_groups)
+        )  # fmt: skip
+        self.mid = _middle(channels[-1], config.norm_groups, backend=backend)
+        self.norm_out = Norm(channels[-1], config.norm_groups, backend=backend)
         self.conv_out = nn.Conv2d(channels[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x)))
 
 
 class Decoder(nn.Module):
     """[B, z_channels, h, w] -> [B, 3, h * patch_size, w * patch_size]."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig, *, backend: str) -> None:
         super().__init__()
         channels = [config.base_channels * m for m in reversed(config.channel_multipliers)]
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.z_channels, channels[0], 3, padding=1)
-        self.mid = _middle(channels[0], config.norm_groups)
+        self.mid = _middle(channels[0], config.norm_groups, backend=backend)
         self.conv_blocks = nn.ModuleList(
-            Level(a, b, config.num_res_blocks + 1, config.norm_groups, attention=index == 0, upsample=index != last)
+            Level(
+                a, b, config.num_res_blocks + 1, config.norm_groups,
+                attention=index == 0, upsample=index != last, backend=backend,
+            )
             for index, (a, b) in enumerate(pairwise([channels[0], *channels]))
-        )
-        self.norm_out = _norm(channels[-1], config.norm_groups)
+        )  # fmt: skip
+        self.norm_out = Norm(channels[-1], config.norm_groups, backend=backend)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     @property
@@ -151,4 +171,4 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))

@@ -33,8 +33,8 @@ class MultiScaleTokenizer(nn.Module):
         if not isinstance(config, TokenizerConfig):
             raise TypeError(f"MultiScaleTokenizer: config must be a TokenizerConfig, got {type(config).__name__}")
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, backend=backend)
+        self.decoder = Decoder(config, backend=backend)
         self.quantize = VectorQuantizer(config, backend=backend)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)

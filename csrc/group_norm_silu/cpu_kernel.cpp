@@ -1,0 +1,486 @@
+#include "group_norm_silu/cpu_kernel.h"
+
+#include "common/cpu_exp2.h"
+#include "common/cpu_vector.h"
+
+namespace flexvar::FLEXVAR_ISA {
+
+constexpr int64_t kUnroll = 4;  // sums under way at a time: additions are slow to finish
+constexpr int64_t kStep = kUnroll * kFloatLanes;
+static_assert(group_norm_row(1) % kStep == 0);
+constexpr float kMinusLog2E = -1.44269504f;
+
+// --- SiLU ----------------------------------------------------------------------------------------
+
+// 1 / (1 + exp(-y)), as exactly as maps of T need it; 0 where exp(-y) is beyond 2^126.
+template <typename T>
+static inline Vector<float> sigmoid(Vector<float> y) {
+  Vector<float> exponent = y * kMinusLog2E;
+#ifdef __AVX512BF16__
+  if constexpr (__is_same(T, Bfloat16)) {
+    const Vector<float> sum = 1.0f + exp2_for_bfloat16(exponent);
+    return (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+  }
+#endif
+#if FLEXVAR_VECTOR_BYTES == 64
+  const Vector<float> lowest = Vector<float>{} - 126.0f;
+  exponent = (Vector<float>)_mm512_maskz_max_ps(0xffff, (__m512)lowest, (__m512)exponent);
+  const Vector<float> sum = 1.0f + exp2_within_range(exponent);
+  // A division takes as long as all the rest; an estimate and a Newton step do not.
+  const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+  const Vector<float> result = estimate + estimate * (1.0f - sum * estimate);
+#else
+  exponent = exponent < -126.0f ? Vector<float>{} - 126.0f : exponent;
+  const Vector<float> result = 1.0f / (1.0f + exp2_within_range(exponent));
+#endif
+  return exponent > 126.0f ? Vector<float>{} : result;
+}
+
+template <typename T, bool kSilu>
+static inline Vector<float> activation(Vector<float> y) {
+  return kSilu ? y * sigmoid<T>(y) : y;
+}
+
+// grad times the derivative of the activation at y.
+template <typename T, bool kSilu>
+static inline Vector<float> through_activation(Vector<float> grad, Vector<float> y) {
+  if constexpr (!kSilu) return grad;
+  const Vector<float> s = sigmoid<T>(y);
+  return grad * (s * (1.0f + y * (1.0f - s)));
+}
+
+template <typename T>
+static inline void store_result(T* p, Vector<float> v, int64_t n) {
+#ifdef __AVX512BF16__
+  if constexpr (__is_same(T,
+                          Bfloat16)) {  // one instruction, which takes what is below 2^-126 for 0
+    if (n == kFloatLanes)
+      return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  }
+#endif
+  store_first(p, v, n);
+}
+
+// --- Units of work -------------------------------------------------------------------------------
+
+template <typename F>
+static inline void with_element(FloatElement element, const F& f) {
+  switch (element) {
+    case FloatElement::float32:
+      return f(float());
+    case FloatElement::float16:
+      return f(Half());
+    case FloatElement::bfloat16:
+      return f(Bfloat16());
+  }
+}
+
+struct Unit {
+  int64_t image, channel, chunk;  // channel 0 with channels last
+  int64_t offset;                 // of its first element
+  int64_t pixels;
+};
+
+static inline Unit unit_at(const GroupNormShape& shape, int64_t index) {
+  Unit unit{};
+  unit.chunk = index % shape.chunks;
+  const int64_t plane = index / shape.chunks;  // an image with channels last, else a channel of one
+  unit.image = shape.channels_last ? plane : plane / shape.channels;
+  unit.channel = shape.channels_last ? 0 : plane % shape.channels;
+  const int64_t first = plane * shape.pixels + unit.chunk * shape.chunk_pixels;
+  unit.offset = first * (shape.channels_last ? shape.channels : 1);
+  unit.pixels = pixels_of_chunk(shape, unit.chunk);
+  return unit;
+}
+
+// f(i, elements) for every vector of `count` elements, all but the last of which are full. Behind
+// the test of the loop a load of the first so many elements is a plain load.
+template <typename F>
+static inline __attribute__((always_inline)) void for_each_vector(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kFloatLanes <= count; i += kFloatLanes) f(i, kFloatLanes);
+  if (i < count) f(i, count - i);
+}
+#define FLEXVAR_INLINE __attribute__((always_inline))
+
+// Neighbours first, then neighbours of those.
+static inline float total(const Vector<float> (&sum)[kUnroll]) {
+  float lanes[kFloatLanes];
+  store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+#pragma GCC unroll 4
+  for (int64_t step = 1; step < kFloatLanes; step *= 2) {
+#pragma GCC unroll 8
+    for (int64_t lane = 0; lane < kFloatLanes; lane += 2 * step) lanes[lane] += lanes[lane + step];
+  }
+  return lanes[0];
+}
+
+// --- Moments -------------------------------------------------------------------------------------
+
+struct Moments {
+  float mean;
+  float squares;  // of differences from the mean, summed
+};
+
+// Differences are taken from a shift, the mean of the first k of n elements. Squares of differences
+// from it sum to at most 1 + n / k times those from the mean, so what is subtracted at the end
+// cannot swallow the variance, whatever the elements are.
+constexpr int64_t kShiftElements = 256;  // of at most 4,096 side by side
+constexpr int64_t kShiftPixels = 16;     // of at most 256
+
+static inline float squares_about_mean(float squares, float differences, float count) {
+  const float rest = squares - differences * differences / count;
+  return rest < 0 ? 0 : rest;
+}
+
+// add(j, vector) for all elements, with j going round the sums under way; what lies behind the last
+// element is `filling`.
+template <typename T, typename Add>
+static inline __attribute__((always_inline)) void for_run(const T* x, int64_t count, float filling,
+                                                          const Add& add) {
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kUnroll; ++j) add(j, load(x + i + j * kFloatLanes));
+  }
+  for (; i < count; i += kFloatLanes) {
+    Vector<float> v = load_first(x + i, count - i);
+    for (int64_t lane = count - i; lane < kFloatLanes; ++lane) v[lane] = filling;
+    add(0, v);
+  }
+}
+
+// Of elements side by side, in one order for a given count.
+template <typename T>
+static Moments moments_of_run(const T* x, int64_t count) {
+  const int64_t first = count < kShiftElements ? count : kShiftElements;
+  Vector<float> sum[kUnroll] = {};
+  for_run(x, first, 0, [&](int64_t j, Vector<float> v) FLEXVAR_INLINE { sum[j] += v; });
+  const float shift = total(sum) / static_cast<float>(first);
+
+  Vector<float> differences[kUnroll] = {}, squares[kUnroll] = {};
+  for_run(x, count, shift, [&](int64_t j, Vector<float> v) FLEXVAR_INLINE {
+    const Vector<float> difference = v - shift;
+    differences[j] += difference;
+    squares[j] += difference * difference;
+  });
+  const float n = static_cast<float>(count), difference = total(differences);
+  return {shift + difference / n, squares_about_mean(total(squares), difference, n)};
+}
+
+// Pixels of which a channel's numbers are added up before they go back to their row: so many rows
+// are read side by side.
+constexpr int64_t kPixelsAtATime = 4;
+
+// add(pixels, T) for `pixels` rows from x on, with a constant number of them at a time.
+template <typename T, typename Add>
+static inline __attribute__((always_inline)) void for_pixels(const T* x, int64_t channels,
+                                                             int64_t pixels, const Add& add) {
+  int64_t pixel = 0;
+  for (; pixel + kPixelsAtATime <= pixels; pixel += kPixelsAtATime) {
+    add(x + pixel * channels, kPixelsAtATime);
+  }
+  for (; pixel < pixels; ++pixel) add(x + pixel * channels, 1);
+}
+
+// Of every channel, in two rows: means, and squared differences from them. `shift`: scratch, a row.
+template <typename T>
+static void moments_of_channels(const T* x, int64_t channels, int64_t pixels, float* shift,
+                                float* means, float* squares) {
+  for (int64_t c = 0; c < group_norm_row(channels); ++c) shift[c] = means[c] = squares[c] = 0;
+  const int64_t first = pixels < kShiftPixels ? pixels : kShiftPixels;
+  for_pixels(x, channels, first, [&](const T* rows, int64_t count) FLEXVAR_INLINE {
+    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+      Vector<float> sum = load(shift + c);
+      for (int64_t i = 0; i < count; ++i) sum += load_first(rows + i * channels + c, n);
+      store(shift + c, sum);
+    });
+  });
+  for (int64_t c = 0; c < channels; ++c) shift[c] /= static_cast<float>(first);
+
+  for_pixels(x, channels, pixels, [&](const T* rows, int64_t count) FLEXVAR_INLINE {
+    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+      const Vector<float> from = load(shift + c);
+      Vector<float> difference_sum = load(means + c), square_sum = load(squares + c);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vector<float> difference = load_first(rows + i * channels + c, n) - from;
+        difference_sum += difference;
+        square_sum += difference * difference;
+      }
+      store(means + c, difference_sum);
+      store(squares + c, square_sum);
+    });
+  });
+  const float count = static_cast<float>(pixels);
+  for (int64_t c = 0; c < channels; ++c) {
+    squares[c] = squares_about_mean(squares[c], means[c], count);
+    means[c] = shift[c] + means[c] / count;
+  }
+}
+
+// Of a group's channels, each of which has so many pixels.
+static inline Moments moments_of_group(const float* mean, const float* squares, int64_t channels,
+                                       int64_t pixels) {
+  double mean_sum = 0, square_sum = 0;
+  for (int64_t c = 0; c < channels; ++c) mean_sum += mean[c];
+  const double group_mean = mean_sum / static_cast<double>(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double difference = mean[c] - group_mean;
+    square_sum += squares[c] + static_cast<double>(pixels) * (difference * difference);
+  }
+  return {static_cast<float>(group_mean), static_cast<float>(square_sum)};
+}
+
+void group_norm_moments(const GroupNormSiluParams& params, float* scratch, int64_t begin,
+                        int64_t end) {
+  const GroupNormShape& shape = params.shape;
+  const int64_t channels = shape.channels, group_size = channels_per_group(shape);
+  const int64_t parts = parts_per_group(shape);
+  const auto write = [&](int64_t image, int64_t group, int64_t part, const Moments& moments) {
+    float* const place = params.parts + ((image * shape.groups + group) * parts + part) * 2;
+    place[0] = moments.mean;
+    place[1] = moments.squares;
+  };
+  with_element(params.element, [&]<typename T>(T) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Unit unit = unit_at(shape, index);
+      const T* const x = static_cast<const T*>(params.x) + unit.offset;
+      if (!shape.channels_last) {
+        write(unit.image, unit.channel / group_size,
+              unit.channel % group_size * shape.chunks + unit.chunk,
+              moments_of_run(x, unit.pixels));
+        continue;
+      }
+      float *const mean = scratch, *const squares = scratch + group_norm_row(channels);
+      moments_of_channels(x, channels, unit.pixels, squares + group_norm_row(channels), mean,
+                          squares);
+      for (int64_t group = 0; group < shape.groups; ++group) {
+        write(unit.image, group, unit.chunk,
+              moments_of_group(mean + group * group_size, squares + group * group_size, group_size,
+                               unit.pixels));
+      }
+    }
+  });
+}
+
+// --- From statistics to the result ---------------------------------------------------------------
+
+// What is done to the elements of a channel: (x - mean) * factor + bias, then the activation.
+// Functions of their own, so that the constants of the loop stay in registers.
+template <typename T, bool kSilu>
+static __attribute__((noinline)) void apply_run(const T* x, T* out, int64_t count, float mean,
+                                                float factor, float bias) {
+  for_each_vector(count, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+    const Vector<float> y = (load_first(x + i, n) - mean) * factor + bias;
+    store_result(out + i, activation<T, kSilu>(y), n);
+  });
+}
+
+template <typename T, bool kSilu>
+static __attribute__((noinline)) void apply_pixels(const T* x, T* out, int64_t pixels,
+                                                   int64_t channels, const float* mean,
+                                                   const float* factor, const float* bias) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
+    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+      const Vector<float> v = load_first(x + c, n);
+      const Vector<float> y = (v - load(mean + c)) * load(factor + c) + load(bias + c);
+      store_result(out + c, activation<T, kSilu>(y), n);
+    });
+  }
+}
+
+template <typename T, bool kSilu>
+static void apply_units(const GroupNormSiluParams& params, float* scratch, int64_t begin,
+                        int64_t end) {
+  const GroupNormShape& shape = params.shape;
+  const int64_t channels = shape.channels, group_size = channels_per_group(shape);
+  const int64_t row = group_norm_row(channels);
+  float *const mean = scratch, *const factor = scratch + row, *const bias = scratch + 2 * row;
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit = unit_at(shape, index);
+    const float* const statistics = params.statistics + unit.image * shape.groups * 2;
+    const T* const x = static_cast<const T*>(params.x) + unit.offset;
+    T* const out = static_cast<T*>(params.out) + unit.offset;
+    if (!shape.channels_last) {
+      const float* const group = statistics + unit.channel / group_size * 2;
+      apply_run<T, kSilu>(x, out, unit.pixels, group[0], group[1] * params.weight[unit.channel],
+                          params.bias[unit.channel]);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* const group = statistics + c / group_size * 2;
+      mean[c] = group[0];
+      factor[c] = group[1] * params.weight[c];
+      bias[c] = params.bias[c];
+    }
+    apply_pixels<T, kSilu>(x, out, unit.pixels, channels, mean, factor, bias);
+  }
+}
+
+void group_norm_silu_apply(const GroupNormSiluParams& params, float* scratch, int64_t begin,
+                           int64_t end) {
+  with_element(params.element, [&]<typename T>(T) {
+    (params.silu ? apply_units<T, true> : apply_units<T, false>)(params, scratch, begin, end);
+  });
+}
+
+// --- Backward ------------------------------------------------------------------------------------
+
+// What the elements of a channel (Number: float), or of a vector of channels, have in common.
+template <typename Number>
+struct Channel {
+  Number mean, reciprocal_deviation, weight, bias;
+  Number grad_mean, product_mean;  // of g * weight and of g * weight * n over the group
+};
+
+struct NormAndGrad {
+  Vector<float> norm, grad;  // n, and g: grad_out through the activation's derivative
+};
+
+template <typename T, bool kSilu, typename Number>
+static inline NormAndGrad norm_and_grad(Vector<float> x, Vector<float> grad_out,
+                                        const Channel<Number>& channel) {
+  const Vector<float> norm = (x - channel.mean) * channel.reciprocal_deviation;
+  return {norm, through_activation<T, kSilu>(grad_out, norm * channel.weight + channel.bias)};
+}
+
+// The gradient of x: (g * weight - mean(g * weight) - n * mean(g * weight * n)) / deviation.
+template <typename Number>
+static inline Vector<float> grad_of_x(const NormAndGrad& at, const Channel<Number>& channel) {
+  return (at.grad * channel.weight - channel.grad_mean - at.norm * channel.product_mean) *
+         channel.reciprocal_deviation;
+}
+
+static inline Channel<float> channel_at(const GroupNormSiluBackwardParams& params, int64_t image,
+                                        int64_t c) {
+  const GroupNormShape& shape = params.shape;
+  const int64_t group = (image * shape.groups + c / channels_per_group(shape)) * 2;
+  return {params.statistics[group], params.statistics[group + 1],  params.weight[c],
+          params.bias[c],           params.group_means[group + 1], params.group_means[group]};
+}
+
+// The same of all channels, as six rows of scratch.
+class ChannelRows {
+ public:
+  ChannelRows(float* scratch, int64_t channels) : rows_(scratch), row_(group_norm_row(channels)) {}
+
+  void fill(const GroupNormSiluBackwardParams& params, int64_t image) {
+    for (int64_t c = 0; c < params.shape.channels; ++c) {
+      const Channel<float> channel = channel_at(params, image, c);
+      const float values[] = {channel.mean,      channel.reciprocal_deviation,
+                              channel.weight,    channel.bias,
+                              channel.grad_mean, channel.product_mean};
+      for (int64_t i = 0; i < 6; ++i) rows_[i * row_ + c] = values[i];
+    }
+  }
+  Channel<Vector<float>> at(int64_t c) const {
+    const float* const first = rows_ + c;
+    return {load(first),
+            load(first + row_),
+            load(first + 2 * row_),
+            load(first + 3 * row_),
+            load(first + 4 * row_),
+            load(first + 5 * row_)};
+  }
+
+ private:
+  float* rows_;
+  int64_t row_;
+};
+
+// Elements whose sum is rounded on its own before it joins the others'.
+constexpr int64_t kSumElements = 512;
+
+template <typename T, bool kSilu>
+static void backward_sums(const GroupNormSiluBackwardParams& params, float* scratch, int64_t begin,
+                          int64_t end) {
+  const GroupNormShape& shape = params.shape;
+  const int64_t channels = shape.channels, row = group_norm_row(channels);
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit = unit_at(shape, index);
+    const T* x = static_cast<const T*>(params.x) + unit.offset;
+    const T* grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
+    float* const product_sums = params.sums + (unit.image * shape.chunks + unit.chunk) * 2 * row;
+    float* const grad_sums = product_sums + row;
+    if (!shape.channels_last) {
+      const Channel<float> channel = channel_at(params, unit.image, unit.channel);
+      Vector<float> products[kUnroll] = {}, grads[kUnroll] = {};
+      for (int64_t first = 0; first < unit.pixels; first += kSumElements) {
+        const int64_t rest = unit.pixels - first;
+        Vector<float> product_sum = {}, grad_sum = {};
+        for_each_vector(
+            rest < kSumElements ? rest : kSumElements, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+              const NormAndGrad at = norm_and_grad<T, kSilu>(
+                  load_first(x + first + i, n), load_first(grad_out + first + i, n), channel);
+              product_sum += at.grad * at.norm;  // behind the end g is 0
+              grad_sum += at.grad;
+            });
+        products[first / kSumElements % kUnroll] += product_sum;
+        grads[first / kSumElements % kUnroll] += grad_sum;
+      }
+      product_sums[unit.channel] = total(products);
+      grad_sums[unit.channel] = total(grads);
+      continue;
+    }
+    ChannelRows rows(scratch, channels);
+    rows.fill(params, unit.image);
+    for (int64_t c = 0; c < row; ++c) product_sums[c] = grad_sums[c] = 0;
+    for (int64_t pixel = 0; pixel < unit.pixels; ++pixel, x += channels, grad_out += channels) {
+      for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+        const NormAndGrad at =
+            norm_and_grad<T, kSilu>(load_first(x + c, n), load_first(grad_out + c, n), rows.at(c));
+        store(product_sums + c, load(product_sums + c) + at.grad * at.norm);
+        store(grad_sums + c, load(grad_sums + c) + at.grad);
+      });
+    }
+  }
+}
+
+template <typename T, bool kSilu>
+static void backward_apply(const GroupNormSiluBackwardParams& params, float* scratch, int64_t begin,
+                           int64_t end) {
+  const GroupNormShape& shape = params.shape;
+  const int64_t channels = shape.channels;
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit = unit_at(shape, index);
+    const T* x = static_cast<const T*>(params.x) + unit.offset;
+    const T* grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
+    T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
+    const auto write = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
+      const NormAndGrad at =
+          norm_and_grad<T, kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
+      store_result(grad_x + i, grad_of_x(at, channel), n);
+    };
+    if (!shape.channels_last) {
+      const Channel<float> channel = channel_at(params, unit.image, unit.channel);
+      for_each_vector(unit.pixels,
+                      [&](int64_t i, int64_t n) FLEXVAR_INLINE { write(i, n, channel); });
+      continue;
+    }
+    ChannelRows rows(scratch, channels);
+    rows.fill(params, unit.image);
+    for (int64_t pixel = 0; pixel < unit.pixels; ++pixel) {
+      for_each_vector(channels,
+                      [&](int64_t c, int64_t n) FLEXVAR_INLINE { write(c, n, rows.at(c)); });
+      x += channels;
+      grad_out += channels;
+      grad_x += channels;
+    }
+  }
+}
+
+void group_norm_silu_backward_sums(const GroupNormSiluBackwardParams& params, float* scratch,
+                                   int64_t begin, int64_t end) {
+  with_element(params.element, [&]<typename T>(T) {
+    (params.silu ? backward_sums<T, true> : backward_sums<T, false>)(params, scratch, begin, end);
+  });
+}
+
+void group_norm_silu_backward_apply(const GroupNormSiluBackwardParams& params, float* scratch,
+                                    int64_t begin, int64_t end) {
+  with_element(params.element, [&]<typename T>(T) {
+    (params.silu ? backward_apply<T, true> : backward_apply<T, false>)(params, scratch, begin, end);
+  });
+}
+
+}  // namespace flexvar::FLEXVAR_ISA

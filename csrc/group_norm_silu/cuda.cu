@@ -1,0 +1,152 @@
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <tuple>
+
+#include "common/cuda_launch.h"
+#include "group_norm_silu/arguments.h"
+#include "group_norm_silu/kernel.cuh"
+
+namespace flexvar {
+namespace {
+
+bool aligned(std::initializer_list<const Tensor*> maps) {
+  for (const Tensor* t : maps) {
+    if (reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 != 0) return false;
+  }
+  return true;
+}
+
+unsigned grid_size(int64_t blocks, const char* op) {
+  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": x is too large, got ", blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+// f<T, vector length>(plan) for the dtype and the layout at hand.
+template <class F>
+void with_plan(const FeatureMaps& maps, bool is_aligned, const char* op, const F& f) {
+  STD_TORCH_CHECK(maps.channels() < (int64_t(1) << 31), op, ": x has too many channels, got ",
+                  maps.channels());
+  const auto as = [&]<class T>(T) {
+    constexpr int vector = 16 / sizeof(T);
+    const bool in_vectors = group_norm_in_vectors(maps.channels(), maps.pixels(),
+                                                  maps.channels_last(), is_aligned, sizeof(T));
+    const GroupNormPlan plan =
+        plan_group_norm(maps.images(), maps.channels(), maps.pixels(), maps.groups(),
+                        maps.channels_last(), in_vectors ? vector : 1);
+    grid_size(maps.images() * maps.channels(), op);
+    in_vectors ? f.template operator()<T, vector>(plan) : f.template operator()<T, 1>(plan);
+  };
+  switch (float_element(maps.dtype(), op, "x")) {
+    case FloatElement::float32:
+      return as(float());
+    case FloatElement::float16:
+      return as(__half());
+    case FloatElement::bfloat16:
+      return as(__nv_bfloat16());
+  }
+}
+
+Tensor pairs(const FeatureMaps& maps, int64_t rows, int64_t columns) {
+  return torch::stable::new_empty(maps.tensor(), {maps.images(), rows, columns, 2},
+                                  ScalarType::Float);
+}
+float2* data(Tensor& pairs) { return static_cast<float2*>(pairs.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_groups,
+                                                const Tensor& weight_in, const Tensor& bias_in,
+                                                double eps, bool silu, ScalarType dtype) {
+  const char* op = "group_norm_silu";
+  const CudaScope scope(x_in);
+  FeatureMaps maps(x_in, num_groups, op);
+  float_element(dtype, op, "the result");
+  if (dtype != maps.dtype()) maps.widen();
+  const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
+  const Tensor& x = maps.tensor();
+  Tensor out = torch::stable::empty_like(x);
+  Tensor statistics =
+      torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
+  if (out.numel() == 0) return {FeatureMaps::in_dtype(out, dtype), statistics};
+  with_plan(maps, aligned({&x, &out}), op, [&]<class T, int kVector>(const GroupNormPlan& plan) {
+    Tensor parts = pairs(maps, plan.chunks, maps.channels());
+    GroupNormSiluCudaParams params{};
+    params.plan = plan;
+    params.x = x.const_data_ptr();
+    params.weight = weight.const_data_ptr<float>();
+    params.bias = bias.const_data_ptr<float>();
+    params.parts = data(parts);
+    params.statistics = statistics.mutable_data_ptr<float>();
+    params.out = out.mutable_data_ptr();
+    params.eps = static_cast<float>(eps);
+    params.silu = silu;
+    const unsigned blocks = grid_size(plan.blocks(), op);
+    const auto groups = static_cast<unsigned>(maps.images() * maps.groups());
+    group_norm_moments_kernel<T, kVector><<<blocks, plan.threads(), 0, scope.stream()>>>(params);
+    group_norm_statistics_kernel<<<groups, kGroupNormCombineThreads, 0, scope.stream()>>>(params);
+    group_norm_silu_apply_kernel<T, kVector><<<blocks, plan.threads(), 0, scope.stream()>>>(params);
+    check_launch(op);
+  });
+  return {FeatureMaps::in_dtype(out, dtype), statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
+    const Tensor& grad_in, const Tensor& x_in, int64_t num_groups, const Tensor& weight_in,
+    const Tensor& bias_in, const Tensor& statistics_in, bool silu) {
+  const char* op = "group_norm_silu_backward";
+  const CudaScope scope(x_in);
+  FeatureMaps maps(x_in, num_groups, op);
+  const ScalarType dtype = maps.dtype();
+  if (grad_in.scalar_type() != dtype) maps.widen();
+  const Tensor& x = maps.tensor();
+  const Tensor grad = FeatureMaps::in_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
+  const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
+  const Tensor statistics = maps.statistics(statistics_in);
+  const int64_t channels = maps.channels();
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
+  Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
+  if (grad_x.numel() == 0) return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
+  with_plan(
+      maps, aligned({&x, &grad, &grad_x}), op,
+      [&]<class T, int kVector>(const GroupNormPlan& plan) {
+        Tensor parts = pairs(maps, plan.chunks, channels);
+        Tensor channel_sums = pairs(maps, channels, 1), group_means = pairs(maps, maps.groups(), 1);
+        GroupNormSiluBackwardCudaParams params{};
+        params.plan = plan;
+        params.grad_out = grad.const_data_ptr();
+        params.x = x.const_data_ptr();
+        params.weight = weight.const_data_ptr<float>();
+        params.bias = bias.const_data_ptr<float>();
+        params.statistics = statistics.const_data_ptr<float>();
+        params.parts = data(parts);
+        params.channel_sums = data(channel_sums);
+        params.group_means = data(group_means);
+        params.grad_weight = grad_weight.mutable_data_ptr<float>();
+        params.grad_bias = grad_bias.mutable_data_ptr<float>();
+        params.grad_x = grad_x.mutable_data_ptr();
+        params.silu = silu;
+        const unsigned blocks = grid_size(plan.blocks(), op);
+        const auto groups = static_cast<unsigned>(maps.images() * maps.groups());
+        const auto weight_blocks = static_cast<unsigned>((channels + kGroupNormCombineThreads - 1) /
+                                                         kGroupNormCombineThreads);
+        const cudaStream_t stream = scope.stream();
+        group_norm_silu_backward_sums_kernel<T, kVector>
+            <<<blocks, plan.threads(), 0, stream>>>(params);
+        group_norm_silu_backward_means_kernel<<<groups, kGroupNormCombineThreads, 0, stream>>>(
+            params);
+        group_norm_silu_backward_weight_kernel<<<weight_blocks, kGroupNormCombineThreads, 0,
+                                                 stream>>>(params);
+        group_norm_silu_backward_apply_kernel<T, kVector>
+            <<<blocks, plan.threads(), 0, stream>>>(params);
+        check_launch(op);
+      });
+  return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cuda));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_cuda));
+}
+
+}  // namespace
+}  // namespace flexvar
