@@ -123,8 +123,9 @@ def conv3x3(
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """That of x; under autocast, autocast's, unless x is float64."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type  # the string of a device is slow to make
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
-#include "common/scratch.h"
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
 #include "conv3x3/cpu_amx.h"
 
@@ -44,8 +44,8 @@ Tensor channels_last(const Tensor& t) {
 void run(Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t weight_units = params.column_tiles() * params.channel_blocks();
-  const Scratch panels(params.phases() * weight_units * params.weight_block_bytes());
-  params.weight_panels = panels.begin();
+  Scratch<char> panels(params.phases() * weight_units * params.weight_block_bytes());
+  params.weight_panels = panels.data();
   torch::stable::parallel_for(0, weight_units, 1, [&](int64_t begin, int64_t end) {
     amx::conv3x3_pack_weight(params, begin, end);
   });
@@ -59,7 +59,7 @@ void run(Conv3x3Params& params) {
       std::clamp<int64_t>(divide_up(4 * threads, bands), 1, divide_up(params.column_tiles(), 2));
   const int64_t units = bands * shares, runs = std::min(units, threads);
   const int64_t scratch_bytes = band.bytes(params) + amx::kConvSumBytes;
-  const Scratch scratch(runs * scratch_bytes);
+  Scratch<char> scratch(runs * scratch_bytes);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
     for (int64_t run = first_run; run < last_run; ++run) {
       for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
@@ -70,7 +70,7 @@ void run(Conv3x3Params& params) {
             {place / band_columns / band_rows, place / band_columns % band_rows * band.rows,
              place % band_columns * band.tiles, pairs * share / shares * 2,
              std::min(pairs * (share + 1) / shares * 2, params.column_tiles())},
-            scratch.begin() + run * scratch_bytes);
+            scratch.data() + run * scratch_bytes);
       }
     }
   });

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "common/scratch.h"
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
 #include "linear/cpu_amx.h"
 #include "linear/cpu_kernel.h"
@@ -52,23 +52,23 @@ void run_on_tiles(const LinearParams& params) {
   const int64_t groups = divide_up(params.columns, 32);  // of columns
   const int64_t work = params.columns * params.depth / kWorkPerTask;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(groups, threads));
-  const Scratch panels(most_tiles * panel_bytes), scratch(runs * amx::kLinearAmxScratchBytes);
+  Scratch<char> panels(most_tiles * panel_bytes), scratch(runs * amx::kLinearAmxScratchBytes);
   for (int64_t begin = 0; begin < params.rows; begin += amx::kLinearAmxMaxRows) {
     const amx::LinearAmxRows rows{begin, std::min(begin + amx::kLinearAmxMaxRows, params.rows)};
     // Fewer numbers are packed sooner than another thread wakes up.
     const int64_t grain = std::max<int64_t>(1, 4096 / params.depth);
     torch::stable::parallel_for(0, divide_up(rows.end - rows.begin, 16), grain,
                                 [&](int64_t from, int64_t to) {
-                                  amx::linear_amx_pack(params, rows, from, to, panels.begin());
+                                  amx::linear_amx_pack(params, rows, from, to, panels.data());
                                 });
     torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
       for (int64_t run = first_run; run < last_run; ++run) {
         const int64_t last = groups * (run + 1) / runs * 32;
         for (int64_t column = groups * run / runs * 32; column < last;
              column += amx::kLinearAmxColumns) {
-          amx::linear_amx_block(
-              params, {rows, column, std::min(column + amx::kLinearAmxColumns, last)},
-              panels.begin(), scratch.begin() + run * amx::kLinearAmxScratchBytes);
+          amx::linear_amx_block(params,
+                                {rows, column, std::min(column + amx::kLinearAmxColumns, last)},
+                                panels.data(), scratch.data() + run * amx::kLinearAmxScratchBytes);
         }
       }
     });
@@ -92,7 +92,7 @@ void run(const LinearParams& params) {
   const int64_t blocks = row_blocks * column_blocks;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
 
-  const Scratch scratch(runs * kLinearScratchBytes);
+  Scratch<char> scratch(runs * kLinearScratchBytes);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
@@ -102,7 +102,7 @@ void run(const LinearParams& params) {
         kernel(params,
                {row, std::min(row + rows, params.rows), column,
                 std::min(column + columns, params.columns)},
-               scratch.begin() + run * kLinearScratchBytes);
+               scratch.data() + run * kLinearScratchBytes);
       }
     }
   });
