@@ -4,9 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
 #include "resample/arguments.h"
 #include "resample/table.h"
+#include "vq_lookup/cpu_amx.h"
 #include "vq_lookup/cpu_kernel.h"
 
 namespace flexvar {
@@ -79,6 +81,66 @@ void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
                               [&](int64_t begin, int64_t end) { resolve(params, begin, end); });
 }
 
+#ifdef FLEXVAR_X86
+void look_up_on_tiles(const VqLookupParams& params) {
+  amx::VqTiles tiles{params, nullptr, nullptr, nullptr, nullptr};
+  VqLookupParams& base = tiles.base;
+  const int64_t code_tiles = tiles.code_tiles(), query_tiles = tiles.query_tiles();
+  const int64_t panel_bytes = tiles.steps() * 1024;
+  Scratch<char> codes(code_tiles * panel_bytes), queries(query_tiles * panel_bytes);
+  Scratch<float> negative_half(code_tiles * amx::kVqTile),
+      rows(query_tiles * amx::kVqTile * base.padded_dim());
+  Scratch<double> inverse_norms(base.num_codes), tile_norms(code_tiles),
+      query_norms(query_tiles * amx::kVqTile);
+  tiles.codes = codes.data();
+  tiles.queries = queries.data();
+  tiles.negative_half = negative_half.data();
+  base.inverse_norms = inverse_norms.data();
+  base.block_norms = tile_norms.data();
+  base.queries = rows.data();
+  base.query_norms = query_norms.data();
+  torch::stable::parallel_for(0, code_tiles + query_tiles, 16, [&](int64_t begin, int64_t end) {
+    amx::vq_tiles_prepare_codes(tiles, begin, std::min(end, code_tiles));
+    amx::vq_tiles_prepare_queries(tiles, std::max(begin - code_tiles, int64_t(0)),
+                                  end - code_tiles);
+  });
+  base.max_code_norm = *std::max_element(base.block_norms, base.block_norms + code_tiles);
+
+  // A few times as many products as elsewhere are as soon done.
+  const int64_t products = query_tiles * code_tiles * amx::kVqTile * amx::kVqTile * base.dim;
+  const int64_t workers =
+      std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
+  const int64_t at_a_time = std::min(query_tiles, amx::kVqQueryTiles);
+  if (query_tiles >= 2 * workers) {  // each worker looks up queries of its own
+    const int64_t size = code_tiles * at_a_time * amx::kVqTile;
+    Scratch<float> group_max(workers * size);
+    float* const memory = group_max.data();
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        amx::VqTiles part = tiles;
+        part.group_max = memory + worker * size;
+        const int64_t last = query_tiles * (worker + 1) / workers;
+        for (int64_t tile = query_tiles * worker / workers; tile < last; tile += at_a_time) {
+          const int64_t tile_end = std::min(tile + at_a_time, last);
+          amx::vq_tiles_score(part, tile, tile_end, 0, code_tiles);
+          amx::vq_tiles_resolve(part, tile, tile_end);
+        }
+      }
+    });
+    return;
+  }
+  // With few queries, each worker scores all of them against codes of its own.
+  Scratch<float> group_max(code_tiles * query_tiles * amx::kVqTile);
+  tiles.group_max = group_max.data();
+  const int64_t pairs = code_tiles / 2;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    amx::vq_tiles_score(tiles, 0, query_tiles, pairs * begin / workers * 2,
+                        pairs * end / workers * 2);
+  });
+  amx::vq_tiles_resolve(tiles, 0, query_tiles);
+}
+#endif
+
 // Looks up the rows of `latents` [N, C], or, with a pyramid, the N rows resampled from them.
 Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const Tensor& codebook,
                bool normalize) {
@@ -95,6 +157,12 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   params.dim = codes.size(1);
   params.normalize = normalize;
   params.indices = indices.mutable_data_ptr<int64_t>();
+#ifdef FLEXVAR_X86
+  if (selected_cpu_isa() == CpuIsa::amx && params.dim <= amx::kVqMaxTileDim) {
+    look_up_on_tiles(params);
+    return indices;
+  }
+#endif
   const int64_t blocks = params.blocks();
   const int64_t padded_rows = divide_up(n, kVqRowMultiple) * kVqRowMultiple;
   Tensor owners[6];

@@ -4,8 +4,7 @@
 #include <immintrin.h>
 #endif
 
-// Vectors wider than the instruction set's registers are passed between inlined functions only.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "vq_lookup/cpu_exact.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
@@ -23,11 +22,8 @@ static_assert(kVqRowMultiple % kRows == 0 && kLanes <= kVqMaxLanes);
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float UnalignedVec
     __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-typedef double Double8 __attribute__((vector_size(64)));
-typedef float UnalignedFloat8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 constexpr int kVectorsPerBlock = kVqBlockCodes / kLanes;
-constexpr float kInfinity = __builtin_inff();
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
@@ -46,83 +42,6 @@ inline unsigned not_less(Vec v, float threshold) {
 }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-
-// Exact arithmetic: the same bits with every instruction set and on every device. A product of two
-// floats is exact in double, so contraction to fma changes nothing; the sums go to eight partial
-// sums by component, which are added as ((0+4)+(2+6)) + ((1+5)+(3+7)).
-
-inline double sum(Double8 s) {
-  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-
-// Eight components from `p`, those from `count` on zero, times `scale` and rounded to fp32.
-inline Double8 load_scaled(const float* p, int64_t count, double scale) {
-  Double8 values = {};
-  if (count >= 8) {
-    values = __builtin_convertvector(*reinterpret_cast<const UnalignedFloat8*>(p), Double8);
-  } else {
-    for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  }
-  if (scale == 1.0) return values;
-  typedef float Float8 __attribute__((vector_size(32)));
-  return __builtin_convertvector(__builtin_convertvector(values * scale, Float8), Double8);
-}
-
-inline double squared_norm(const float* row, int64_t dim, double scale) {
-  Double8 sums = {};
-  for (int64_t c = 0; c < dim; c += 8) {
-    const Double8 values = load_scaled(row + c, dim - c, scale);
-    sums += values * values;
-  }
-  return sum(sums);
-}
-
-// The factor of a row: 1 / max(|row|, 1e-12), or 1 without normalisation; 0 for a row that holds a
-// NaN or an infinity (a sum of squares of finite floats does not overflow in double).
-inline double row_scale(const float* row, int64_t dim, bool normalize) {
-  const double squared = squared_norm(row, dim, 1.0);
-  if (!(squared < static_cast<double>(__builtin_inf()))) return 0.0;
-  if (!normalize) return 1.0;
-  const double norm = __builtin_sqrt(squared);
-  return 1.0 / (norm > 1e-12 ? norm : 1e-12);
-}
-
-// x·e - |e|²/2 of a code given by its codebook row and factor; x is padded with zeros.
-inline double exact_score(const float* x, const float* row, int64_t dim, double scale) {
-  Double8 dots = {}, squares = {};
-  for (int64_t c = 0; c < dim; c += 8) {
-    const Double8 e = load_scaled(row + c, dim - c, scale);
-    dots += e * __builtin_convertvector(*reinterpret_cast<const UnalignedFloat8*>(x + c), Double8);
-    squares += e * e;
-  }
-  return sum(dots) - 0.5 * sum(squares);
-}
-
-// Row n of the resampled latents, summed in double and rounded once.
-void resample_row(const VqLookupParams& params, int64_t n, float* out) {
-  const int64_t image = n / params.pyramid->num_tokens, token = n % params.pyramid->num_tokens;
-  const VqScale* scale = params.pyramid->scales + params.pyramid->num_scales - 1;
-  while (scale->first_token > token) --scale;
-  const ResampleTaps<float>&rows = scale->rows, &columns = scale->columns;
-  const int64_t y = (token - scale->first_token) / columns.out_size;
-  const int64_t x = (token - scale->first_token) % columns.out_size;
-  const int64_t dim = params.dim;
-  const float* latent = params.latents + image * rows.in_size * columns.in_size * dim;
-  for (int64_t c = 0; c < dim; c += 8) {
-    Double8 sums = {};
-    for (int64_t i = 0; i < rows.count[y]; ++i) {
-      const float* line =
-          latent + ((rows.start[y] + i) * columns.in_size + columns.start[x]) * dim + c;
-      const float row_weight = rows.weights[y * rows.stride + i];
-      for (int64_t j = 0; j < columns.count[x]; ++j) {
-        // The weight in fp32, so that the product is exact in double.
-        const float weight = row_weight * columns.weights[x * columns.stride + j];
-        sums += static_cast<double>(weight) * load_scaled(line + j * dim, dim - c, 1.0);
-      }
-    }
-    for (int64_t i = 0; i < 8 && c + i < dim; ++i) out[c + i] = static_cast<float>(sums[i]);
-  }
-}
 
 // Pass 1: kRows queries against one block. kDim = 0: any dim.
 template <int kDim>
@@ -190,23 +109,7 @@ void vq_prepare_codes(const VqLookupParams& params, int64_t block_begin, int64_t
 }
 
 void vq_prepare_latents(const VqLookupParams& params, int64_t row_begin, int64_t row_end) {
-  const int64_t dim = params.dim, padded = params.padded_dim();
-  for (int64_t n = row_begin; n < row_end; ++n) {
-    float* out = params.queries + n * padded;
-    for (int64_t c = 0; c < padded; ++c) out[c] = 0;
-    if (n >= params.num_latents) continue;
-    const float* row = params.latents + n * dim;
-    if (params.pyramid != nullptr) {
-      resample_row(params, n, out);
-      row = out;
-    }
-    const double scale = row_scale(row, dim, params.normalize);
-    for (int64_t c = 0; c < dim; ++c) {
-      out[c] = scale != 0.0 ? static_cast<float>(row[c] * scale) : 0.0f;
-    }
-    params.query_norms[n] =
-        scale != 0.0 ? __builtin_sqrt(squared_norm(out, dim, 1.0)) : __builtin_nan("");
-  }
+  for (int64_t n = row_begin; n < row_end; ++n) prepare_latent(params, n);
 }
 
 void vq_score(const VqLookupParams& params, int64_t row_begin, int64_t row_end, int64_t block_begin,
@@ -251,25 +154,16 @@ void vq_resolve(const VqLookupParams& params, int64_t row_begin, int64_t row_end
     // An infinite bound makes every group a candidate, whatever overflowed.
     const float threshold = bound < 1e37 ? static_cast<float>(largest - 2 * bound) : -kInfinity;
 
-    double best_score = -static_cast<double>(kInfinity);
-    int64_t best = 0;
+    Best best;
     for (int64_t b = 0; b < blocks; ++b) {
       for (unsigned mask = not_less(load(group_max + b * kVqMaxLanes), threshold); mask != 0;
            mask &= mask - 1) {
         const int64_t first = b * kVqBlockCodes + __builtin_ctz(mask);
-        for (int64_t v = first; v < first + kVqBlockCodes && v < params.num_codes; v += kLanes) {
-          const double scale = params.inverse_norms[v];
-          if (scale == 0.0) continue;
-          const double score = exact_score(params.queries + n * params.padded_dim(),
-                                           params.codebook + v * dim, dim, scale);
-          if (score > best_score || (score == best_score && v < best)) {
-            best_score = score;
-            best = v;
-          }
-        }
+        find_best(params, params.queries + n * params.padded_dim(), first, first + kVqBlockCodes,
+                  kLanes, best);
       }
     }
-    params.indices[n] = best;
+    params.indices[n] = best.code;
   }
 }
 

@@ -1,0 +1,39 @@
+// Nearest codes in two passes as in cpu_kernel.h, the first on the tile unit (common/cpu_amx.h).
+//
+// A number x is xh + xm + a rest, both bfloat16. The scores of pass 1 are the products of the rows
+// (xh, xm, xh) and (eh, eh, em), which leave out less than 2^-16 |x||e|: pass 2 decides in double
+// precision among the codes of every group whose best score is within twice the error bound.
+#pragma once
+
+#include "vq_lookup/cpu_kernel.h"
+
+namespace flexvar::amx {
+
+constexpr int64_t kVqTile = 16;       // codes of a group and of a tile; queries of a tile
+constexpr int64_t kVqQueryTiles = 8;  // whose group maxima a worker holds at a time
+
+struct VqTiles {
+  // The parts of `base` that pass 2 reads are made here, too: inverse_norms and block_norms, of
+  // code tiles, and queries and query_norms. queries has rows for whole tiles.
+  VqLookupParams base;
+  char* codes;           // left tiles [pairs of tiles of codes * 2][steps]
+  char* queries;         // right panels [tiles of queries][steps]
+  float* negative_half;  // [codes in whole pairs of tiles]: -|e|²/2; -inf where there is no code
+  float* group_max;      // [tiles of codes][queries of a call of vq_tiles_score, in whole tiles]
+
+  int64_t code_tiles() const { return (base.num_codes + 2 * kVqTile - 1) / (2 * kVqTile) * 2; }
+  int64_t query_tiles() const { return (base.num_latents + kVqTile - 1) / kVqTile; }
+  int64_t steps() const { return (3 * base.dim + 31) / 32; }
+};
+// Longer codes have more tiles than a product takes.
+constexpr int64_t kVqMaxTileDim = 16 * 32 / 3;
+
+void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
+void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
+// Pass 1; code tiles go in pairs.
+void vq_tiles_score(const VqTiles& tiles, int64_t query_begin, int64_t query_end,
+                    int64_t code_begin, int64_t code_end);
+// Pass 2 of the same tiles of queries.
+void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_end);
+
+}  // namespace flexvar::amx
