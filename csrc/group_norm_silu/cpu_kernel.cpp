@@ -52,10 +52,11 @@ static inline Vector<float> through_activation(Vector<float> grad, Vector<float>
 template <typename T>
 static inline void store_result(T* p, Vector<float> v, int64_t n) {
 #ifdef FLEXVAR_ISA_avx512bf16
-  if constexpr (__is_same(T,
-                          Bfloat16)) {  // one instruction, which takes what is below 2^-126 for 0
-    if (n == kFloatLanes)
+  // One instruction instead of seven; it takes numbers below 2^-126 for 0.
+  if constexpr (__is_same(T, Bfloat16)) {
+    if (n == kFloatLanes) {
       return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    }
   }
 #endif
   store_first(p, v, n);
@@ -93,15 +94,16 @@ static inline Unit unit_at(const GroupNormShape& shape, int64_t index) {
   return unit;
 }
 
-// f(i, elements) for every vector of `count` elements, all but the last of which are full. Behind
-// the test of the loop a load of the first so many elements is a plain load.
+#define FLEXVAR_INLINE __attribute__((always_inline))
+
+// f(i, elements) for every vector of `count` elements, all but the last of which are full. Inlined,
+// load_first of a full vector is a plain load, and constants stay in registers.
 template <typename F>
-static inline __attribute__((always_inline)) void for_each_vector(int64_t count, const F& f) {
+static inline FLEXVAR_INLINE void for_each_vector(int64_t count, const F& f) {
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) f(i, kFloatLanes);
   if (i < count) f(i, count - i);
 }
-#define FLEXVAR_INLINE __attribute__((always_inline))
 
 // Neighbours first, then neighbours of those.
 static inline float total(const Vector<float> (&sum)[kUnroll]) {
@@ -136,8 +138,8 @@ static inline float squares_about_mean(float squares, float differences, float c
 // add(j, vector) for all elements, with j going round the sums under way; what lies behind the last
 // element is `filling`.
 template <typename T, typename Add>
-static inline __attribute__((always_inline)) void for_run(const T* x, int64_t count, float filling,
-                                                          const Add& add) {
+static inline FLEXVAR_INLINE void for_run(const T* x, int64_t count, float filling,
+                                          const Add& add) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
 #pragma GCC unroll 4
@@ -174,8 +176,8 @@ constexpr int64_t kPixelsAtATime = 4;
 
 // add(pixels, T) for `pixels` rows from x on, with a constant number of them at a time.
 template <typename T, typename Add>
-static inline __attribute__((always_inline)) void for_pixels(const T* x, int64_t channels,
-                                                             int64_t pixels, const Add& add) {
+static inline FLEXVAR_INLINE void for_pixels(const T* x, int64_t channels, int64_t pixels,
+                                             const Add& add) {
   int64_t pixel = 0;
   for (; pixel + kPixelsAtATime <= pixels; pixel += kPixelsAtATime) {
     add(x + pixel * channels, kPixelsAtATime);
