@@ -73,10 +73,7 @@ void run(const GroupNormShape& shape, const First& first, const Between& between
   in_parallel(shape, groups, [&](int64_t begin, int64_t end, float*) {
     for (int64_t group = begin; group < end; ++group) between(group);
   });
-  // Backwards, since what a thread read last is still in its cache.
-  in_parallel(shape, units, [&](int64_t begin, int64_t end, float* scratch) {
-    for (int64_t unit = end; unit > begin; --unit) second(unit - 1, unit, scratch);
-  });
+  in_parallel(shape, units, second);
 }
 
 // f(part, elements in it) for the parts of a group, in their order.
