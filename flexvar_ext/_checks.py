@@ -10,26 +10,48 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def alike(tensors: Sequence[object], rank: int, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
+    """Whether all are tensors of this rank and of these dtypes on one supported device.
+
+    A quick look, because checking one by one is a good part of a small call's time. Arguments that pass it, and a look
+    as quick at their shapes, are right; about others the checks below say what is wrong, if anything is.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor):
+        return False
+    on_cpu = first.is_cpu
+    if not (on_cpu or first.is_cuda or first.is_meta):
+        return False
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.dim() != rank or tensor.dtype not in dtypes:
+            return False
+        if not tensor.is_cpu if on_cpu else tensor.device != first.device:
+            return False
+    return True
+
+
 def check_tensor(op: str, name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] = FLOATING) -> Tensor:
     """``layout`` such as ``[B, C, H, W]`` gives the rank."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    rank = layout.count(",") + 1
-    if value.dim() != rank:
+    if value.dim() != layout.count(",") + 1:
         raise ValueError(f"{op}: {name} must have shape {layout}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must have dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
-    if value.device.type not in ("cpu", "cuda", "meta"):
+    if not (value.is_cpu or value.is_cuda or value.is_meta):  # device.type is a string made anew, slower than the rest
         raise ValueError(f"{op}: {name} must be on a CPU or CUDA device, got {value.device}")
     return value
 
 
 def check_same_device(op: str, **tensors: Tensor) -> None:
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"{op}: all tensors must be on one device, got {listed}")
+    first = None
+    for tensor in tensors.values():
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            listed = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+            raise ValueError(f"{op}: all tensors must be on one device, got {listed}")
 
 
 def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -39,7 +61,10 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> N
 
 def check_size(op: str, name: str, value: object) -> tuple[int, int]:
     """A (height, width) of positive integers (symbolic ones under torch.compile too)."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+    # isinstance of an abstract class looks through its registry: the usual classes first.
+    if not isinstance(value, (tuple, list)) and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
+    if len(value) != 2:
         raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
     for side in value:
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):

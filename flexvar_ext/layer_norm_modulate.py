@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, alike, check_same_device, check_tensor
 
 DTYPES = (*FLOATING, torch.float64)
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
@@ -35,10 +35,11 @@ def layer_norm_modulate(
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
-    op = "layer_norm_modulate"
-    dtype = _check(op, x, {"scale": scale, "shift": shift}, {}, eps, dtype)
-    if torch.float64 in (x.dtype, scale.dtype, shift.dtype, dtype):
-        return reference.layer_norm_modulate(x, scale, shift, eps=eps, dtype=dtype)
+    if not _fit((x,), (scale, shift), eps, dtype):
+        _check("layer_norm_modulate", x, {"scale": scale, "shift": shift}, {}, eps, dtype)
+        if torch.float64 in (x.dtype, scale.dtype, shift.dtype, dtype):
+            return reference.layer_norm_modulate(x, scale, shift, eps=eps, dtype=dtype)
+    dtype = dtype or reference.result_dtype(x)
     out: Tensor = torch.ops.flexvar.layer_norm_modulate(x, scale, shift, eps, dtype)
     return out
 
@@ -67,12 +68,28 @@ def residual_layer_norm_modulate(
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
-    op = "residual_layer_norm_modulate"
-    dtype = _check(op, x, {"scale": scale, "shift": shift, "gate": gate}, {"branch": branch}, eps, dtype)
-    if torch.float64 in (x.dtype, branch.dtype, gate.dtype, scale.dtype, shift.dtype, dtype):
-        return reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=eps, dtype=dtype)
+    if not _fit((x, branch), (scale, shift, gate), eps, dtype):
+        op = "residual_layer_norm_modulate"
+        _check(op, x, {"scale": scale, "shift": shift, "gate": gate}, {"branch": branch}, eps, dtype)
+        if torch.float64 in (x.dtype, branch.dtype, gate.dtype, scale.dtype, shift.dtype, dtype):
+            return reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=eps, dtype=dtype)
+    dtype = dtype or reference.result_dtype(x)
     y, out = torch.ops.flexvar.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps, dtype)
     return y, out
+
+
+def _fit(tokens: tuple[Tensor, ...], vectors: tuple[Tensor, ...], eps: float, dtype: torch.dtype | None) -> bool:
+    """Whether the native op takes these as they are: a quick look (``alike``), right or not at all."""
+    if not alike(tokens + vectors, 3) or not (dtype is None or dtype in FLOATING):
+        return False
+    batch, length, channels = tokens[0].shape
+    for tensor in tokens[1:]:
+        if tensor.shape != (batch, length, channels):
+            return False
+    for tensor in vectors:
+        if tensor.shape != (batch, 1, channels):
+            return False
+    return 0 < channels <= CUDA_MAX_CHANNELS and type(eps) is float and 0 <= eps < math.inf
 
 
 def _check(
@@ -82,37 +99,35 @@ def _check(
     tokens: dict[str, Tensor],
     eps: float,
     dtype: torch.dtype | None,
-) -> torch.dtype:
-    """Returns the dtype of the result."""
+) -> None:
     check_tensor(op, "x", x, "[B, L, C]", DTYPES)
     batch, _, channels = x.shape
     if channels == 0:
         raise ValueError(f"{op}: x must have at least one channel, got shape {tuple(x.shape)}")
-    if x.device.type == "cuda" and channels > CUDA_MAX_CHANNELS:
+    if x.is_cuda and channels > CUDA_MAX_CHANNELS:
         raise ValueError(f"{op}: x must have at most {CUDA_MAX_CHANNELS} channels on CUDA, got {channels}")
     for name, tensor in tokens.items():
         check_tensor(op, name, tensor, "[B, L, C]", DTYPES)
         if tensor.shape != x.shape:
             raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
-    shape = vectors["scale"].shape if isinstance(vectors["scale"], Tensor) else None
-    for name, vector in vectors.items():
+    allowed: tuple[tuple[int, ...], ...] = ((batch, 1, channels), (1, 1, channels))
+    shape: tuple[int, ...] | None = None
+    for name, vector in vectors.items():  # scale is the first
         check_tensor(op, name, vector, "[B, 1, C]", DTYPES)
-        if vector.shape not in ((batch, 1, channels), (1, 1, channels)):
-            raise ValueError(
-                f"{op}: {name} must have shape [B or 1, 1, C], got {tuple(vector.shape)} for x {tuple(x.shape)}"
-            )
-        if vector.shape != shape:
-            raise ValueError(f"{op}: {name} must have the shape of scale, {shape}, got {tuple(vector.shape)}")
+        given = vector.shape
+        if given not in allowed:
+            raise ValueError(f"{op}: {name} must have shape [B or 1, 1, C], got {tuple(given)} for x {tuple(x.shape)}")
+        if shape is None:
+            shape = given
+        elif given != shape:
+            raise ValueError(f"{op}: {name} must have the shape of scale, {shape}, got {tuple(given)}")
     check_same_device(op, x=x, **tokens, **vectors)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
-    if dtype is None:
-        return reference.result_dtype(x)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
-    return dtype
 
 
 @torch.library.register_fake("flexvar::layer_norm_modulate")

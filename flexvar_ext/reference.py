@@ -16,6 +16,7 @@ from flexvar_ext._checks import int64_per_image
 
 __all__ = [
     "append_qkv",
+    "conv3x3",
     "embed_resample",
     "group_norm_silu",
     "guided_sample",
@@ -105,10 +106,26 @@ def linear(
     return residual + out if gate is None else torch.addcmul(residual, gate.to(residual.dtype), out)
 
 
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, resize: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """[B, C, H, W], [N, C, 3, 3] -> [B, N, h, w]: residual + conv2d(x), perhaps at half or twice the resolution."""
+    if not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if resize == "down":
+        out = F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, bias, stride=2)
+    else:
+        out = F.conv2d(
+            x if resize == "none" else F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1
+        )
+    return out if residual is None else residual + out
+
+
 def result_dtype(x: Tensor) -> torch.dtype:
     """That of x; under autocast, autocast's, unless x is float64."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type  # the string of a device is slow to make
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, alike, check_same_device, check_tensor
 from flexvar_ext._registration import register_autocast
 
 HEAD_DIMS = (32, 64, 96, 128)
@@ -68,13 +68,8 @@ def scale_attention_step(
     Raises: TypeError, ValueError for arguments that break the rules above, and when a gradient would be needed.
     """
     op = "scale_attention_step"
-    _check_tensors(op, q, {"k_cache": k_cache, "v_cache": v_cache})
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.shape[0] != q.shape[0] or cache.shape[2:] != q.shape[2:] or cache.shape[1] != k_cache.shape[1]:
-            raise ValueError(
-                f"{op}: {name} must have shape [B, L_max, H, D] with B, H, D as in q, {tuple(q.shape)}, and one L_max, "
-                f"got {tuple(cache.shape)}"
-            )
+    if not _caches_fit(q, k_cache, v_cache):
+        _check_caches(op, q, k_cache, v_cache)
     if isinstance(kv_length, bool) or not isinstance(kv_length, (int, torch.SymInt)):
         raise TypeError(f"{op}: kv_length must be an integer, got {type(kv_length).__name__}")
     if not 1 <= kv_length <= k_cache.shape[1]:
@@ -87,6 +82,25 @@ def scale_attention_step(
         q, k_cache, v_cache, kv_length, _softmax_scale(op, q, softmax_scale)
     )
     return out
+
+
+def _caches_fit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """A quick look (``alike``), right or not at all."""
+    if not alike((q, k_cache, v_cache), 4, DTYPES) or not q.dtype == k_cache.dtype == v_cache.dtype:
+        return False
+    batch, _, heads, dim = q.shape
+    shape = k_cache.shape
+    return shape == (batch, shape[1], heads, dim) and shape == v_cache.shape and dim in HEAD_DIMS
+
+
+def _check_caches(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    _check_tensors(op, q, {"k_cache": k_cache, "v_cache": v_cache})
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.shape[0] != q.shape[0] or cache.shape[2:] != q.shape[2:] or cache.shape[1] != k_cache.shape[1]:
+            raise ValueError(
+                f"{op}: {name} must have shape [B, L_max, H, D] with B, H, D as in q, {tuple(q.shape)}, and one L_max, "
+                f"got {tuple(cache.shape)}"
+            )
 
 
 def _check_tensors(op: str, q: Tensor, others: dict[str, Tensor]) -> None:

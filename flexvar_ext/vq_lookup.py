@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def check_lookup_arguments(op: str, name: str, layout: str, latents: Tensor, cod
 
 def _is_finite(codebook: Tensor) -> bool:
     # A finite sum proves finite terms and is several times cheaper than looking at each; the sum may overflow.
-    return bool(codebook.detach().float().sum().isfinite()) or bool(codebook.isfinite().all())
+    return math.isfinite(codebook.detach().sum(dtype=torch.float32).item()) or bool(codebook.isfinite().all())
 
 
 @torch.library.register_fake("flexvar::vq_lookup")

@@ -4,6 +4,7 @@
 
 #include "append_qkv/checks.h"
 #include "append_qkv/cpu_kernel.h"
+#include "common/cpu_memory.h"
 
 namespace flexvar {
 namespace {
@@ -29,11 +30,11 @@ Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int6
   check_append_qkv(qkv_in, k_cache, v_cache, position, q_scale_in);
   const int64_t batch = qkv_in.size(0), tokens = qkv_in.size(1);
   const int64_t heads = qkv_in.size(3), dim = qkv_in.size(4);
-  Tensor q = torch::stable::new_empty(k_cache, {batch, tokens, heads, dim});
+  Tensor q = empty_cpu({batch, tokens, heads, dim}, k_cache.scalar_type());
   if (q.numel() == 0) return q;
-  const Tensor qkv = torch::stable::contiguous(qkv_in);
+  const Tensor qkv = contiguous_cpu(qkv_in);
   std::optional<Tensor> q_scale;
-  if (q_scale_in) q_scale = torch::stable::contiguous(*q_scale_in);
+  if (q_scale_in) q_scale = contiguous_cpu(*q_scale_in);
   const AppendQkvParams params{qkv.const_data_ptr(),
                                q_scale ? q_scale->const_data_ptr() : nullptr,
                                q.mutable_data_ptr(),

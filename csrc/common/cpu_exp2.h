@@ -20,7 +20,7 @@ static inline __attribute__((always_inline)) Vector<float> exp2_within_range(Vec
   return y * (Vector<float>)(((Bits32)shifted + 127) << 23);  // casts keep the bits
 }
 
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
 // 2^x with a relative error of 7.5e-5, a twenty-sixth of what rounding to bfloat16 makes; infinite
 // and zero where that is beyond a float's range; NaN stays NaN.
 static inline __attribute__((always_inline)) Vector<float> exp2_for_bfloat16(Vector<float> x) {

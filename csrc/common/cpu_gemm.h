@@ -25,7 +25,7 @@ static inline __attribute__((always_inline)) Vector<T> multiply_add(T a, Vector<
                                                                     Vector<T> sum) {
   return sum + a * b;
 }
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
 struct BfloatPair {
   uint32_t bits;
 };

@@ -1,10 +1,27 @@
 #include "common/cpu_isa.h"
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace flexvar {
+
+#ifdef FLEXVAR_X86
+// Linux lets a process use the tile unit's registers when it has asked for them, once.
+static bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 CpuIsa best_cpu_isa() {
 #ifdef FLEXVAR_X86
@@ -15,7 +32,11 @@ CpuIsa best_cpu_isa() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuIsa::avx512bf16;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool amx =
+        bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+    if (amx && may_use_tiles()) return CpuIsa::amx;
+    if (bf16) return CpuIsa::avx512bf16;
     if (avx512) return CpuIsa::avx512;
     if (avx2) return CpuIsa::avx2;
     return CpuIsa::baseline;
@@ -28,6 +49,8 @@ CpuIsa best_cpu_isa() {
 
 const char* cpu_isa_name(CpuIsa isa) {
   switch (isa) {
+    case CpuIsa::amx:
+      return "amx";
     case CpuIsa::avx512bf16:
       return "avx512bf16";
     case CpuIsa::avx512:

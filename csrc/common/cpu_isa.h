@@ -13,7 +13,10 @@
 
 namespace flexvar {
 
-enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+
+// amx is avx512bf16 and the tile unit: only csrc/<op>/cpu_amx.cpp is compiled for it, and what such
+// files do not hold runs as for avx512bf16.
 
 // The best instruction set of this CPU, or the one that the environment variable FLEXVAR_CPU_ISA
 // names (for tests and measurements). Throws std::runtime_error when that name is unknown or this
@@ -41,6 +44,7 @@ const char* cpu_isa_name(CpuIsa isa);
 #define FLEXVAR_SELECT_CPU_KERNEL(name)      \
   [] {                                       \
     switch (::flexvar::selected_cpu_isa()) { \
+      case ::flexvar::CpuIsa::amx:           \
       case ::flexvar::CpuIsa::avx512bf16:    \
         return &::flexvar::avx512bf16::name; \
       case ::flexvar::CpuIsa::avx512:        \

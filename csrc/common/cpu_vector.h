@@ -6,10 +6,10 @@
 
 #include "common/cpu_element.h"
 
-#if defined(FLEXVAR_ISA_avx512) || defined(FLEXVAR_ISA_avx512bf16)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #define FLEXVAR_VECTOR_BYTES 64
-#elif defined(FLEXVAR_ISA_avx2)
+#elif defined(__AVX2__)
 #include <immintrin.h>
 #define FLEXVAR_VECTOR_BYTES 32
 #else

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
 #include "embed_resample/arguments.h"
 #include "embed_resample/cpu_kernel.h"
@@ -26,19 +27,14 @@ namespace {
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerTask = 100'000;
 
-template <typename Real>
-constexpr ScalarType kRealType =
-    std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-
 // Calls body(task, scratch, begin, end) for consecutive ranges of [0, n), in parallel when `work`
 // is worth it. No scratch is shared.
 template <typename Real, typename Body>
-void for_ranges(const Tensor& like, int64_t n, int64_t work, int64_t scratch_size,
-                const Body& body) {
+void for_ranges(int64_t n, int64_t work, int64_t scratch_size, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tasks = std::clamp<int64_t>(work / kWorkPerTask, 1, std::min(n, threads));
-  Tensor scratch = torch::stable::new_empty(like, {tasks, scratch_size}, kRealType<Real>);
-  Real* data = scratch.mutable_data_ptr<Real>();
+  Scratch<Real> scratch(tasks * scratch_size);
+  Real* const data = scratch.data();
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       body(t, data + t * scratch_size, n * t / tasks, n * (t + 1) / tasks);
@@ -65,7 +61,7 @@ void embed_resample_real(const EmbedShape& s, const Tensor& indices, const Tenso
   const int64_t row_work = (s.in_width * params.y.stride + s.width * params.x.stride) * s.dim;
   const int64_t scratch_size = (s.in_height + 1) * s.in_width * s.dim + 2 * kEmbedScratchPadding;
   std::vector<int64_t> invalid(torch::stable::get_num_threads(), -1);
-  for_ranges<Real>(codebook, rows, rows * row_work, scratch_size,
+  for_ranges<Real>(rows, rows * row_work, scratch_size,
                    [&](int64_t task, Real* scratch, int64_t begin, int64_t end) {
                      kernel(params, scratch, begin, end, &invalid[task]);
                    });
@@ -81,10 +77,10 @@ void embed_backward_real(const EmbedShape& s, const Tensor& grad_tokens, const T
   const auto y = ResampleTable<Real>(s.mode, s.in_height, s.height).transposed();
   const auto x = ResampleTable<Real>(s.mode, s.in_width, s.width).transposed();
   const int64_t cells = s.batch * s.in_height * s.in_width;
-  Tensor grad_grid = torch::stable::new_empty(codebook, {cells, s.dim}, kRealType<Real>);
+  Scratch<Real> grad_grid(cells * s.dim);
   EmbedAdjointParams<Real> adjoint{};
   adjoint.grad_tokens = grad_tokens.const_data_ptr();
-  adjoint.grad_grid = grad_grid.mutable_data_ptr<Real>();
+  adjoint.grad_grid = grad_grid.data();
   adjoint.element = s.element;
   adjoint.batch = s.batch;
   adjoint.dim = s.dim;
@@ -93,7 +89,7 @@ void embed_backward_real(const EmbedShape& s, const Tensor& grad_tokens, const T
   const auto adjoint_kernel = FLEXVAR_SELECT_BY_REAL(Real, embed_adjoint_rows);
   const int64_t rows = s.batch * s.in_height;
   const int64_t row_work = (s.width * adjoint.y.stride + s.in_width * adjoint.x.stride) * s.dim;
-  for_ranges<Real>(codebook, rows, rows * row_work, s.width * s.dim + kEmbedScratchPadding,
+  for_ranges<Real>(rows, rows * row_work, s.width * s.dim + kEmbedScratchPadding,
                    [&](int64_t, Real* scratch, int64_t begin, int64_t end) {
                      adjoint_kernel(adjoint, scratch, begin, end);
                    });
@@ -120,8 +116,7 @@ void embed_backward_real(const EmbedShape& s, const Tensor& grad_tokens, const T
   scatter.dim = s.dim;
   scatter.normalize = normalize;
   const auto scatter_kernel = FLEXVAR_SELECT_BY_REAL(Real, embed_scatter_codes);
-  for_ranges<Real>(codebook, s.num_codes, (cells + s.num_codes) * s.dim,
-                   s.dim + kEmbedScratchPadding,
+  for_ranges<Real>(s.num_codes, (cells + s.num_codes) * s.dim, s.dim + kEmbedScratchPadding,
                    [&](int64_t, Real* scratch, int64_t begin, int64_t end) {
                      scatter_kernel(scatter, scratch, begin, end);
                    });
@@ -130,10 +125,10 @@ void embed_backward_real(const EmbedShape& s, const Tensor& grad_tokens, const T
 Tensor embed_resample_cpu(const Tensor& indices, const Tensor& codebook, int64_t height,
                           int64_t width, bool normalize, std::string mode) {
   const EmbedShape s = embed_shape(indices, codebook, height, width, mode, "embed_resample");
-  Tensor tokens = torch::stable::new_empty(codebook, {s.batch, height * width, s.dim});
+  Tensor tokens = empty_cpu({s.batch, height * width, s.dim}, codebook.scalar_type());
   if (tokens.numel() == 0) return tokens;
-  const Tensor rows = torch::stable::contiguous(indices);
-  const Tensor codes = torch::stable::contiguous(codebook);
+  const Tensor rows = contiguous_cpu(indices);
+  const Tensor codes = contiguous_cpu(codebook);
   if (s.element == Element::float64) {
     embed_resample_real<double>(s, rows, codes, tokens, normalize);
   } else {
@@ -148,11 +143,11 @@ Tensor embed_resample_backward_cpu(const Tensor& grad, const Tensor& indices,
   const char* op = "embed_resample_backward";
   const EmbedShape s = embed_shape(indices, codebook, height, width, mode, op);
   check_token_gradient(grad, codebook, s, op);
-  Tensor grad_codebook = torch::stable::new_empty(codebook, {s.num_codes, s.dim});
+  Tensor grad_codebook = empty_cpu({s.num_codes, s.dim}, codebook.scalar_type());
   if (grad.numel() == 0) return torch::stable::zero_(grad_codebook);
-  const Tensor tokens = torch::stable::contiguous(grad);
-  const Tensor rows = torch::stable::contiguous(indices);
-  const Tensor codes = torch::stable::contiguous(codebook);
+  const Tensor tokens = contiguous_cpu(grad);
+  const Tensor rows = contiguous_cpu(indices);
+  const Tensor codes = contiguous_cpu(codebook);
   if (s.element == Element::float64) {
     embed_backward_real<double>(s, tokens, rows, codes, grad_codebook, normalize);
   } else {

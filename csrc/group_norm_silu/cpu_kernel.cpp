@@ -16,7 +16,7 @@ constexpr float kMinusLog2E = -1.44269504f;
 template <typename T>
 static inline Vector<float> sigmoid(Vector<float> y) {
   Vector<float> exponent = y * kMinusLog2E;
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
   if constexpr (__is_same(T, Bfloat16)) {
     const Vector<float> sum = 1.0f + exp2_for_bfloat16(exponent);
     return (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
@@ -51,7 +51,7 @@ static inline Vector<float> through_activation(Vector<float> grad, Vector<float>
 
 template <typename T>
 static inline void store_result(T* p, Vector<float> v, int64_t n) {
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
   // One instruction instead of seven; it takes numbers below 2^-126 for 0.
   if constexpr (__is_same(T, Bfloat16)) {
     if (n == kFloatLanes) {

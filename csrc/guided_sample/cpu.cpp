@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
 #include "guided_sample/cpu_kernel.h"
 #include "guided_sample/launch.h"
@@ -19,10 +20,10 @@ Tensor guided_sample_cpu(const Tensor& logits, int64_t top_k, double top_p, cons
   check_guided_sample(logits, top_k, top_p, seeds, image_ids);
   const int64_t length = logits.size(1), vocabulary = logits.size(2);
   const int64_t rows = logits.size(0) * length;
-  Tensor tokens = torch::stable::empty({logits.size(0), length}, ScalarType::Long);
+  Tensor tokens = empty_cpu({logits.size(0), length}, ScalarType::Long);
   if (rows == 0) return tokens;
-  const Tensor x = torch::stable::contiguous(logits);
-  const Tensor seed = torch::stable::contiguous(seeds), id = torch::stable::contiguous(image_ids);
+  const Tensor x = contiguous_cpu(logits);
+  const Tensor seed = contiguous_cpu(seeds), id = contiguous_cpu(image_ids);
   const GuidedSampleParams params{x.const_data_ptr(),
                                   logit_type(x.scalar_type()),
                                   seed.const_data_ptr<int64_t>(),
@@ -36,8 +37,8 @@ Tensor guided_sample_cpu(const Tensor& logits, int64_t top_k, double top_p, cons
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(guided_sample_rows);
   const int64_t chunks = std::min<int64_t>(rows, torch::stable::get_num_threads());
   const int64_t scratch_size = guided_sample_scratch(vocabulary);
-  Tensor scratch = torch::stable::empty({chunks, scratch_size}, ScalarType::Int);
-  int32_t* const scratch_data = scratch.mutable_data_ptr<int32_t>();
+  Scratch<int32_t> scratch(chunks * scratch_size);
+  int32_t* const scratch_data = scratch.data();
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       kernel(params, rows * chunk / chunks, rows * (chunk + 1) / chunks,

@@ -9,13 +9,16 @@ namespace flexvar {
 class ImageVectors {
  public:
   ImageVectors(const Tensor& given, const Tensor& x, const char* op, const char* name)
-      : tensor_(torch::stable::to(given, ScalarType::Float)) {
+      : tensor_(given) {
     check_rank(given, 3, op, name);
     check_same_device(x, given, op, name);
     float_element(given.scalar_type(), op, name);
     STD_TORCH_CHECK((given.size(0) == 1 || given.size(0) == x.size(0)) && given.size(1) == 1 &&
                         given.size(2) == x.size(2),
                     op, ": ", name, " must have shape [B or 1, 1, C]");
+    if (given.scalar_type() != ScalarType::Float) {
+      tensor_ = torch::stable::to(given, ScalarType::Float);
+    }
     if (tensor_.stride(2) != 1) tensor_ = torch::stable::contiguous(tensor_);
   }
   const float* data() const { return tensor_.const_data_ptr<float>(); }
@@ -41,7 +44,7 @@ inline Tensor like_tokens(const Tensor& given, const Tensor& x, const char* op, 
   for (int64_t i = 0; i < 3; ++i) {
     STD_TORCH_CHECK(given.size(i) == x.size(i), op, ": ", name, " must have the shape of x");
   }
-  return torch::stable::contiguous(given);
+  return given.is_contiguous() ? given : torch::stable::contiguous(given);
 }
 
 }  // namespace flexvar

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/cpu_memory.h"
 #include "layer_norm_modulate/arguments.h"
 #include "layer_norm_modulate/cpu_kernel.h"
 
@@ -21,8 +22,8 @@ void in_parallel(int64_t count, int64_t elements, int64_t scratch_size, const F&
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tasks =
       std::clamp<int64_t>(elements / kElementsPerTask, 1, std::min(count, threads));
-  const Tensor scratch = torch::stable::empty({tasks, scratch_size}, ScalarType::Float);
-  float* const memory = scratch.mutable_data_ptr<float>();
+  Scratch<float> scratch(tasks * scratch_size);
+  float* const memory = scratch.data();
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       f(count * task / tasks, count * (task + 1) / tasks, memory + task * scratch_size);
@@ -43,9 +44,9 @@ Tensor layer_norm_modulate_cpu(const Tensor& x_in, const Tensor& scale_in, const
                                double eps, ScalarType dtype) {
   const char* op = "layer_norm_modulate";
   check_tokens(x_in, op);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = contiguous_cpu(x_in);
   const ImageVectors scale(scale_in, x, op, "scale"), shift(shift_in, x, op, "shift");
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  Tensor out = empty_cpu({x.size(0), x.size(1), x.size(2)}, dtype);
   LayerNormModulateParams params{};
   params.out_element = float_element(dtype, op, "the result");
   if (out.numel() == 0) return out;
@@ -66,12 +67,12 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cpu(
     const Tensor& shift_in, double eps, ScalarType dtype) {
   const char* op = "residual_layer_norm_modulate";
   check_tokens(x_in, op);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = contiguous_cpu(x_in);
   const Tensor branch = like_tokens(branch_in, x, op, "branch");
   const ImageVectors gate(gate_in, x, op, "gate"), scale(scale_in, x, op, "scale"),
       shift(shift_in, x, op, "shift");
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor out = empty_cpu({x.size(0), x.size(1), x.size(2)}, dtype);
   LayerNormModulateParams params{};
   params.out_element = float_element(dtype, op, "the result");
   if (out.numel() == 0) return {y, out};
@@ -97,11 +98,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cpu(const Tensor
                                                                     double eps) {
   const char* op = "layer_norm_modulate_backward";
   check_tokens(x_in, op);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = contiguous_cpu(x_in);
   const Tensor grad = like_tokens(grad_in, x, op, "grad_out");
   const ImageVectors scale(scale_in, x, op, "scale");
   const int64_t columns = x.size(2), rows = x.size(0) * x.size(1), groups = scale.count();
-  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), columns});
+  Tensor grad_x = empty_cpu({x.size(0), x.size(1), columns}, x.scalar_type());
   Tensor grad_scale = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
   Tensor grad_shift = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
   if (grad_x.numel() == 0) return {grad_x, grad_scale, grad_shift};
@@ -119,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cpu(const Tensor
 
   const int64_t padded = norm_scratch(columns), rows_per_group = rows / groups;
   const int64_t parts = (rows_per_group + kRowsPerSum - 1) / kRowsPerSum;
-  const Tensor part_sums = torch::stable::empty({groups * parts, 2, padded}, ScalarType::Float);
-  float* const sums = part_sums.mutable_data_ptr<float>();
+  Scratch<float> part_sums(groups * parts * 2 * padded);
+  float* const sums = part_sums.data();
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(layer_norm_modulate_backward_rows);
   in_parallel(groups * parts, rows * columns, 2 * padded,
               [&](int64_t begin, int64_t end, float* scratch) {

@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
+#include "linear/cpu_amx.h"
 #include "linear/cpu_kernel.h"
 
 namespace flexvar {
@@ -42,7 +44,42 @@ const float* data_or_null(const std::optional<Tensor>& t) {
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
 
+#ifdef FLEXVAR_X86
+void run_on_tiles(const LinearParams& params) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t panel_bytes = amx::linear_amx_panel_bytes(params);
+  const int64_t most_tiles = divide_up(std::min(params.rows, amx::kLinearAmxMaxRows), 16);
+  const int64_t groups = divide_up(params.columns, 32);  // of columns
+  const int64_t work = params.columns * params.depth / kWorkPerTask;
+  const int64_t runs = std::clamp<int64_t>(work, 1, std::min(groups, threads));
+  Scratch<char> panels(most_tiles * panel_bytes), scratch(runs * amx::kLinearAmxScratchBytes);
+  for (int64_t begin = 0; begin < params.rows; begin += amx::kLinearAmxMaxRows) {
+    const amx::LinearAmxRows rows{begin, std::min(begin + amx::kLinearAmxMaxRows, params.rows)};
+    // Fewer numbers are packed sooner than another thread wakes up.
+    const int64_t grain = std::max<int64_t>(1, 4096 / params.depth);
+    torch::stable::parallel_for(0, divide_up(rows.end - rows.begin, 16), grain,
+                                [&](int64_t from, int64_t to) {
+                                  amx::linear_amx_pack(params, rows, from, to, panels.data());
+                                });
+    torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+      for (int64_t run = first_run; run < last_run; ++run) {
+        const int64_t last = groups * (run + 1) / runs * 32;
+        for (int64_t column = groups * run / runs * 32; column < last;
+             column += amx::kLinearAmxColumns) {
+          amx::linear_amx_block(params,
+                                {rows, column, std::min(column + amx::kLinearAmxColumns, last)},
+                                panels.data(), scratch.data() + run * amx::kLinearAmxScratchBytes);
+        }
+      }
+    });
+  }
+}
+#endif
+
 void run(const LinearParams& params) {
+#ifdef FLEXVAR_X86
+  if (selected_cpu_isa() == CpuIsa::amx) return run_on_tiles(params);
+#endif
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t work = params.rows * params.columns * params.depth / kWorkPerTask;
   const int64_t row_blocks = divide_up(params.rows, kLinearRows);
@@ -55,9 +92,7 @@ void run(const LinearParams& params) {
   const int64_t blocks = row_blocks * column_blocks;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
 
-  const Tensor scratch = torch::stable::empty({runs * kLinearScratchBytes + 64}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  char* const memory = reinterpret_cast<char*>((address + 63) / 64 * 64);
+  Scratch<char> scratch(runs * kLinearScratchBytes);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
@@ -67,7 +102,7 @@ void run(const LinearParams& params) {
         kernel(params,
                {row, std::min(row + rows, params.rows), column,
                 std::min(column + columns, params.columns)},
-               memory + run * kLinearScratchBytes);
+               scratch.data() + run * kLinearScratchBytes);
       }
     }
   });

@@ -17,26 +17,52 @@ static inline Vector<float> gelu_tanh(Vector<float> x) {
   return x / (1.0f + exp2_within_range(exponent));
 }
 
+// Where a row of the output and what belongs to it begin.
+template <typename Out>
+struct OutputRow {
+  const float* gate;
+  const Out* residual;
+  Out* out;
+
+  OutputRow() = default;
+  OutputRow(const LinearParams& params, int64_t row)
+      : gate(params.gate ? params.gate + row / params.rows_per_gate * params.columns : nullptr),
+        residual(params.residual ? static_cast<const Out*>(params.residual) + row * params.columns
+                                 : nullptr),
+        out(static_cast<Out*>(params.out) + row * params.columns) {}
+
+  // The first `count` of a vector of sums, of the columns from `column` on.
+  inline __attribute__((always_inline)) void finish(Vector<float> y, Vector<float> bias, bool gelu,
+                                                    int64_t column, int64_t count) const {
+    y += bias;
+    if (gelu) y = gelu_tanh(y);
+    if (gate) y *= load_first(gate + column, count);
+    if (residual) y += load_first(residual + column, count);
+#ifdef __AVX512BF16__
+    if constexpr (__is_same(Out, Bfloat16)) {
+      if (count >= kFloatLanes) {  // denormal numbers become zero, as in the products
+        _mm256_storeu_si256((__m256i*)(out + column), (__m256i)_mm512_cvtneps_pbh((__m512)y));
+        return;
+      }
+    }
+#endif
+    store_first(out + column, y, count);
+  }
+};
+
+static inline Vector<float> load_bias(const LinearParams& params, int64_t column, int64_t count) {
+  // x + -0.0 is x, whatever x is.
+  return params.bias ? load_first(params.bias + column, count) : -Vector<float>{};
+}
+
 template <typename Out>
 static void finish_block(const LinearParams& params, const LinearBlock& block, const float* sums) {
   const int64_t columns = block.column_end - block.column_begin;
-  const float* bias = params.bias ? params.bias + block.column_begin : nullptr;
-  for (int64_t row = block.row_begin; row < block.row_end; ++row, sums += kLinearColumns) {
-    const int64_t offset = row * params.columns + block.column_begin;
-    const float* gate =
-        params.gate ? params.gate + row / params.rows_per_gate * params.columns + block.column_begin
-                    : nullptr;
-    const Out* residual =
-        params.residual ? static_cast<const Out*>(params.residual) + offset : nullptr;
-    Out* out = static_cast<Out*>(params.out) + offset;
+  for (int64_t i = block.row_begin; i < block.row_end; ++i, sums += kLinearColumns) {
+    const OutputRow<Out> row(params, i);
     for (int64_t j = 0; j < columns; j += kFloatLanes) {
-      const int64_t count = columns - j;
-      Vector<float> y = load(sums + j);
-      if (bias) y += load_first(bias + j, count);
-      if (params.gelu) y = gelu_tanh(y);
-      if (gate) y *= load_first(gate + j, count);
-      if (residual) y += load_first(residual + j, count);
-      store_first(out + j, y, count);
+      const int64_t column = block.column_begin + j, count = columns - j;
+      row.finish(load(sums + j), load_bias(params, column, count), params.gelu, column, count);
     }
   }
 }

@@ -15,7 +15,7 @@ template <typename X>
 struct EntryOf {
   using Type = float;
 };
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
 template <>
 struct EntryOf<Bfloat16> {
   using Type = BfloatPair;
@@ -23,7 +23,7 @@ struct EntryOf<Bfloat16> {
 #endif
 template <typename Entry>
 constexpr int64_t kElementsPerEntry = 1;
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
 template <>
 constexpr int64_t kElementsPerEntry<BfloatPair> = 2;
 #endif
@@ -31,7 +31,7 @@ constexpr int64_t kElementsPerEntry<BfloatPair> = 2;
 // A vector of entries from the first `count` elements at p, the rest zero.
 template <typename Entry, typename W>
 static inline Vector<float> load_entries(const W* p, int64_t count) {
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
   if constexpr (__is_same(Entry, BfloatPair)) {
     if constexpr (__is_same(W, Bfloat16)) {
       const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
@@ -62,7 +62,7 @@ static inline __attribute__((always_inline)) Vector<float> load_groups(
                                                       _mm_loadu_ps((const float*)rows[3]));
   }
 #endif
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
   if constexpr (__is_same(Entry, BfloatPair) && sizeof(W) == 4) {
     const auto both = [](const W* low, const W* high) __attribute__((always_inline)) {
       return _mm512_mask_broadcast_f32x8(_mm512_castps256_ps512(_mm256_loadu_ps((const float*)low)),

@@ -4,6 +4,7 @@
 #include <string>
 #include <type_traits>
 
+#include "common/cpu_memory.h"
 #include "common/tensor_checks.h"
 #include "resample/arguments.h"
 #include "resample/cpu_kernel.h"
@@ -40,10 +41,8 @@ void resample_planes(const Tensor& in, Tensor& out, Element element,
   const int64_t tasks =
       std::clamp<int64_t>(rows * row_work / kWorkPerTask, 1, std::min(row_blocks, threads));
   const int64_t scratch_size = (params.x.in_size + kResampleMaxLanes) * kResampleMaxLanes;
-  Tensor scratch = torch::stable::new_empty(
-      in, {tasks, scratch_size},
-      std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float);
-  Real* scratch_data = scratch.mutable_data_ptr<Real>();
+  Scratch<Real> scratch(tasks * scratch_size);
+  Real* const scratch_data = scratch.data();
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = row_blocks * task / tasks * kResampleMaxLanes;
@@ -62,9 +61,9 @@ Tensor run(const Tensor& t, int64_t height, int64_t width, const std::string& mo
   const Element element = element_of(t, op, "the tensor");
   const int64_t in_height = t.size(2), in_width = t.size(3);
   for (const int64_t side : {in_height, in_width, height, width}) check_side(side, op, "a side");
-  Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(1), height, width});
+  Tensor out = empty_cpu({t.size(0), t.size(1), height, width}, t.scalar_type());
   if (out.numel() == 0) return out;
-  const Tensor in = torch::stable::contiguous(t);
+  const Tensor in = contiguous_cpu(t);
   const auto launch = [&](auto real) {
     using Table = ResampleTable<decltype(real)>;
     if (adjoint) {

@@ -3,7 +3,9 @@
 #include <tuple>
 #include <vector>
 
+#include "common/cpu_memory.h"
 #include "scale_attention/checks.h"
+#include "scale_attention/cpu_amx.h"
 #include "scale_attention/cpu_kernel.h"
 
 namespace flexvar {
@@ -33,20 +35,16 @@ AttentionShape shape_of(const Tensor& q, int64_t key_count, double softmax_scale
 }
 
 // Scratch memory for `runs` runs at once: `per_key` + `per_tile` arrays of D numbers for every key
-// and query of a tile, two blocks of scores, and change.
-Tensor scratch_for(const AttentionShape& shape, int64_t runs, int64_t per_key, int64_t per_tile,
-                   int64_t* run_bytes) {
+// (in whole blocks) and query of a tile, two blocks of scores, and change.
+Scratch<char> scratch_for(const AttentionShape& shape, int64_t runs, int64_t per_key,
+                          int64_t per_tile, int64_t* run_bytes) {
   const int64_t numbers =
-      (shape.key_count * per_key + kAttentionTileQueries * per_tile) * shape.dim +
+      ((shape.key_count + kAttentionKeyBlock) * per_key + kAttentionTileQueries * per_tile) *
+          shape.dim +
       (2 * kAttentionKeyBlock + 4) * kAttentionTileQueries;
   *run_bytes = numbers * (shape.element == AttentionElement::float64 ? 8 : 4) + 64;
   *run_bytes = (*run_bytes + 63) / 64 * 64;
-  return torch::stable::empty({runs * *run_bytes + 64}, ScalarType::Byte);
-}
-
-char* aligned_scratch(const Tensor& scratch) {
-  const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  return reinterpret_cast<char*>((address + 63) / 64 * 64);
+  return Scratch<char>(runs * *run_bytes);
 }
 
 // Multiply-adds (tens of microseconds) below which waking another thread costs more than it saves.
@@ -66,9 +64,14 @@ void run_forward(const AttentionForwardParams& params, const std::vector<QueryTi
       costs, heads, std::min(worthwhile, 2 * int64_t{torch::stable::get_num_threads()}));
   const int64_t runs = static_cast<int64_t>(bounds.size()) - 1;
   int64_t run_bytes = 0;
-  const Tensor scratch = scratch_for(params.shape, runs, 2, 2, &run_bytes);
-  char* const memory = aligned_scratch(scratch);
-  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_forward);
+  Scratch<char> scratch = scratch_for(params.shape, runs, 2, 2, &run_bytes);
+  char* const memory = scratch.data();
+  auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_forward);
+#ifdef FLEXVAR_X86
+  if (selected_cpu_isa() == CpuIsa::amx && params.shape.element == AttentionElement::bfloat16) {
+    kernel = &amx::attention_forward_bfloat16;
+  }
+#endif
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
       kernel(params, bounds[run], bounds[run + 1], memory + run * run_bytes);
@@ -82,9 +85,8 @@ std::tuple<Tensor, Tensor> scale_attention_cpu(const Tensor& q_in, const Tensor&
                                                double softmax_scale) {
   check_attention(q_in, k_in, v_in, scale_lengths);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
-  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
-  Tensor logsumexp =
-      torch::stable::new_empty(q_in, {batch, heads, tokens}, attention_arithmetic(q_in));
+  Tensor out = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
+  Tensor logsumexp = empty_cpu({batch, heads, tokens}, attention_arithmetic(q_in));
   if (batch * tokens * heads == 0) return {out, logsumexp};
   const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
                v = with_contiguous_rows(v_in);
@@ -101,13 +103,13 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cpu(
     double softmax_scale) {
   check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
-  Tensor grad_q = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor grad_q = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
   Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
   if (batch * tokens * heads == 0) return {grad_q, grad_k, grad_v};
   const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
                v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in),
                grad_out = with_contiguous_rows(grad_out_in),
-               logsumexp = torch::stable::contiguous(logsumexp_in);
+               logsumexp = contiguous_cpu(logsumexp_in);
   const std::vector<QueryTile> tiles = query_tiles(scale_lengths, kAttentionTileQueries);
   const AttentionBackwardParams params{shape_of(q, tokens, softmax_scale, tiles),
                                        view_of(q),
@@ -122,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cpu(
   const int64_t threads = torch::stable::get_num_threads(), items = batch * heads;
   const int64_t runs = std::min(items, threads);
   int64_t run_bytes = 0;
-  const Tensor scratch = scratch_for(params.shape, runs, 4, 5, &run_bytes);
-  char* const memory = aligned_scratch(scratch);
+  Scratch<char> scratch = scratch_for(params.shape, runs, 4, 5, &run_bytes);
+  char* const memory = scratch.data();
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_backward);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
@@ -137,7 +139,7 @@ Tensor scale_attention_step_cpu(const Tensor& q_in, const Tensor& k_in, const Te
                                 int64_t kv_length, double softmax_scale) {
   check_attention_step(q_in, k_in, v_in, kv_length);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
-  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor out = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
   if (batch * tokens * heads == 0) return out;
   const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
                v = with_contiguous_rows(v_in);

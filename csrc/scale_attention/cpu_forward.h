@@ -26,7 +26,7 @@ struct RunningSoftmax {
 // 2^x, as exactly as a weight that is multiplied as E needs it.
 template <typename E, typename V>
 static inline __attribute__((always_inline)) V exponential(V x) {
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
   if constexpr (__is_same(E, Bfloat16)) return exp2_for_bfloat16(x);
 #endif
   return exp2_nonpositive(x);

@@ -13,7 +13,7 @@ struct Packing {
   static constexpr bool pairs = false;
 };
 
-#ifdef FLEXVAR_ISA_avx512bf16
+#ifdef __AVX512BF16__
 template <>
 struct Packing<float, Bfloat16> {
   using Entry = BfloatPair;

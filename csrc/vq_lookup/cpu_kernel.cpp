@@ -11,9 +11,9 @@ namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 // kRows x kVectors accumulators, kRows running maxima, and the operands fill the register file.
-#if defined(FLEXVAR_ISA_avx512) || defined(FLEXVAR_ISA_avx512bf16)
+#ifdef __AVX512F__
 constexpr int kLanes = 16, kRows = 8, kVectors = 2;
-#elif defined(FLEXVAR_ISA_avx2)
+#elif defined(__AVX2__)
 constexpr int kLanes = 8, kRows = 4, kVectors = 2;
 #else
 constexpr int kLanes = 4, kRows = 4, kVectors = 2;
@@ -34,9 +34,9 @@ inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
 // Bit i: !(v[i] < threshold), so that NaN (from an overflow) counts as a candidate.
 inline unsigned not_less(Vec v, float threshold) {
-#if defined(FLEXVAR_ISA_avx512) || defined(FLEXVAR_ISA_avx512bf16)
+#ifdef __AVX512F__
   return _mm512_cmp_ps_mask(v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
-#elif defined(FLEXVAR_ISA_avx2)
+#elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(threshold), _CMP_NLT_UQ));
 #else
   unsigned mask = 0;

@@ -16,7 +16,7 @@ def write_atomically(path: Path, contents: bytes) -> None:
     """After a crash or an error the file is as it was before or as wanted, never in between.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside it.
+        OSError: it cannot be written, for want of space or rights; names the file. Nothing is left beside it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -25,6 +25,10 @@ def write_atomically(path: Path, contents: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is None:  # that of a full disk says no name
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -32,6 +36,12 @@ def write_atomically(path: Path, contents: bytes) -> None:
         os.fsync(folder)  # so that the new name, too, is on the disk
     finally:
         os.close(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what :func:`write_atomically` left in a folder when it was killed; nobody may be writing there now."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

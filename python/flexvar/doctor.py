@@ -117,6 +117,8 @@ def _op_table(report: Report, devices: list[str]) -> Iterator[str]:
             cells = []
             for device in devices:
                 kind = f"native ({isa})" if device == "cpu" else "native (CUDA)"
+                if name == "conv3x3" and (device != "cpu" or isa != "amx"):
+                    kind = "torch's own"
                 error = _compare(name, call, torch.device(device))
                 if error is None:
                     cells.append(f"{device}: {kind}")
@@ -170,6 +172,7 @@ def _example_calls() -> dict[str, Callable[[Any, Any], Any]]:
         "residual_layer_norm_modulate": lambda op, d: op(
             draw(d, 2, 5, 24), draw(d, 2, 6, 24)[:, 1:], *(draw(d, 2, 1, 24) for _ in range(3))
         ),
+        "conv3x3": lambda op, d: op(draw(d, 1, 5, 6, 4), draw(d, 7, 5, 3, 3), draw(d, 7), resize="up"),
         "group_norm_silu": lambda op, d: op(draw(d, 2, 12, 5, 4), 3, draw(d, 12), draw(d, 11, 12)[0]),
         "linear": lambda op, d: op(draw(d, 2, 5, 24), draw(d, 9, 24), draw(d, 9), activation="gelu_tanh"),
         "guided_sample": lambda op, d: op(draw(d, 2, 9, 50), top_k=20, top_p=0.9, seed=1, image_ids=[0, 1], step=2),

@@ -89,7 +89,7 @@ class EditRequest:
             if type(entry) is not dict or type(entry.get("file")) is not str or not _is_sha256(entry.get("sha256")):
                 raise ValueError(f"rerun: {name} must be recorded with its file and SHA-256, got {entry!r:.200}")
             path = moved.get(name) or folder / entry["file"]
-            if not path.is_file():
+            if not _is_file(path):
                 raise ValueError(
                     f"rerun: {name} must still be there, got no file {path}; --{name} says where it is now (SHA-256 "
                     f"{entry['sha256']})"
@@ -103,6 +103,13 @@ class EditRequest:
         if image is None:
             raise ValueError("rerun: edit must have an image, got none")
         return cls(task, image, paths["mask"], record["max_side"], arguments, expected)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or in a folder that may not be read
+        return False
 
 
 def _is_sha256(value: Any) -> bool:

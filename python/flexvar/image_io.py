@@ -34,8 +34,11 @@ __all__ = [
 #: Largest picture read by default, in pixels: where Pillow, too, starts to warn of a decompression bomb.
 MAX_PIXELS = 89_478_485
 
-#: Formats that Pillow reads by running another program on the file, or through the operating system's own renderer.
-_REFUSED_FORMATS = {"EPS", "WMF"}
+#: Formats that Pillow reads by running another program on the file, or through the operating system's own renderer; and
+#: one of icons, in which whole other files lie, of any size.
+_REFUSED_FORMATS = {"EPS", "WMF", "ICNS"}
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _SETTINGS_KEY = "flexvar"
 
@@ -87,6 +90,9 @@ def _open(
 def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Conversion) -> Image.Image:
     Image.init()
     formats = [known for known in Image.ID if known not in _REFUSED_FORMATS]
+    if not file.seekable():
+        file = io.BytesIO(file.read())
+    _check_icon(file, name, max_pixels)
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
@@ -106,6 +112,23 @@ def _upright(image: Image.Image, name: str, max_pixels: int, convert: _Conversio
         raise ValueError(f"open_image: {name} must be an undamaged picture, got: {error}") from error
     _check_pixels(converted, name, max_pixels)  # containers of several sizes settle on one only when they are decoded
     return converted
+
+
+def _check_icon(file: BinaryIO, name: str, max_pixels: int) -> None:
+    """The pictures of a Windows icon: Pillow decodes one as it opens the file, whatever size the icon's entry says."""
+    start = file.read(6)
+    for entry in range(int.from_bytes(start[4:6], "little") if start.startswith(b"\0\0\1\0") else 0):
+        file.seek(6 + 16 * entry + 12)
+        file.seek(int.from_bytes(file.read(4), "little"))
+        head = file.read(24)  # of a PNG, or of a bitmap without its file header
+        if head.startswith(_PNG_SIGNATURE):
+            width, height = (int.from_bytes(head[i : i + 4], "big") for i in (16, 20))
+        else:
+            width, height = (abs(int.from_bytes(head[i : i + 4], "little", signed=True)) for i in (4, 8))
+            height //= 2  # that of picture and mask together
+        if width * height > max_pixels:
+            raise ValueError(f"open_image: {name} must have 1 to {max_pixels} pixels, got {width} x {height}")
+    file.seek(0)
 
 
 def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:

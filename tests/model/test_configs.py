@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 from flexvar import TokenizerConfig, TransformerConfig
+from flexvar.training import TrainingConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,3 +84,10 @@ def test_any_json_is_a_config_or_a_clear_error(cls: type, data: st.DataObject) -
         assert cls.__name__ in str(error)  # noqa: PT017
     else:
         assert cls.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+@pytest.mark.parametrize("name", ["learning_rate", "gradient_clip", "weight_decay"])
+def test_numbers_of_a_training_are_finite(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"TrainingConfig: {name} must be finite, got"):
+        TrainingConfig.from_dict({name: value})

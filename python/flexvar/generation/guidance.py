@@ -6,7 +6,7 @@ the hidden states before it equals mixing the logits after it, for half the head
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -30,7 +30,7 @@ def check_guidance(scale: float, style: str) -> None:
         raise ValueError(f"generate: guidance_style must be one of {', '.join(GUIDANCE_STYLES)}, got {style!r}")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"generate: guidance_scale must be a number, got {scale!r}")
-    if not math.isfinite(scale):
+    if not abs(scale) <= sys.float_info.max:  # NaN, infinity, or an int that is no float
         raise ValueError(f"generate: guidance_scale must be finite, got {scale}")
 
 

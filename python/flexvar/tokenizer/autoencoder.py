@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flexvar._backend import check_backend, ops
 from flexvar.tokenizer.config import TokenizerConfig
+from flexvar.tokenizer.convolution import Conv1x1, Conv3x3
 from flexvar.tokenizer.upsampling import Upsample
 
 
@@ -39,15 +40,16 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, *, backend: str) -> None:
         super().__init__()
         self.norm1 = Norm(in_channels, norm_groups, backend=backend)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels, backend=backend)
         self.norm2 = Norm(out_channels, norm_groups, backend=backend)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = Conv3x3(out_channels, out_channels, backend=backend)
+        is_changed = in_channels != out_channels
+        self.nin_shortcut = Conv1x1(in_channels, out_channels, backend=backend) if is_changed else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
-        return self.nin_shortcut(x) + h
+        out: Tensor = self.conv2(self.norm2(h), residual=self.nin_shortcut(x).to(h.dtype))
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -56,27 +58,28 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, norm_groups: int, *, backend: str) -> None:
         super().__init__()
         self.norm = Norm(channels, norm_groups, silu=False, backend=backend)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv1x1(channels, channels, backend=backend)
+        self.k = Conv1x1(channels, channels, backend=backend)
+        self.v = Conv1x1(channels, channels, backend=backend)
+        self.proj_out = Conv1x1(channels, channels, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (self.q(h), self.k(h), self.v(h)))
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, channels], scale channels**-0.5
-        return x + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+        pixels, normed = (tensor.permute(0, 2, 3, 1).flatten(1, 2) for tensor in (x, self.norm(x)))
+        q, k, v = (projection.of_pixels(normed).unsqueeze(1) for projection in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, h*w, channels], scale channels**-0.5
+        return self.proj_out.of_pixels(attended, residual=pixels).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
     """Halves the resolution: one row and column of zeros below and to the right, then a strided convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, backend: str) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv3x3(channels, channels, resize="down", backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(x)
+        return out
 
 
 class Level(nn.Module):
@@ -100,8 +103,8 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(
             AttentionBlock(out_channels, norm_groups, backend=backend) if attention else nn.Identity() for _ in self.res
         )
-        self.downsample = Downsample(out_channels) if downsample else nn.Identity()
-        self.upsample = Upsample(out_channels) if upsample else nn.Identity()
+        self.downsample = Downsample(out_channels, backend=backend) if downsample else nn.Identity()
+        self.upsample = Upsample(out_channels, backend=backend) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for res, attn in zip(self.res, self.attn, strict=True):
@@ -124,7 +127,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = [config.base_channels * m for m in config.channel_multipliers]
         last = len(channels) - 1
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_in = Conv3x3(3, config.base_channels, backend=backend)
         self.conv_blocks = nn.ModuleList(
             Level(
                 a, b, config.num_res_blocks, config.norm_groups,
@@ -134,13 +137,14 @@ class Encoder(nn.Module):
         )  # fmt: skip
         self.mid = _middle(channels[-1], config.norm_groups, backend=backend)
         self.norm_out = Norm(channels[-1], config.norm_groups, backend=backend)
-        self.conv_out = nn.Conv2d(channels[-1], config.z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(channels[-1], config.z_channels, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(self.norm_out(self.mid(x)))
+        out: Tensor = self.conv_out(self.norm_out(self.mid(x)))
+        return out
 
 
 class Decoder(nn.Module):
@@ -150,7 +154,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [config.base_channels * m for m in reversed(config.channel_multipliers)]
         last = len(channels) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.z_channels, channels[0], backend=backend)
         self.mid = _middle(channels[0], config.norm_groups, backend=backend)
         self.conv_blocks = nn.ModuleList(
             Level(
@@ -160,7 +164,7 @@ class Decoder(nn.Module):
             for index, (a, b) in enumerate(pairwise([channels[0], *channels]))
         )  # fmt: skip
         self.norm_out = Norm(channels[-1], config.norm_groups, backend=backend)
-        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.conv_out = Conv3x3(channels[-1], 3, backend=backend)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -171,4 +175,5 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(self.norm_out(x))
+        out: Tensor = self.conv_out(self.norm_out(x))
+        return out

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import flexvar_ext
+from flexvar.tokenizer.convolution import Conv3x3
+
 
 def fold_nearest(weight: Tensor) -> Tensor:
     """The transposed convolution that equals nearest x2 and then a 3x3 convolution (padding 1).
@@ -35,21 +38,24 @@ def _fold(weight: Tensor, dim: int) -> Tensor:
 class Upsample(nn.Module):
     """Doubles the resolution: nearest neighbour, then a 3x3 convolution. [B, C, H, W] -> [B, C, 2H, 2W].
 
-    Without gradients both are one transposed convolution (:func:`fold_nearest`), the same to rounding. Its kernel is
-    kept for as long as the weight stays: another storage or a raised version counter (optimizers, ``load_state_dict``,
+    Where :func:`flexvar_ext.conv3x3` is this library's own it does both. Elsewhere, without gradients, both are one
+    transposed convolution (:func:`fold_nearest`), the same to rounding. That kernel
+    is kept for as long as the weight stays: another storage or a raised version counter (optimizers, ``load_state_dict``,
     ``copy_``) makes a new one. Only writes through ``.data`` escape.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, backend: str) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels, resize="up", backend=backend)
         self._folded: Tensor | None = None
         self._weight: Tensor | None = None  # keeps the storage alive, so that no other can take its address
         self._version = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        is_native = self.conv.backend == "native" and flexvar_ext.conv3x3_is_native(x)
+        if is_native or torch.is_grad_enabled():
+            out: Tensor = self.conv(x)
+            return out
         return F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)
 
     def _kernel(self) -> Tensor:

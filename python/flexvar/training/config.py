@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from flexvar._config import JsonConfig
@@ -60,10 +61,12 @@ class TrainingConfig(JsonConfig):
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{type(self).__name__}: {name} must be a float, got {value!r}")
+        if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an int that is no float
+            raise ValueError(f"{type(self).__name__}: {name} must be finite, got {value}")
 
     def _check_weight(self, name: str) -> None:
         self._check_number(name)
-        if not getattr(self, name) >= 0:
+        if getattr(self, name) < 0:
             raise ValueError(f"{type(self).__name__}: {name} must be at least 0, got {getattr(self, name)}")
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flexvar.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from flexvar._files import write_atomically
+from flexvar.training.checkpoint import has_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 from flexvar.training.config import TrainingConfig
 
 Losses = dict[str, Tensor]
@@ -46,6 +47,7 @@ def train(
         resume: continue the checkpoint in ``folder``, with the very steps that an uninterrupted run would have taken.
 
     Raises:
+        OSError: the log or the checkpoint cannot be written, as on a full disk; the checkpoint before is whole.
         ValueError: ``resume`` without a checkpoint, of a damaged one or one of another run; not ``resume`` although
             there is a checkpoint; a loss that is no longer finite.
     """
@@ -58,6 +60,7 @@ def train(
     optimizer = _optimizer(module, config)
     average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     first = _restore(folder, module, optimizer, average, values) if resume else 0
+    remove_leftovers(folder, first)
     _truncate_log(folder / LOG_NAME, first)
 
     with ExitStack() as stack:
@@ -160,4 +163,4 @@ def _truncate_log(path: Path, steps: int) -> None:
     """Drops the lines of steps that a killed run took after its last checkpoint: they are taken again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_atomically(path, "".join(lines).encode())

@@ -1,0 +1,58 @@
+"""The 3x3 convolutions of the VQ-16 decoder at 256 px, against torch's own in the layout that it likes best."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flexvar_ext
+from flexvar_ext import reference
+
+# (channels, out channels, side, resize)
+LAYERS = [
+    (512, 512, 16, "none"), (512, 512, 16, "up"), (512, 256, 32, "none"), (256, 256, 64, "none"), (256, 256, 64, "up"),
+    (256, 128, 128, "none"), (128, 128, 128, "up"), (128, 128, 256, "none"), (128, 3, 256, "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "out_channels", "side", "resize"), LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x = randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight, bias = randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5, randn(out_channels)
+    turned, planes = weight.contiguous(memory_format=torch.channels_last), x.contiguous()
+
+    @torch.inference_mode()
+    def native() -> Tensor:
+        return flexvar_ext.conv3x3(x, weight, bias, resize=resize)
+
+    @torch.inference_mode()
+    def plain() -> Tensor:
+        return reference.conv3x3(x, turned, bias, resize=resize)
+
+    @torch.inference_mode()
+    def from_contiguous() -> Tensor:
+        return F.conv2d(planes, weight, bias, padding=1)
+
+    def check(name: str, result: Tensor, expected: Tensor) -> None:
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}")
+
+    implementations = {"native": native, "reference": plain}
+    if resize == "none":
+        implementations["contiguous"] = from_contiguous
+    compare(
+        implementations,
+        check=check,
+        flops=2 * channels * out_channels * side**2 * (16 if resize == "up" else 9),
+        gemm=str(dtype).removeprefix("torch."),
+        targets={"reference": 1.0},
+        seconds=0.5,
+    )

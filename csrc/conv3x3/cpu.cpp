@@ -1,0 +1,139 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/cpu_isa.h"
+#include "common/cpu_memory.h"
+#include "common/tensor_checks.h"
+#include "conv3x3/cpu_amx.h"
+
+#ifdef FLEXVAR_X86
+namespace flexvar {
+namespace {
+
+using amx::Conv3x3Params;
+using amx::ConvElement;
+using amx::ConvResize;
+
+constexpr const char* kOp = "conv3x3";
+
+ConvElement element_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
+                  kOp, ": ", name, " must have dtype float32 or bfloat16");
+  return t.scalar_type() == ScalarType::Float ? ConvElement::float32 : ConvElement::bfloat16;
+}
+
+ConvResize parse_resize(const std::string& name) {
+  if (name == "down") return ConvResize::down;
+  if (name == "up") return ConvResize::up;
+  STD_TORCH_CHECK(name == "none", kOp, ": resize must be none, down or up, got ", name);
+  return ConvResize::none;
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// [B, C, H, W] to [B, H, W, C], copied where it does not lie so already.
+Tensor channels_last(const Tensor& t) {
+  return torch::stable::contiguous(
+      torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
+}
+
+void run(Conv3x3Params& params) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t weight_units = params.column_tiles() * params.channel_blocks();
+  Scratch<char> panels(params.phases() * weight_units * params.weight_block_bytes());
+  params.weight_panels = panels.data();
+  torch::stable::parallel_for(0, weight_units, 1, [&](int64_t begin, int64_t end) {
+    amx::conv3x3_pack_weight(params, begin, end);
+  });
+
+  const amx::Conv3x3Band band(params);
+  const int64_t band_rows = divide_up(params.grid_height(), band.rows);
+  const int64_t band_columns = divide_up(params.tiles_in_row(), band.tiles);
+  const int64_t bands = params.batch * band_rows * band_columns;
+  // Few bands are shared by threads that each take some of the columns.
+  const int64_t shares =
+      std::clamp<int64_t>(divide_up(4 * threads, bands), 1, divide_up(params.column_tiles(), 2));
+  const int64_t units = bands * shares, runs = std::min(units, threads);
+  const int64_t scratch_bytes = band.bytes(params) + amx::kConvSumBytes;
+  Scratch<char> scratch(runs * scratch_bytes);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+    for (int64_t run = first_run; run < last_run; ++run) {
+      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
+        const int64_t share = unit % shares, place = unit / shares;
+        const int64_t pairs = divide_up(params.column_tiles(), 2);
+        amx::conv3x3_block(
+            params, band,
+            {place / band_columns / band_rows, place / band_columns % band_rows * band.rows,
+             place % band_columns * band.tiles, pairs * share / shares * 2,
+             std::min(pairs * (share + 1) / shares * 2, params.column_tiles())},
+            scratch.data() + run * scratch_bytes);
+      }
+    }
+  });
+}
+
+Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,
+                   std::string resize, std::optional<Tensor> residual_in) {
+  STD_TORCH_CHECK(selected_cpu_isa() == CpuIsa::amx, kOp, ": this CPU has no tile unit");
+  check_rank(x_in, 4, kOp, "x");
+  check_rank(weight_in, 4, kOp, "weight");
+  STD_TORCH_CHECK(weight_in.size(1) == x_in.size(1) && weight_in.size(1) > 0 &&
+                      weight_in.size(2) == 3 && weight_in.size(3) == 3,
+                  kOp, ": weight must be [N, C, 3, 3]");
+  Conv3x3Params params{};
+  params.resize = parse_resize(resize);
+  params.element = element_of(x_in, "x");
+  params.weight_element = element_of(weight_in, "weight");
+  STD_TORCH_CHECK(
+      params.weight_element == params.element || params.weight_element == ConvElement::float32, kOp,
+      ": weight must have the dtype of x, or float32");
+  params.batch = x_in.size(0);
+  params.in_channels = x_in.size(1);
+  params.height = x_in.size(2);
+  params.width = x_in.size(3);
+  params.out_channels = weight_in.size(0);
+  const bool down = params.resize == ConvResize::down, up = params.resize == ConvResize::up;
+  STD_TORCH_CHECK(!down || (params.height > 1 && params.width > 1), kOp,
+                  ": x must be at least 2 x 2 to be halved");
+  params.out_height = down ? params.height / 2 : up ? 2 * params.height : params.height;
+  params.out_width = down ? params.width / 2 : up ? 2 * params.width : params.width;
+
+  const Tensor x = channels_last(x_in), weight = torch::stable::contiguous(weight_in);
+  std::optional<Tensor> bias, residual;
+  if (bias_in) {
+    element_of(*bias_in, "bias");
+    bias = torch::stable::contiguous(torch::stable::to(*bias_in, ScalarType::Float));
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == params.out_channels, kOp,
+                    ": bias must be [N]");
+    params.bias = bias->const_data_ptr<float>();
+  }
+  const std::vector<int64_t> shape{params.batch, params.out_height, params.out_width,
+                                   params.out_channels};
+  if (residual_in) {
+    check_rank(*residual_in, 4, kOp, "residual");
+    residual = channels_last(*residual_in);
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), kOp,
+                    ": residual must have the dtype of x");
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(residual->size(i) == shape[i], kOp,
+                      ": residual must have the shape of the result");
+    }
+    params.residual = residual->const_data_ptr();
+  }
+  Tensor out = torch::stable::new_empty(x, shape);
+  params.x = x.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  if (out.numel() > 0) run(params);
+  return torch::stable::transpose(torch::stable::transpose(out, 2, 3), 1, 2);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_cpu)); }
+
+}  // namespace
+}  // namespace flexvar
+#endif

@@ -1,0 +1,107 @@
+"""The 3x3 convolutions of a convolutional autoencoder, with the change of resolution and the skip around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexvar_ext import _host, reference
+from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_tensor
+from flexvar_ext._registration import register_autocast
+
+RESIZES = ("none", "down", "up")
+DTYPES = (*FLOATING, torch.float64)
+
+
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, resize: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """``residual + conv2d(x, weight, bias)`` with 3x3 taps, zeros around x, and perhaps a change of resolution.
+
+    On CPUs with a tile unit (AMX), float32 and bfloat16 run on it, channels last. A float32 number is the sum of three
+    bfloat16 numbers there, and the products that count are summed in float32: the error is smaller than that of float32
+    arithmetic. Upsampling costs 4 products a pixel instead of 9, since sums of taps stand for taps on equal pixels.
+
+    Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
+    (:func:`conv3x3_is_native` tells), which are at the limit of other CPUs and of GPUs; and so it is in float16 and
+    float64, and wherever a gradient is needed.
+
+    Args:
+        x: [B, C, H, W] in any layout, float32, float16, bfloat16 or float64; C >= 1.
+        weight: [N, C, 3, 3] as ``torch.nn.Conv2d`` holds it, of x's dtype (under autocast, of autocast's), or float32,
+            which is rounded to that dtype.
+        bias: [N], of one of weight's dtypes, or None.
+        resize: ``none``: [h, w] = [H, W]. ``down``: stride 2 behind a row and a column of zeros below and to the right,
+            [H // 2, W // 2] of at least 2 x 2 pixels. ``up``: nearest neighbour to [2 H, 2 W] before the convolution.
+        residual: [B, N, h, w] of the result's dtype, or None.
+
+    Returns: [B, N, h, w] of x's dtype (under autocast, of autocast's); channels last where it runs natively.
+
+    Raises: TypeError and ValueError naming the argument, the rule and the value got.
+    """
+    op = "conv3x3"
+    check_tensor(op, "x", x, "[B, C, H, W]", DTYPES)
+    check_tensor(op, "weight", weight, "[N, C, 3, 3]", DTYPES)
+    given = {"x": x, "weight": weight}
+    if bias is not None:
+        given["bias"] = check_tensor(op, "bias", bias, "[N]", DTYPES)
+    if residual is not None:
+        given["residual"] = check_tensor(op, "residual", residual, "[B, N, h, w]", DTYPES)
+    check_same_device(op, **given)
+    check_choice(op, "resize", resize, RESIZES)
+    channels = x.shape[1]
+    if channels == 0 or weight.shape[1:] != (channels, 3, 3):
+        raise ValueError(
+            f"{op}: weight must have shape [N, C, 3, 3] with C = {channels} >= 1, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        raise ValueError(f"{op}: bias must have shape [N] with N = {weight.shape[0]}, got {tuple(bias.shape)}")
+    if resize == "down" and (x.shape[2] < 2 or x.shape[3] < 2):
+        raise ValueError(f"{op}: x must have at least 2 x 2 pixels to be halved, got {tuple(x.shape)}")
+    shape = _result_shape(x, weight, resize)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"{op}: residual must have the result's shape {tuple(shape)}, got {tuple(residual.shape)}")
+    dtype = reference.result_dtype(x)
+    for name, factor in (("weight", weight), ("bias", bias)):
+        if factor is not None and factor.dtype not in (dtype, torch.float32):
+            raise TypeError(f"{op}: {name} must have dtype {dtype} or float32, got {factor.dtype}")
+    if residual is not None and residual.dtype != dtype:
+        raise TypeError(f"{op}: residual must have the result's dtype {dtype}, got {residual.dtype}")
+    needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
+    if needs_gradient or not conv3x3_is_native(x):
+        return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
+    result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
+    return result
+
+
+def conv3x3_is_native(x: Tensor) -> bool:
+    """Whether :func:`conv3x3` of x runs on this library's kernel (where no gradient is needed), or on torch's."""
+    return (
+        x.device.type == "cpu"
+        and reference.result_dtype(x) in (torch.float32, torch.bfloat16)
+        and x.dtype != torch.float64
+        and _has_tile_unit()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_tile_unit() -> bool:
+    return _host.cpu_isa() == "amx"
+
+
+def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int, int]:
+    batch, _, height, width = x.shape
+    if resize == "down":
+        height, width = height // 2, width // 2
+    elif resize == "up":
+        height, width = 2 * height, 2 * width
+    return batch, weight.shape[0], height, width
+
+
+@torch.library.register_fake("flexvar::conv3x3")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None) -> Tensor:
+    batch, channels, height, width = _result_shape(x, weight, resize)
+    return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+register_autocast("conv3x3", only=("x",))

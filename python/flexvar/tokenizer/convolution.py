@@ -1,0 +1,41 @@
+"""The convolutions of the autoencoder on the backend's ops. Feature maps are [B, channels, height, width]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar._backend import check_backend, ops
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with the arguments of :func:`flexvar_ext.conv3x3` for what is around it."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, resize: str = "none", backend: str) -> None:
+        halves = resize == "down"
+        super().__init__(in_channels, out_channels, 3, stride=2 if halves else 1, padding=0 if halves else 1)
+        self.resize = resize
+        self.backend = check_backend(backend)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        out: Tensor = ops(self.backend).conv3x3(input, self.weight, self.bias, resize=self.resize, residual=residual)
+        return out
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution: on channels-last maps, whose pixels are rows, a linear layer."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, backend: str) -> None:
+        super().__init__(in_channels, out_channels, 1)
+        self.backend = check_backend(backend)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(input, self.weight, self.bias)
+        return self.of_pixels(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def of_pixels(self, pixels: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in_channels] -> [..., out_channels]."""
+        out: Tensor = ops(self.backend).linear(pixels, self.weight.flatten(1), self.bias, residual=residual)
+        return out

@@ -1,0 +1,283 @@
+"""conv3x3: torch.nn.functional.conv2d with 3x3 taps, halving, doubling and a skip connection in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import flexvar_ext
+from flexvar_ext import _host, reference
+from tests.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_accurate_as_torch
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+RESIZES = ["none", "down", "up"]
+# B, C, N, H, W: tails of tiles, of blocks of channels, of bands and of their rows on every side.
+SHAPES = [(1, 1, 1, 2, 2), (2, 3, 5, 7, 9), (1, 5, 3, 3, 2), (2, 33, 17, 2, 5), (1, 40, 70, 17, 33), (2, 64, 3, 4, 4)]
+SHAPES += [(1, 128, 130, 20, 16), (1, 32, 16, 65, 70), (1, 256, 48, 33, 31), (3, 31, 31, 16, 16)]
+needs_tile_unit = pytest.mark.skipif(_host.cpu_isa() != "amx", reason="this CPU has no tile unit (AMX)")
+
+
+def randn(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def arguments(
+    shape: tuple[int, ...], resize: str, dtype: torch.dtype = torch.float32, device: object = "cpu"
+) -> dict[str, Tensor]:
+    batch, channels, out_channels, height, width = shape
+    size = {"none": (height, width), "down": (height // 2, width // 2), "up": (2 * height, 2 * width)}[resize]
+    return {
+        "x": randn(batch, channels, height, width, device=device).to(dtype),
+        "weight": (randn(out_channels, channels, 3, 3, seed=1, device=device) / (9 * channels) ** 0.5).to(dtype),
+        "bias": randn(out_channels, seed=2, device=device).to(dtype),
+        "residual": randn(batch, out_channels, *size, seed=3, device=device).to(dtype),
+    }
+
+
+def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def assert_accurate(tensors: dict[str, Tensor], resize: str) -> None:
+    assert_as_accurate_as_torch(
+        flexvar_ext.conv3x3(**tensors, resize=resize),
+        reference.conv3x3(**tensors, resize=resize),
+        reference.conv3x3(**doubled(tensors), resize=resize),
+        factor=FORWARD_FACTOR,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_accurate_as_torch(device, shape, resize, dtype):
+    tensors = arguments(shape, resize, dtype, device)
+    assert_accurate(tensors, resize)
+    assert_accurate(without(tensors, "bias", "residual"), resize)
+
+
+@pytest.mark.parametrize("left_out", [(), ("bias",), ("residual",), ("bias", "residual")])
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_every_combination(device, left_out, resize, dtype):
+    assert_accurate(without(arguments((2, 20, 18, 6, 5), resize, dtype, device), *left_out), resize)
+
+
+@needs_tile_unit
+def test_what_runs_natively(monkeypatch):
+    x = randn(1, 2, 3, 4)
+    assert flexvar_ext.conv3x3_is_native(x)
+    assert flexvar_ext.conv3x3_is_native(x.bfloat16())
+    assert not flexvar_ext.conv3x3_is_native(x.half())
+    assert not flexvar_ext.conv3x3_is_native(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flexvar_ext.conv3x3_is_native(x.half())
+        assert not flexvar_ext.conv3x3_is_native(x.double())
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", "baseline")
+    assert not flexvar_ext.conv3x3_is_native(x)
+    tensors = arguments((1, 3, 4, 5, 6), "up")
+    assert torch.equal(flexvar_ext.conv3x3(**tensors, resize="up"), reference.conv3x3(**tensors, resize="up"))
+
+
+@needs_tile_unit
+@pytest.mark.parametrize("resize", RESIZES)
+def test_float32_on_tiles_is_more_accurate_than_float32(resize):
+    tensors = arguments((1, 256, 64, 16, 16), resize)
+    exact = reference.conv3x3(**doubled(tensors), resize=resize)
+    error = (flexvar_ext.conv3x3(**tensors, resize=resize) - exact).abs().max()
+    assert error < (reference.conv3x3(**tensors, resize=resize) - exact).abs().max()
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_values_that_are_not_finite_stay_where_they_are_seen(device, resize):
+    tensors = arguments((2, 6, 4, 8, 20), resize, device=device)
+    plain = flexvar_ext.conv3x3(**tensors, resize=resize)
+    for value in (float("nan"), float("inf"), 3.4e38):
+        changed = tensors["x"].clone()
+        changed[1, 2, 4, 10] = value
+        out = flexvar_ext.conv3x3(**dict(tensors, x=changed), resize=resize)
+        expected = reference.conv3x3(**dict(tensors, x=changed), resize=resize)
+        torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+        assert torch.equal(out[0], plain[0])
+
+
+def test_numbers_near_zero(device):
+    """Products below the normal range may become zero, as they do in bfloat16 arithmetic."""
+    tensors = arguments((1, 8, 4, 6, 6), "none", device=device)
+    tensors["x"] *= 1e-38
+    out = flexvar_ext.conv3x3(tensors["x"], tensors["weight"])
+    exact = reference.conv3x3(tensors["x"].double(), tensors["weight"].double())
+    assert (out - exact).abs().max() < 1e-37
+    assert_accurate(dict(tensors, x=tensors["x"] * 1e30), "none")
+
+
+# Determinism
+
+
+@needs_tile_unit
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thread_count_and_batch_change_nothing(resize, dtype):
+    tensors = arguments((3, 70, 50, 20, 90), resize, dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            results.append(flexvar_ext.conv3x3(**tensors, resize=resize))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+    for i in range(3):
+        alone = dict(tensors, x=tensors["x"][i : i + 1], residual=tensors["residual"][i : i + 1])
+        assert torch.equal(flexvar_ext.conv3x3(**alone, resize=resize), results[0][i : i + 1])
+
+
+def test_repeats_are_bit_equal(device):
+    tensors = arguments((1, 40, 20, 9, 17), "up", device=device)
+    expected = flexvar_ext.conv3x3(**tensors, resize="up")
+    for _ in range(250):
+        assert torch.equal(flexvar_ext.conv3x3(**tensors, resize="up"), expected)
+
+
+# dtypes, layouts, degenerate sizes
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_float32_weight_with_16_bit_pixels(device, resize):
+    tensors = arguments((1, 40, 20, 9, 17), resize, torch.bfloat16, device)
+    tensors["weight"] = tensors["weight"].float() + 1e-4 * randn(20, 40, 3, 3, seed=9, device=device)
+    assert_accurate(tensors, resize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_autocast(device, resize, dtype):
+    tensors = arguments((1, 40, 20, 8, 18), resize, device=device)
+    exact = reference.conv3x3(**doubled(tensors), resize=resize)
+    tensors["residual"] = tensors["residual"].to(dtype)
+    with torch.autocast(device.type, dtype=dtype):
+        out = flexvar_ext.conv3x3(**tensors, resize=resize)
+        expected = reference.conv3x3(**tensors, resize=resize)
+    assert out.dtype == expected.dtype == dtype
+    assert (out - exact).abs().max() <= 2 * (expected - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_layouts(device, resize, dtype):
+    tensors = arguments((2, 24, 10, 6, 8), resize, dtype, device)
+    expected = flexvar_ext.conv3x3(**tensors, resize=resize)
+    if device.type == "cpu" and flexvar_ext.conv3x3_is_native(tensors["x"]):
+        assert expected.is_contiguous(memory_format=torch.channels_last)
+    for name, tensor in tensors.items():
+        strided = torch.stack([tensor, -tensor], dim=-1)[..., 0]
+        offset = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        turned = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+        same = [strided, offset, turned]
+        if tensor.dim() == 4:
+            same.append(tensor.contiguous(memory_format=torch.channels_last))
+        for other in same:
+            out = flexvar_ext.conv3x3(**dict(tensors, **{name: other}), resize=resize)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_do(device):
+    weight = torch.ones(5, 4, 3, 3, device=device)
+    assert flexvar_ext.conv3x3(torch.ones(0, 4, 6, 6, device=device), weight, resize="up").shape == (0, 5, 12, 12)
+    assert flexvar_ext.conv3x3(torch.ones(2, 4, 6, 6, device=device), weight[:0]).shape == (2, 0, 6, 6)
+
+
+# Gradients, tracing
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_gradients_are_torchs(device, resize):
+    tensors = {
+        name: tensor.requires_grad_() for name, tensor in arguments((2, 3, 4, 5, 4), resize, device=device).items()
+    }
+    out = flexvar_ext.conv3x3(**tensors, resize=resize)
+    expected = reference.conv3x3(**tensors, resize=resize)
+    assert torch.equal(out, expected)
+    grads, expected_grads = (torch.autograd.grad(y.square().sum(), list(tensors.values())) for y in (out, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_as_accurate_as_torch(grad, expected_grad, expected_grad.double(), factor=GRADIENT_FACTOR)
+
+
+@needs_tile_unit
+@pytest.mark.parametrize("left_out", [(), ("bias",), ("residual",)])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_opcheck(left_out, resize):
+    given = without(arguments((2, 3, 4, 5, 6), resize), *left_out)
+    torch.library.opcheck(
+        torch.ops.flexvar.conv3x3.default,
+        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual")),
+    )
+
+
+@torch.no_grad()
+def test_compiles_without_graph_breaks(device):
+    @torch.compile(fullgraph=True)
+    def compiled(tensors):
+        return flexvar_ext.conv3x3(**tensors, resize="up")
+
+    tensors = arguments((2, 3, 8, 9, 5), "up", device=device)
+    torch.testing.assert_close(compiled(tensors), flexvar_ext.conv3x3(**tensors, resize="up"), rtol=1e-5, atol=1e-5)
+
+
+# Bad input
+
+X, WEIGHT = torch.zeros(2, 3, 4, 6), torch.zeros(5, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"x": X[0]}, ValueError, r"x must have shape \[B, C, H, W\], got \(3, 4, 6\)"),
+        ({"x": X.long()}, TypeError, "x must have dtype float32, .*, got int64"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must have dtype torch.float32 or float32, got torch.float16"),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight must have shape \[N, C, 3, 3\], got \(3, 3, 3\)"),
+        ({"weight": WEIGHT[..., :1]}, ValueError, r"weight must have shape .* got \(5, 3, 3, 1\)"),
+        ({"x": X[:, :2]}, ValueError, r"weight must have shape .* with C = 2 >= 1, got \(5, 3, 3, 3\)"),
+        ({"x": X[:, :0], "weight": WEIGHT[:, :0]}, ValueError, r"weight must have shape .* C = 0 >= 1"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[N\] with N = 5, got \(4,\)"),
+        ({"residual": X}, ValueError, r"residual must have the result's shape \(2, 5, 4, 6\), got \(2, 3, 4, 6\)"),
+        (
+            {"residual": torch.zeros(2, 5, 4, 6).half()},
+            TypeError,
+            "residual must have the result's dtype torch.float32, got torch.float16",
+        ),
+        ({"resize": "double"}, ValueError, "resize must be one of none, down, up, got 'double'"),
+        ({"x": X[:, :, :1], "resize": "down"}, ValueError, "x must have at least 2 x 2 pixels"),
+        ({"bias": torch.zeros(5, device="meta")}, ValueError, "all tensors must be on one device"),
+    ],
+)
+def test_bad_input(changed, error, message):
+    with pytest.raises(error, match="conv3x3: " + message):
+        flexvar_ext.conv3x3(**{"x": X, "weight": WEIGHT, **changed})
+
+
+@needs_tile_unit
+@pytest.mark.parametrize(
+    "call",
+    [
+        (X[0], WEIGHT, None, "none", None),
+        (X[:, :2], WEIGHT, None, "none", None),
+        (X, WEIGHT[..., :1], None, "none", None),
+        (X.half(), WEIGHT.half(), None, "none", None),
+        (X, WEIGHT.bfloat16(), None, "none", None),
+        (X, WEIGHT, torch.zeros(4), "none", None),
+        (X, WEIGHT, None, "double", None),
+        (X, WEIGHT, None, "none", X),
+        (X[:, :, :1], WEIGHT, None, "down", None),
+    ],
+)
+def test_bad_arguments_do_not_reach_the_kernel(call):
+    with pytest.raises(RuntimeError, match="conv3x3: "):
+        torch.ops.flexvar.conv3x3(*call)
