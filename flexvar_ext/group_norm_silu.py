@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, check_integer, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, alike, check_integer, check_same_device, check_tensor
 
 DTYPES = (*FLOATING, torch.float64)
 
@@ -39,11 +39,28 @@ def group_norm_silu(
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
-    _check(x, num_groups, weight, bias, eps, silu)
-    if torch.float64 in (x.dtype, weight.dtype, bias.dtype):
-        return reference.group_norm_silu(x, num_groups, weight, bias, eps=eps, silu=silu)
+    if not _fit(x, num_groups, weight, bias, eps, silu):
+        _check(x, num_groups, weight, bias, eps, silu)
+        if torch.float64 in (x.dtype, weight.dtype, bias.dtype):
+            return reference.group_norm_silu(x, num_groups, weight, bias, eps=eps, silu=silu)
     out, _ = torch.ops.flexvar.group_norm_silu(x, num_groups, weight, bias, eps, silu, reference.result_dtype(x))
     return out
+
+
+def _fit(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> bool:
+    """Whether the native op takes these as they are: a quick look (``alike``), right or not at all."""
+    if not (alike((x,), 4) and alike((weight, bias), 1)) or x.device != weight.device or type(num_groups) is not int:
+        return False
+    channels = x.shape[1]
+    if weight.shape[0] != channels or bias.shape[0] != channels or channels == 0:
+        return False
+    return (
+        num_groups > 0
+        and channels % num_groups == 0
+        and type(eps) is float
+        and 0 <= eps < math.inf
+        and type(silu) is bool
+    )
 
 
 def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> None:

@@ -77,9 +77,8 @@ class FeatureMaps {
   }
 
   Tensor in_format(const Tensor& t) const {
-    return torch::stable::contiguous(t, channels_last_
-                                            ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+    if (!channels_last_) return contiguous(t);
+    return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
   }
 
   const char* op_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/cpu_memory.h"
 #include "group_norm_silu/arguments.h"
 #include "group_norm_silu/cpu_kernel.h"
 
@@ -40,8 +41,8 @@ void in_parallel(const GroupNormShape& shape, int64_t count, const F& f) {
   const int64_t tasks =
       std::clamp<int64_t>(elements / kElementsPerTask, 1, std::min(count, threads));
   const int64_t scratch_size = group_norm_scratch(shape.channels);
-  const Tensor scratch = torch::stable::empty({tasks, scratch_size}, ScalarType::Float);
-  float* const memory = scratch.mutable_data_ptr<float>();
+  Scratch<float> scratch(tasks * scratch_size);
+  float* const memory = scratch.data();
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       f(count * task / tasks, count * (task + 1) / tasks, memory + task * scratch_size);
@@ -73,10 +74,7 @@ void run(const GroupNormShape& shape, const First& first, const Between& between
   in_parallel(shape, groups, [&](int64_t begin, int64_t end, float*) {
     for (int64_t group = begin; group < end; ++group) between(group);
   });
-  // Backwards, since what a thread read last is still in its cache.
-  in_parallel(shape, units, [&](int64_t begin, int64_t end, float* scratch) {
-    for (int64_t unit = end; unit > begin; --unit) second(unit - 1, unit, scratch);
-  });
+  in_parallel(shape, units, second);
 }
 
 // f(part, elements in it) for the parts of a group, in their order.
@@ -121,12 +119,11 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
   if (out.numel() > 0) {
     GroupNormSiluParams params{};
     params.shape = shape_of(maps);
-    const Tensor parts = torch::stable::empty(
-        {maps.images(), maps.groups(), parts_per_group(params.shape), 2}, ScalarType::Float);
+    Scratch<float> parts(maps.images() * maps.groups() * parts_per_group(params.shape) * 2);
     params.x = x.const_data_ptr();
     params.weight = weight.const_data_ptr<float>();
     params.bias = bias.const_data_ptr<float>();
-    params.parts = parts.mutable_data_ptr<float>();
+    params.parts = parts.data();
     params.statistics = statistics.mutable_data_ptr<float>();
     params.out = out.mutable_data_ptr();
     params.element = float_element(x.scalar_type(), op, "x");
@@ -183,23 +180,22 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
 
   GroupNormSiluBackwardParams params{};
   params.shape = shape_of(maps);
-  const Tensor sums = torch::stable::empty(
-      {maps.images(), params.shape.chunks, 2, group_norm_row(channels)}, ScalarType::Float);
-  const Tensor group_means =  // zeros until the sums are there: kernels read it with the rest
-      torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
-  const Tensor channel_sums =
-      torch::stable::empty({maps.images(), 2, channels}, ScalarType::Double);
+  Scratch<float> sums(maps.images() * params.shape.chunks * 2 * group_norm_row(channels));
+  Scratch<float> group_means(maps.images() * maps.groups() * 2);
+  // Zeros until the sums are there: kernels read them with the rest of a channel.
+  std::fill_n(group_means.data(), maps.images() * maps.groups() * 2, 0.0f);
+  Scratch<double> channel_sums(maps.images() * 2 * channels);
   params.grad_out = grad.const_data_ptr();
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr<float>();
   params.bias = bias.const_data_ptr<float>();
   params.statistics = statistics.const_data_ptr<float>();
-  params.sums = sums.mutable_data_ptr<float>();
-  params.group_means = group_means.mutable_data_ptr<float>();
+  params.sums = sums.data();
+  params.group_means = group_means.data();
   params.grad_x = grad_x.mutable_data_ptr();
   params.element = float_element(x.scalar_type(), op, "x");
   params.silu = silu;
-  double* const of_channels = channel_sums.mutable_data_ptr<double>();
+  double* const of_channels = channel_sums.data();
   const auto sum = FLEXVAR_SELECT_CPU_KERNEL(group_norm_silu_backward_sums);
   const auto apply = FLEXVAR_SELECT_CPU_KERNEL(group_norm_silu_backward_apply);
   run(

@@ -52,10 +52,11 @@ static inline Vector<float> through_activation(Vector<float> grad, Vector<float>
 template <typename T>
 static inline void store_result(T* p, Vector<float> v, int64_t n) {
 #ifdef __AVX512BF16__
-  if constexpr (__is_same(T,
-                          Bfloat16)) {  // one instruction, which takes what is below 2^-126 for 0
-    if (n == kFloatLanes)
+  // One instruction instead of seven; it takes numbers below 2^-126 for 0.
+  if constexpr (__is_same(T, Bfloat16)) {
+    if (n == kFloatLanes) {
       return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    }
   }
 #endif
   store_first(p, v, n);
@@ -93,15 +94,16 @@ static inline Unit unit_at(const GroupNormShape& shape, int64_t index) {
   return unit;
 }
 
-// f(i, elements) for every vector of `count` elements, all but the last of which are full. Behind
-// the test of the loop a load of the first so many elements is a plain load.
+#define FLEXVAR_INLINE __attribute__((always_inline))
+
+// f(i, elements) for every vector of `count` elements, all but the last of which are full. Inlined,
+// load_first of a full vector is a plain load, and constants stay in registers.
 template <typename F>
-static inline __attribute__((always_inline)) void for_each_vector(int64_t count, const F& f) {
+static inline FLEXVAR_INLINE void for_each_vector(int64_t count, const F& f) {
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) f(i, kFloatLanes);
   if (i < count) f(i, count - i);
 }
-#define FLEXVAR_INLINE __attribute__((always_inline))
 
 // Neighbours first, then neighbours of those.
 static inline float total(const Vector<float> (&sum)[kUnroll]) {
@@ -136,8 +138,8 @@ static inline float squares_about_mean(float squares, float differences, float c
 // add(j, vector) for all elements, with j going round the sums under way; what lies behind the last
 // element is `filling`.
 template <typename T, typename Add>
-static inline __attribute__((always_inline)) void for_run(const T* x, int64_t count, float filling,
-                                                          const Add& add) {
+static inline FLEXVAR_INLINE void for_run(const T* x, int64_t count, float filling,
+                                          const Add& add) {
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
 #pragma GCC unroll 4
@@ -174,8 +176,8 @@ constexpr int64_t kPixelsAtATime = 4;
 
 // add(pixels, T) for `pixels` rows from x on, with a constant number of them at a time.
 template <typename T, typename Add>
-static inline __attribute__((always_inline)) void for_pixels(const T* x, int64_t channels,
-                                                             int64_t pixels, const Add& add) {
+static inline FLEXVAR_INLINE void for_pixels(const T* x, int64_t channels, int64_t pixels,
+                                             const Add& add) {
   int64_t pixel = 0;
   for (; pixel + kPixelsAtATime <= pixels; pixel += kPixelsAtATime) {
     add(x + pixel * channels, kPixelsAtATime);
@@ -307,11 +309,12 @@ static void apply_units(const GroupNormSiluParams& params, float* scratch, int64
                           params.bias[unit.channel]);
       continue;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const float* const group = statistics + c / group_size * 2;
-      mean[c] = group[0];
-      factor[c] = group[1] * params.weight[c];
-      bias[c] = params.bias[c];
+    for (int64_t group = 0, c = 0; group < shape.groups; ++group) {
+      for (const int64_t end_of_group = c + group_size; c < end_of_group; ++c) {
+        mean[c] = statistics[2 * group];
+        factor[c] = statistics[2 * group + 1] * params.weight[c];
+        bias[c] = params.bias[c];
+      }
     }
     apply_pixels<T, kSilu>(x, out, unit.pixels, channels, mean, factor, bias);
   }
@@ -352,11 +355,10 @@ static inline Vector<float> grad_of_x(const NormAndGrad& at, const Channel<Numbe
 }
 
 static inline Channel<float> channel_at(const GroupNormSiluBackwardParams& params, int64_t image,
-                                        int64_t c) {
-  const GroupNormShape& shape = params.shape;
-  const int64_t group = (image * shape.groups + c / channels_per_group(shape)) * 2;
-  return {params.statistics[group], params.statistics[group + 1],  params.weight[c],
-          params.bias[c],           params.group_means[group + 1], params.group_means[group]};
+                                        int64_t group, int64_t c) {
+  const int64_t at = (image * params.shape.groups + group) * 2;
+  return {params.statistics[at], params.statistics[at + 1],  params.weight[c],
+          params.bias[c],        params.group_means[at + 1], params.group_means[at]};
 }
 
 // The same of all channels, as six rows of scratch.
@@ -365,12 +367,15 @@ class ChannelRows {
   ChannelRows(float* scratch, int64_t channels) : rows_(scratch), row_(group_norm_row(channels)) {}
 
   void fill(const GroupNormSiluBackwardParams& params, int64_t image) {
-    for (int64_t c = 0; c < params.shape.channels; ++c) {
-      const Channel<float> channel = channel_at(params, image, c);
-      const float values[] = {channel.mean,      channel.reciprocal_deviation,
-                              channel.weight,    channel.bias,
-                              channel.grad_mean, channel.product_mean};
-      for (int64_t i = 0; i < 6; ++i) rows_[i * row_ + c] = values[i];
+    const int64_t group_size = channels_per_group(params.shape);
+    for (int64_t group = 0, c = 0; group < params.shape.groups; ++group) {
+      for (const int64_t end = c + group_size; c < end; ++c) {
+        const Channel<float> channel = channel_at(params, image, group, c);
+        const float values[] = {channel.mean,      channel.reciprocal_deviation,
+                                channel.weight,    channel.bias,
+                                channel.grad_mean, channel.product_mean};
+        for (int64_t i = 0; i < 6; ++i) rows_[i * row_ + c] = values[i];
+      }
     }
   }
   Channel<Vector<float>> at(int64_t c) const {
@@ -391,6 +396,10 @@ class ChannelRows {
 // Elements whose sum is rounded on its own before it joins the others'.
 constexpr int64_t kSumElements = 512;
 
+// Whether g waits in grad_x for the second pass, where it keeps its bits and saves an exponential.
+template <typename T, bool kSilu>
+constexpr bool kKeepsGrad = kSilu && __is_same(T, float);
+
 template <typename T, bool kSilu>
 static void backward_sums(const GroupNormSiluBackwardParams& params, float* scratch, int64_t begin,
                           int64_t end) {
@@ -400,21 +409,28 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     const Unit unit = unit_at(shape, index);
     const T* x = static_cast<const T*>(params.x) + unit.offset;
     const T* grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
+    T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
+    const auto grad_at = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
+      const NormAndGrad at =
+          norm_and_grad<T, kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
+      if constexpr (kKeepsGrad<T, kSilu>) store_first(grad_x + i, at.grad, n);
+      return at;
+    };
     float* const product_sums = params.sums + (unit.image * shape.chunks + unit.chunk) * 2 * row;
     float* const grad_sums = product_sums + row;
     if (!shape.channels_last) {
-      const Channel<float> channel = channel_at(params, unit.image, unit.channel);
+      const Channel<float> channel =
+          channel_at(params, unit.image, unit.channel / channels_per_group(shape), unit.channel);
       Vector<float> products[kUnroll] = {}, grads[kUnroll] = {};
       for (int64_t first = 0; first < unit.pixels; first += kSumElements) {
         const int64_t rest = unit.pixels - first;
         Vector<float> product_sum = {}, grad_sum = {};
-        for_each_vector(
-            rest < kSumElements ? rest : kSumElements, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
-              const NormAndGrad at = norm_and_grad<T, kSilu>(
-                  load_first(x + first + i, n), load_first(grad_out + first + i, n), channel);
-              product_sum += at.grad * at.norm;  // behind the end g is 0
-              grad_sum += at.grad;
-            });
+        for_each_vector(rest < kSumElements ? rest : kSumElements,
+                        [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+                          const NormAndGrad at = grad_at(first + i, n, channel);
+                          product_sum += at.grad * at.norm;  // behind the end g is 0
+                          grad_sum += at.grad;
+                        });
         products[first / kSumElements % kUnroll] += product_sum;
         grads[first / kSumElements % kUnroll] += grad_sum;
       }
@@ -425,13 +441,15 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     ChannelRows rows(scratch, channels);
     rows.fill(params, unit.image);
     for (int64_t c = 0; c < row; ++c) product_sums[c] = grad_sums[c] = 0;
-    for (int64_t pixel = 0; pixel < unit.pixels; ++pixel, x += channels, grad_out += channels) {
+    for (int64_t pixel = 0; pixel < unit.pixels; ++pixel) {
       for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
-        const NormAndGrad at =
-            norm_and_grad<T, kSilu>(load_first(x + c, n), load_first(grad_out + c, n), rows.at(c));
+        const NormAndGrad at = grad_at(c, n, rows.at(c));
         store(product_sums + c, load(product_sums + c) + at.grad * at.norm);
         store(grad_sums + c, load(grad_sums + c) + at.grad);
       });
+      x += channels;
+      grad_out += channels;
+      grad_x += channels;
     }
   }
 }
@@ -444,15 +462,17 @@ static void backward_apply(const GroupNormSiluBackwardParams& params, float* scr
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_at(shape, index);
     const T* x = static_cast<const T*>(params.x) + unit.offset;
-    const T* grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
     T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
+    constexpr bool kept = kKeepsGrad<T, kSilu>;
+    const T* grad = kept ? grad_x : static_cast<const T*>(params.grad_out) + unit.offset;
     const auto write = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
-      const NormAndGrad at =
-          norm_and_grad<T, kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
+      const NormAndGrad at = norm_and_grad < T,
+                        kSilu && !kept > (load_first(x + i, n), load_first(grad + i, n), channel);
       store_result(grad_x + i, grad_of_x(at, channel), n);
     };
     if (!shape.channels_last) {
-      const Channel<float> channel = channel_at(params, unit.image, unit.channel);
+      const Channel<float> channel =
+          channel_at(params, unit.image, unit.channel / channels_per_group(shape), unit.channel);
       for_each_vector(unit.pixels,
                       [&](int64_t i, int64_t n) FLEXVAR_INLINE { write(i, n, channel); });
       continue;
@@ -463,7 +483,7 @@ static void backward_apply(const GroupNormSiluBackwardParams& params, float* scr
       for_each_vector(channels,
                       [&](int64_t c, int64_t n) FLEXVAR_INLINE { write(c, n, rows.at(c)); });
       x += channels;
-      grad_out += channels;
+      grad += channels;
       grad_x += channels;
     }
   }
