@@ -24,7 +24,8 @@ def scale_attention(
     ``out[b, n, h] = sum_m softmax_m(softmax_scale * <q[b, n, h], k[b, m, h]>) v[b, m, h]`` over the tokens m that
     token n sees (arXiv 2502.20313; the mask of arXiv 2404.02905). Only visible pairs are computed, in tiles that end
     where scales end; neither a mask nor a score matrix is ever held. Products are summed in float32 (float64 for
-    float64). The result does not depend on the rest of the batch or on the number of threads, bit for bit.
+    float64). The result does not depend on the rest of the batch or on the number of threads, bit for bit. A query all
+    of whose scores are -inf gets NaN, the 0 / 0 of the formula.
 
     Args:
         q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any

@@ -7,6 +7,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -24,10 +25,12 @@ torch::stable::Tensor empty_cpu(const int64_t (&sizes)[rank], torch::headeronly:
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(rank), sizes, strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "can't allocate memory for a tensor of ", stride,
+                  " elements");
   return torch::stable::Tensor(handle);
 }
 

@@ -63,9 +63,11 @@ def of_image(pyramid: list[torch.Tensor], image: int) -> list[torch.Tensor]:
 
 
 def test_same_arguments_same_images(pipe: FlexVARPipeline) -> None:
-    first, second = (pipe([1, 2], schedule=SMALL, seed=5) for _ in range(2))
-    assert pyramids_equal(first.pyramid, second.pyramid)
-    assert first.images[0].tobytes() == second.images[0].tobytes()
+    first = pipe([1, 2], schedule=SMALL, seed=5)
+    for _ in range(250 if pipe.transformer.backend == "native" else 2):
+        again = pipe([1, 2], schedule=SMALL, seed=5)
+        assert pyramids_equal(first.pyramid, again.pyramid)
+        assert [image.tobytes() for image in first.images] == [image.tobytes() for image in again.images]
 
 
 @pytest.fixture(scope="module", params=[None, torch.bfloat16], ids=["as stored", "bfloat16 autocast"])
@@ -226,7 +228,8 @@ def test_reconstruct(pipe: FlexVARPipeline) -> None:
     assert len(out.pyramid) == 4
     assert out.steps[0].preview()[0].size[0] < 13
     tensor = torch.zeros(1, 3, 8, 8)
-    expected = pipe.tokenizer.reconstruct(tensor, ScaleSchedule([1, 2]))[-1]
+    with torch.no_grad():  # as the pipeline: the decoder then sums in another order
+        expected = pipe.tokenizer.reconstruct(tensor, ScaleSchedule([1, 2]))[-1]
     assert torch.allclose(pipe.reconstruct(tensor, schedule=[1, 2], output_type="pt").images, expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"last grid \(1, 1\), got 8 x 8 px"):
         pipe.reconstruct(tensor, schedule=[1])

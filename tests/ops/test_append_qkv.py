@@ -120,6 +120,23 @@ def test_layouts(device):
     assert whole[[0, 3]].isnan().all()
 
 
+def test_expanded_and_strided_arguments(device):
+    tensors = problem(device=device)
+    one = tensors["qkv"][:1]
+    scale = torch.stack([tensors["q_scale"], -tensors["q_scale"]], dim=1)[:, 0]
+    found = run(flexvar_ext.append_qkv, dict(tensors, qkv=one.expand(2, -1, -1, -1, -1), q_scale=scale))
+    expected = run(flexvar_ext.append_qkv, dict(tensors, qkv=one.repeat(2, 1, 1, 1, 1)))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True))
+
+
+def test_repeats_are_bit_equal(device):
+    tensors = problem(dtype=torch.bfloat16, device=device)
+    expected = run(flexvar_ext.append_qkv, tensors)
+    for _ in range(250):
+        again = run(flexvar_ext.append_qkv, tensors)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(again, expected, strict=True))
+
+
 def test_degenerate(device):
     for shape in ((0, 3, 2, 32), (2, 0, 2, 32), (2, 3, 0, 32)):
         q, _, _ = run(flexvar_ext.append_qkv, problem(shape, device=device))

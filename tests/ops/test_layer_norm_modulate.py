@@ -228,6 +228,16 @@ def test_gradients_that_are_not_contiguous(device):
     assert expanded.abs().max() < 10
 
 
+def test_expanded_arguments(device):
+    given = arguments(1, 5, 32, device=device)
+    expected = gradients(
+        flexvar_ext.residual_layer_norm_modulate, {name: t.repeat(3, 1, 1) for name, t in given.items()}
+    )
+    expanded = {name: tensor.expand(3, -1, -1) for name, tensor in given.items()}
+    found = flexvar_ext.residual_layer_norm_modulate(**expanded)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected[:2], strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)])
 def test_no_tokens(device, shape):
     for vectors in (None, 1):

@@ -105,6 +105,56 @@ def test_infinitely_low_scores_have_no_weight(device):
     assert_close(flexvar_ext.scale_attention(q, k, v, [130]), reference.scale_attention(q, k, v, [130]))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_query_without_a_score_is_not_a_number(device, dtype):
+    q, k, v = make_qkv(1, 14, 2, 32, dtype, device)
+    q, k = q.abs() + 0.1, k.clone()
+    k[0, :5] = -float("inf")  # all that the first scales see, and part of what the last one does
+    out = flexvar_ext.scale_attention(q, k, v, [1, 4, 9])
+    assert out[:, :5].isnan().all()
+    assert out[:, 5:].isfinite().all()
+    assert flexvar_ext.scale_attention_step(q[:, 5:], k, v, 5).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_of_step(device, dtype):
+    q, k, v = (tensor.contiguous() for tensor in make_qkv(2, 35, 4, 32, dtype, device))
+    q = q[:, :6].contiguous()
+    expected = flexvar_ext.scale_attention_step(q, k, v, 30)
+
+    def variants(tensor):
+        offset = torch.empty(tensor.numel() + 1, dtype=dtype, device=device)[1:].view(tensor.shape).copy_(tensor)
+        head_major = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        return offset, head_major, torch.stack((tensor, -tensor), dim=-1)[..., 0], torch.cat([tensor] * 3, 1)[:, 35:70]
+
+    for same_k, same_v in zip(variants(k), variants(v), strict=True):
+        assert torch.equal(flexvar_ext.scale_attention_step(q, same_k, same_v, 30), expected)
+    for same_q in variants(q)[:3]:
+        assert torch.equal(flexvar_ext.scale_attention_step(same_q, k, v, 30), expected)
+    one_for_all = k[:1].expand(2, -1, -1, -1)
+    assert torch.equal(
+        flexvar_ext.scale_attention_step(q, one_for_all, v, 30),
+        flexvar_ext.scale_attention_step(q, one_for_all.contiguous(), v, 30),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_are_bit_equal(device, dtype):
+    lengths = [1, 4, 9, 16, 36]
+    q, k, v = leaves(*make_qkv(2, 66, 2, 32, dtype, device))
+    grad_out = torch.randn(q.shape, dtype=torch.float32).to(device, dtype)
+
+    def results():
+        out = flexvar_ext.scale_attention(q, k, v, lengths)
+        with torch.no_grad():
+            step = flexvar_ext.scale_attention_step(q[:, 30:], k, v, 66)
+        return [out, step, *torch.autograd.grad(out, (q, k, v), grad_out)]
+
+    expected = results()
+    for _ in range(250):
+        assert all(map(torch.equal, results(), expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(device, dtype):
     lengths = [1, 4, 30]

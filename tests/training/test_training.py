@@ -108,8 +108,10 @@ def test_transformer_learns_and_is_saved(tmp_path):
 def test_tokenizer_resumes_exactly(tmp_path):
     whole = run_tokenizer(tmp_path / "whole")
     batches = TOKENIZER_TRAINING.steps * 2  # with those of the revivals it stops in the second half
+    state = torch.get_rng_state()
     with pytest.raises(StoppedError):
         run_tokenizer(tmp_path / "stopped", [StoppingDataset(240, 16, 16, batches=batches)])
+    assert torch.equal(torch.get_rng_state(), state), "nor does a run that ends early touch them"
     resumed = run_tokenizer(tmp_path / "stopped", resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert same_weights(resumed, whole)
