@@ -39,9 +39,9 @@ class Upsample(nn.Module):
     """Doubles the resolution: nearest neighbour, then a 3x3 convolution. [B, C, H, W] -> [B, C, 2H, 2W].
 
     Where :func:`flexvar_ext.conv3x3` is this library's own it does both. Elsewhere, without gradients, both are one
-    transposed convolution (:func:`fold_nearest`), the same to rounding. That kernel
-    is kept for as long as the weight stays: another storage or a raised version counter (optimizers, ``load_state_dict``,
-    ``copy_``) makes a new one. Only writes through ``.data`` escape.
+    transposed convolution (:func:`fold_nearest`), the same to rounding. That kernel is kept for as long as the weight
+    stays: another storage or a raised version counter (optimizers, ``load_state_dict``, ``copy_``) makes a new one.
+    Only writes through ``.data`` escape.
     """
 
     def __init__(self, channels: int, *, backend: str) -> None:
