@@ -41,6 +41,11 @@ Tensor channels_last(const Tensor& t) {
       torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
 }
 
+bool has_channels_last(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.stride(3) &&
+         t.stride(0) == t.size(2) * t.stride(2);
+}
+
 void run(Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t weight_units = params.column_tiles() * params.channel_blocks();
@@ -102,7 +107,11 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
   params.out_height = down ? params.height / 2 : up ? 2 * params.height : params.height;
   params.out_width = down ? params.width / 2 : up ? 2 * params.width : params.width;
 
-  const Tensor x = channels_last(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor x = channels_last(x_in);
+  const bool is_channels_last = has_channels_last(weight_in);
+  const Tensor weight = is_channels_last ? weight_in : torch::stable::contiguous(weight_in);
+  params.channel_stride = is_channels_last ? 1 : 9;
+  params.tap_stride = is_channels_last ? params.in_channels : 1;
   std::optional<Tensor> bias, residual;
   if (bias_in) {
     element_of(*bias_in, "bias");

@@ -71,10 +71,20 @@ void pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_e
     alignas(64) Taps taps[kTileRows] = {};
     for (int64_t i = 0; i < kTileRows && i < columns; ++i) {
       const W* weight = static_cast<const W*>(params.weight) +
-                        ((tile * kTileRows + i) * params.in_channels + first) * 9;
-      for (int64_t c = 0; c < channels; ++c, weight += 9) {
+                        (tile * kTileRows + i) * params.in_channels * 9 +
+                        first * params.channel_stride;
+      if (params.channel_stride == 1) {
+        for (int64_t tap = 0; tap < 9; ++tap, weight += params.tap_stride) {
+          for (int64_t c = 0; c < channels; c += kFloatLanes) {
+            store(taps[i][tap / 3][tap % 3] + c, load_first(weight + c, channels - c));
+          }
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c, weight += params.channel_stride) {
 #pragma GCC unroll 9
-        for (int64_t tap = 0; tap < 9; ++tap) taps[i][tap / 3][tap % 3][c] = to_float(weight[tap]);
+        for (int64_t tap = 0; tap < 9; ++tap)
+          taps[i][tap / 3][tap % 3][c] = to_float(weight[tap * params.tap_stride]);
       }
     }
     for (int64_t phase = 0; phase < params.phases(); ++phase) {
@@ -114,7 +124,8 @@ float convolve_plainly(const Conv3x3Params& params, int64_t image, int64_t y, in
                             (up ? column / 2 : column)) *
                                params.in_channels;
     for (int64_t c = 0; c < params.in_channels; ++c) {
-      sum += to_float(pixel[c]) * to_float(weight[c * 9 + tap]);
+      sum += to_float(pixel[c]) *
+             to_float(weight[c * params.channel_stride + tap * params.tap_stride]);
     }
   }
   return sum;

@@ -15,7 +15,8 @@ enum class ConvResize : int { none, down, up };
 // out = residual + bias + conv(x). The feature maps are channels-last: [batch, height, width, C].
 struct Conv3x3Params {
   const void* x;
-  const void* weight;    // [out_channels, in_channels, 3, 3]
+  const void* weight;  // [out_channels], each 9 taps of in_channels at these strides
+  int64_t channel_stride, tap_stride;
   const float* bias;     // [out_channels], or null
   const void* residual;  // like out, or null
   void* out;

@@ -83,6 +83,8 @@ def _load_weights(model: MultiScaleTokenizer | FlexVARTransformer, folder: Path)
         raise ValueError(f"{path} must match its checksum {stored}, got {_checksum(weights)}: the file is damaged")
     check_state_dict(model, weights, str(path))
     model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    if isinstance(model, MultiScaleTokenizer):
+        model.arrange()
 
 
 def _checksum(weights: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +18,11 @@ from flexvar._backend import check_backend, ops
 from flexvar.tokenizer.config import TokenizerConfig
 from flexvar.tokenizer.convolution import Conv1x1, Conv3x3
 from flexvar.tokenizer.upsampling import Upsample
+
+
+def _arranged(x: Tensor, backend: str) -> Tensor:
+    """Channels last for the native backend, which every later map then is."""
+    return x.contiguous(memory_format=torch.channels_last) if backend == "native" else x
 
 
 class Norm(nn.GroupNorm):
@@ -140,7 +146,7 @@ class Encoder(nn.Module):
         self.conv_out = Conv3x3(channels[-1], config.z_channels, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(_arranged(x, self.norm_out.backend))
         for level in self.conv_blocks:
             x = level(x)
         out: Tensor = self.conv_out(self.norm_out(self.mid(x)))
@@ -172,7 +178,7 @@ class Decoder(nn.Module):
         return cast(nn.Parameter, self.conv_out.weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(_arranged(z, self.norm_out.backend)))
         for level in self.conv_blocks:
             x = level(x)
         out: Tensor = self.conv_out(self.norm_out(x))

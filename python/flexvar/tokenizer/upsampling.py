@@ -38,10 +38,10 @@ def _fold(weight: Tensor, dim: int) -> Tensor:
 class Upsample(nn.Module):
     """Doubles the resolution: nearest neighbour, then a 3x3 convolution. [B, C, H, W] -> [B, C, 2H, 2W].
 
-    Where :func:`flexvar_ext.conv3x3` is this library's own it does both. Elsewhere, without gradients, both are one
-    transposed convolution (:func:`fold_nearest`), the same to rounding. That kernel is kept for as long as the weight
-    stays: another storage or a raised version counter (optimizers, ``load_state_dict``, ``copy_``) makes a new one.
-    Only writes through ``.data`` escape.
+    Where :func:`flexvar_ext.conv3x3` is this library's own it does both. Elsewhere on the native backend, without
+    gradients, both are one transposed convolution (:func:`fold_nearest`), the same to rounding. That kernel is kept for
+    as long as the weight stays: another storage or a raised version counter (optimizers, ``load_state_dict``,
+    ``copy_``) makes a new one. Only writes through ``.data`` escape.
     """
 
     def __init__(self, channels: int, *, backend: str) -> None:
@@ -52,8 +52,7 @@ class Upsample(nn.Module):
         self._version = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        is_native = self.conv.backend == "native" and flexvar_ext.conv3x3_is_native(x)
-        if is_native or torch.is_grad_enabled():
+        if self.conv.backend == "reference" or torch.is_grad_enabled() or flexvar_ext.conv3x3_is_native(x):
             out: Tensor = self.conv(x)
             return out
         return F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)
