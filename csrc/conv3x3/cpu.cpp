@@ -49,33 +49,37 @@ bool has_channels_last(const Tensor& t) {
 void run(Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t weight_units = params.column_tiles() * params.channel_blocks();
-  Scratch<char> panels(params.phases() * weight_units * params.weight_block_bytes());
+  const int64_t panel_bytes = params.phases() * weight_units * params.weight_block_bytes();
+  Scratch<char> panels(panel_bytes);
   params.weight_panels = panels.data();
   torch::stable::parallel_for(0, weight_units, 1, [&](int64_t begin, int64_t end) {
     amx::conv3x3_pack_weight(params, begin, end);
   });
 
-  const amx::Conv3x3Band band(params);
+  // The larger factor is read once: threads take bands of large maps, which all meet the weight, or
+  // columns of a large weight, which all meet the map.
+  const int64_t pairs = divide_up(params.column_tiles(), 2), wanted = 2 * threads;
+  const bool splits_weight = panel_bytes > params.batch * amx::Conv3x3Band(params, 1).bytes(params);
+  const amx::Conv3x3Band band(params, splits_weight ? 1 : divide_up(wanted, params.batch));
   const int64_t band_rows = divide_up(params.grid_height(), band.rows);
   const int64_t band_columns = divide_up(params.tiles_in_row(), band.tiles);
   const int64_t bands = params.batch * band_rows * band_columns;
-  // Few bands are shared by threads that each take some of the columns.
-  const int64_t shares =
-      std::clamp<int64_t>(divide_up(4 * threads, bands), 1, divide_up(params.column_tiles(), 2));
+  const int64_t shares = std::min(divide_up(wanted, splits_weight ? 1 : bands), pairs);
   const int64_t units = bands * shares, runs = std::min(units, threads);
   const int64_t scratch_bytes = band.bytes(params) + amx::kConvSumBytes;
   Scratch<char> scratch(runs * scratch_bytes);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
     for (int64_t run = first_run; run < last_run; ++run) {
+      int64_t packed = -1;
       for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
-        const int64_t share = unit % shares, place = unit / shares;
-        const int64_t pairs = divide_up(params.column_tiles(), 2);
-        amx::conv3x3_block(
-            params, band,
-            {place / band_columns / band_rows, place / band_columns % band_rows * band.rows,
-             place % band_columns * band.tiles, pairs * share / shares * 2,
-             std::min(pairs * (share + 1) / shares * 2, params.column_tiles())},
-            scratch.data() + run * scratch_bytes);
+        const int64_t place = unit / shares, share = unit % shares;
+        const amx::Conv3x3Block block{
+            place / band_columns / band_rows, place / band_columns % band_rows * band.rows,
+            place % band_columns * band.tiles, pairs * share / shares * 2,
+            std::min(pairs * (share + 1) / shares * 2, params.column_tiles())};
+        amx::conv3x3_block(params, band, block, place == packed,
+                           scratch.data() + run * scratch_bytes);
+        packed = place;
       }
     }
   });

@@ -227,8 +227,8 @@ void convolve_part(const Conv3x3Params& params, const Conv3x3Band& band, const C
 
 template <typename T, typename W>
 void convolve_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                    char* scratch) {
-  pack_band<T>(params, band, block, scratch);
+                    bool is_packed, char* scratch) {
+  if (!is_packed) pack_band<T>(params, band, block, scratch);
   float* const sums = reinterpret_cast<float*>(scratch + band.bytes(params));
   const int64_t tiles = band.rows * band.tiles;
   for (Part part{}; part.phase < params.phases(); ++part.phase) {
@@ -247,17 +247,22 @@ void convolve_block(const Conv3x3Params& params, const Conv3x3Band& band, const 
 
 }  // namespace
 
-Conv3x3Band::Conv3x3Band(const Conv3x3Params& params) {
-  constexpr int64_t kMostBytes = 1 << 20, kMostTiles = 4;
+Conv3x3Band::Conv3x3Band(const Conv3x3Params& params, int64_t count) {
+  constexpr int64_t kMostBytes = 1 << 20, kMostTiles = 4, kFewestRows = 8;
+  const int64_t height = params.grid_height();
   tiles = params.tiles_in_row() < kMostTiles ? params.tiles_in_row() : kMostTiles;
+  const int64_t wanted = (height + count - 1) / count;
+  const int64_t most = wanted > kFewestRows ? wanted : kFewestRows;
   rows = 1;
-  while (rows < params.grid_height()) {
+  while (rows < height && rows < most) {
     ++rows;
     if (bytes(params) > kMostBytes) {
       --rows;
       break;
     }
   }
+  const int64_t bands = (height + rows - 1) / rows;
+  rows = (height + bands - 1) / bands;  // alike
 }
 
 void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end) {
@@ -270,14 +275,14 @@ void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_
 }
 
 void conv3x3_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                   char* scratch) {
+                   bool is_packed, char* scratch) {
   const TileScope scope;
   if (params.element == ConvElement::float32) {
-    return convolve_block<float, float>(params, band, block, scratch);
+    return convolve_block<float, float>(params, band, block, is_packed, scratch);
   }
   params.weight_element == ConvElement::float32
-      ? convolve_block<Bfloat16, float>(params, band, block, scratch)
-      : convolve_block<Bfloat16, Bfloat16>(params, band, block, scratch);
+      ? convolve_block<Bfloat16, float>(params, band, block, is_packed, scratch)
+      : convolve_block<Bfloat16, Bfloat16>(params, band, block, is_packed, scratch);
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

@@ -48,7 +48,8 @@ struct Conv3x3Params {
 struct Conv3x3Band {
   int64_t rows, tiles;
 
-  explicit Conv3x3Band(const Conv3x3Params& params);
+  // At least `count` of them where that takes no thin ones.
+  Conv3x3Band(const Conv3x3Params& params, int64_t count);
   int64_t seen_rows(const Conv3x3Params& params) const { return (rows - 1) * params.stride() + 3; }
   int64_t seen_columns(const Conv3x3Params& params) const {
     return (tiles * 16 - 1) * params.stride() + 3;
@@ -74,7 +75,8 @@ constexpr int64_t kConvSumBytes = kConvTiles * kConvColumnTiles * 1024;
 
 // A unit is a tile of columns of a block of channels: column_tiles * channel_blocks.
 void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end);
+// With `is_packed` the scratch memory holds the band from the call before.
 void conv3x3_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                   char* scratch);
+                   bool is_packed, char* scratch);
 
 }  // namespace flexvar::amx
