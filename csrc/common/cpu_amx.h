@@ -188,7 +188,7 @@ static inline void store_result(T* p, Vector<float> v, int64_t count) {
 // cache. In float32 it also bounds the length of a chain of sums. They are added up outside of the
 // unit: one long chain would lose what the parts keep.
 template <int kParts>
-constexpr int64_t kTileSteps = kParts == 1 ? 16 : 4;
+constexpr int64_t kTileSteps = kParts == 1 ? 8 : 4;
 
 // sums (+)= left right for the two left factors and kColumns right panels over `steps` tiles of the
 // depth, few enough for one chain of sums. sums[i][j] is 1 KiB, row-major.
