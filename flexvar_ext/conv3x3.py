@@ -28,7 +28,7 @@ def conv3x3(
 
     Args:
         x: [B, C, H, W] in any layout, float32, float16, bfloat16 or float64; C >= 1.
-        weight: [N, C, 3, 3] as ``torch.nn.Conv2d`` holds it, of x's dtype (under autocast, of autocast's), or float32,
+        weight: [N, C, 3, 3] as ``torch.nn.Conv2d`` holds it, N >= 1, of x's dtype (under autocast, of autocast's), or float32,
             which is rounded to that dtype.
         bias: [N], of one of weight's dtypes, or None.
         resize: ``none``: [h, w] = [H, W]. ``down``: stride 2 behind a row and a column of zeros below and to the right,
@@ -50,9 +50,9 @@ def conv3x3(
     check_same_device(op, **given)
     check_choice(op, "resize", resize, RESIZES)
     channels = x.shape[1]
-    if channels == 0 or weight.shape[1:] != (channels, 3, 3):
+    if channels == 0 or weight.shape[0] == 0 or weight.shape[1:] != (channels, 3, 3):
         raise ValueError(
-            f"{op}: weight must have shape [N, C, 3, 3] with C = {channels} >= 1, got {tuple(weight.shape)}"
+            f"{op}: weight must have shape [N, C, 3, 3] with N >= 1 and C = {channels} >= 1, got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: bias must have shape [N] with N = {weight.shape[0]}, got {tuple(bias.shape)}")

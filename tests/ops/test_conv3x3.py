@@ -190,7 +190,7 @@ def test_layouts(device, resize, dtype):
 def test_nothing_to_do(device):
     weight = torch.ones(5, 4, 3, 3, device=device)
     assert flexvar_ext.conv3x3(torch.ones(0, 4, 6, 6, device=device), weight, resize="up").shape == (0, 5, 12, 12)
-    assert flexvar_ext.conv3x3(torch.ones(2, 4, 6, 6, device=device), weight[:0]).shape == (2, 0, 6, 6)
+    assert flexvar_ext.conv3x3(torch.ones(2, 4, 0, 6, device=device), weight).shape == (2, 5, 0, 6)
 
 
 # Gradients, tracing
@@ -244,8 +244,9 @@ X, WEIGHT = torch.zeros(2, 3, 4, 6), torch.zeros(5, 3, 3, 3)
         ({"weight": WEIGHT.half()}, TypeError, "weight must have dtype torch.float32 or float32, got torch.float16"),
         ({"weight": WEIGHT[0]}, ValueError, r"weight must have shape \[N, C, 3, 3\], got \(3, 3, 3\)"),
         ({"weight": WEIGHT[..., :1]}, ValueError, r"weight must have shape .* got \(5, 3, 3, 1\)"),
-        ({"x": X[:, :2]}, ValueError, r"weight must have shape .* with C = 2 >= 1, got \(5, 3, 3, 3\)"),
+        ({"x": X[:, :2]}, ValueError, r"weight must have shape .* C = 2 >= 1, got \(5, 3, 3, 3\)"),
         ({"x": X[:, :0], "weight": WEIGHT[:, :0]}, ValueError, r"weight must have shape .* C = 0 >= 1"),
+        ({"weight": WEIGHT[:0]}, ValueError, r"weight must have shape .* with N >= 1 .* got \(0, 3, 3, 3\)"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[N\] with N = 5, got \(4,\)"),
         ({"residual": X}, ValueError, r"residual must have the result's shape \(2, 5, 4, 6\), got \(2, 3, 4, 6\)"),
         (
