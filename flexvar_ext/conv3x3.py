@@ -28,8 +28,8 @@ def conv3x3(
 
     Args:
         x: [B, C, H, W] in any layout, float32, float16, bfloat16 or float64; C >= 1.
-        weight: [N, C, 3, 3] as ``torch.nn.Conv2d`` holds it, N >= 1, of x's dtype (under autocast, of autocast's), or float32,
-            which is rounded to that dtype.
+        weight: [N, C, 3, 3] as ``torch.nn.Conv2d`` holds it, N >= 1, of x's dtype (under autocast, of autocast's), or
+            float32, which is rounded to that dtype.
         bias: [N], of one of weight's dtypes, or None.
         resize: ``none``: [h, w] = [H, W]. ``down``: stride 2 behind a row and a column of zeros below and to the right,
             [H // 2, W // 2] of at least 2 x 2 pixels. ``up``: nearest neighbour to [2 H, 2 W] before the convolution.
@@ -56,8 +56,9 @@ def conv3x3(
         )
     if bias is not None and bias.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: bias must have shape [N] with N = {weight.shape[0]}, got {tuple(bias.shape)}")
-    if resize == "down" and (x.shape[2] < 2 or x.shape[3] < 2):
-        raise ValueError(f"{op}: x must have at least 2 x 2 pixels to be halved, got {tuple(x.shape)}")
+    fewest = 2 if resize == "down" else 1
+    if x.shape[2] < fewest or x.shape[3] < fewest:
+        raise ValueError(f"{op}: x must have at least {fewest} x {fewest} pixels, got {tuple(x.shape)}")
     shape = _result_shape(x, weight, resize)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"{op}: residual must have the result's shape {tuple(shape)}, got {tuple(residual.shape)}")
