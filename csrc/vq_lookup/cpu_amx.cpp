@@ -7,12 +7,17 @@ namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 constexpr int64_t kMostSteps = 16;
+// Of each rounding of a float32 sum, relative; a sum of squares has fewer than its terms, and 16.
+constexpr double kSumError = 0x1p-23;
 
-// (xh, xm, xh) for queries, (eh, eh, em) for codes: [3 * dim] of the depth.
-void split_row(const float* row, int64_t dim, bool is_code, Bfloat16* parts) {
+// (xh, xm, xh) for queries, (eh, eh, em) for codes: [3 * dim] of the depth. Returns |row|², summed
+// in float32.
+float split_row(const float* row, int64_t dim, bool is_code, Bfloat16* parts) {
+  Vector<float> squares{};
   for (int64_t c = 0; c < dim; c += kFloatLanes) {
     const int64_t count = dim - c;
     const Vector<float> x = load_first(row + c, count);
+    squares += x * x;
     const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)x);
     const Vector<float> left =
         x - (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, high) << 16);
@@ -22,6 +27,11 @@ void split_row(const float* row, int64_t dim, bool is_code, Bfloat16* parts) {
     _mm256_mask_storeu_epi16(parts + dim + c, mask, is_code ? high : middle);
     _mm256_mask_storeu_epi16(parts + 2 * dim + c, mask, is_code ? middle : high);
   }
+  const auto eight = __builtin_shufflevector(squares, squares, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(squares, squares, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // The factors of 8 rows as row_scale gives them, a row to a lane.
@@ -64,7 +74,8 @@ void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t ti
   alignas(64) Bfloat16 rows[kVqTile][kMostSteps * kTileDepth] = {};
   float code[kMostSteps * kTileDepth];
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    double largest = 0, scales[kVqTile] = {};
+    float largest = 0;
+    double scales[kVqTile] = {};
     for (int64_t i = 0; i < kVqTile; i += 8) {
       const int64_t first = tile * kVqTile + i;
       if (first + 8 <= params.num_codes) {
@@ -79,27 +90,25 @@ void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t ti
       const int64_t v = tile * kVqTile + i;
       const double scale = scales[i];
       if (v < params.num_codes) params.inverse_norms[v] = scale;
-      double squared = 0;
+      float squared = 0;
       if (scale == 0.0) {
         for (int64_t c = 0; c < 3 * dim; ++c) rows[i][c] = {};
       } else {
-        Double8 squares = {};
         for (int64_t c = 0; c < dim; c += 8) {
-          const Double8 e = load_scaled(params.codebook + v * dim + c, dim - c, scale);
-          squares += e * e;
           typedef float Float8 __attribute__((vector_size(32)));
-          const Float8 rounded = __builtin_convertvector(e, Float8);
-          __builtin_memcpy(code + c, &rounded, sizeof(rounded));
+          const Float8 e = __builtin_convertvector(
+              load_scaled(params.codebook + v * dim + c, dim - c, scale), Float8);
+          __builtin_memcpy(code + c, &e, sizeof(e));
         }
-        squared = sum(squares);
-        split_row(code, dim, true, rows[i]);
+        squared = split_row(code, dim, true, rows[i]);
       }
-      tiles.negative_half[v] = scale == 0.0 ? -kInfinity : static_cast<float>(-0.5 * squared);
+      tiles.negative_half[v] = scale == 0.0 ? -kInfinity : -0.5f * squared;
       largest = squared > largest ? squared : largest;
     }
-    params.block_norms[tile] = __builtin_sqrt(largest);
+    params.block_norms[tile] =
+        __builtin_sqrt(static_cast<double>(largest)) * (1 + kSumError * (dim + 16));
     pack_left_panel<1>(tiles.codes + tile * steps * kTileBytes, rows[0], kMostSteps * kTileDepth,
-                       kVqTile, 3 * dim, 0);
+                       kVqTile, steps * kTileDepth, 0);
   }
 }
 
@@ -113,7 +122,7 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
                 rows[i]);
     }
     pack_right_panel<1>(tiles.queries + tile * tiles.steps() * kTileBytes, rows[0],
-                        kMostSteps * kTileDepth, kVqTile, 3 * params.dim);
+                        kMostSteps * kTileDepth, kVqTile, tiles.steps() * kTileDepth);
   }
 }
 
@@ -163,9 +172,9 @@ void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_e
   const double dim = static_cast<double>(params.dim), most = params.max_code_norm;
   // |score - exact score| <= what the parts leave out: 2^-18 |x||e| for xm em, as much for each
   // rest, and less than a hundredth of that for products of those; n u / (1 - n u) of n roundings
-  // on the way of a term, u = 2^-24 (its products, |e|²/2, the threshold below); and what is
-  // flushed to zero, factors included.
-  const double roundings = (3 * dim + 8) * 0x1p-24, left_out = 3.1 * 0x1p-18;
+  // on the way of a term, u = 2^-24 (its products, the sum |e|²/2, the threshold below); and what
+  // is flushed to zero, factors included.
+  const double roundings = (3 * dim + 24) * 0x1p-24, left_out = 3.1 * 0x1p-18;
   for (int64_t tile = query_begin; tile < query_end; ++tile) {
     const float* const group_max = tiles.group_max + (tile - query_begin) * kVqTile;
     Vector<float> largest = load(group_max);
