@@ -52,6 +52,10 @@ def train_transformer(
         resume: continue the run in ``folder``.
         progress: show progress bars.
 
+    On a CPU set LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to 64 before torch is imported, as ``flexvar
+    train`` does: torch keeps about a megabyte for each of the last 1024 shapes of a bfloat16 product, and random
+    schedules bring new ones at every step.
+
     Returns:
         The transformer with averaged weights, in eval mode, on ``device``.
 
