@@ -17,7 +17,13 @@ DTYPES = (*FLOATING, torch.float64)
 
 
 def scale_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale_lengths: Sequence[int], *, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale_lengths: Sequence[int],
+    *,
+    softmax_scale: float | None = None,
+    q_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention in which a token of scale i sees every token of the scales <= i: the teacher-forced pass of VAR models.
 
@@ -27,15 +33,20 @@ def scale_attention(
     float64). The result does not depend on the rest of the batch or on the number of threads, bit for bit. A query all
     of whose scores are -inf gets NaN, the 0 / 0 of the formula.
 
+    With ``q_scale`` queries and keys are normalised (arXiv 2502.20313's code): ``q_scale[h] * e(q[b, n, h])`` and
+    ``e(k[b, m, h])`` take their places, where ``e(x) = x / max(|x|, 1e-12)`` over D as in ``F.normalize``, computed in
+    float32 (float64 for float64). On CUDA that happens inside the kernels, without a pass over q and k.
+
     Args:
         q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any
             strides; slices of a fused [B, L, 3, H, D] are read in place.
         scale_lengths: tokens of every scale, in order; non-negative integers that sum to L. A scale of length 0 is
             allowed and has no effect.
         softmax_scale: finite; D ** -0.5 when None.
+        q_scale: [H], floating; used in float32 (float64). None: q and k are taken as they are.
 
-    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k
-        and v; the backward pass is deterministic.
+    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k,
+        v and q_scale; the backward pass is deterministic.
 
     Raises: TypeError, ValueError for arguments that break the rules above.
     """
@@ -45,7 +56,8 @@ def scale_attention(
         if tensor.shape != q.shape:
             raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
     lengths = _check_scale_lengths(op, scale_lengths, q.shape[1])
-    out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, _softmax_scale(op, q, softmax_scale))[0]
+    scale = _softmax_scale(op, q, softmax_scale)
+    out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, _of_heads(op, "q_scale", q_scale, q))[0]
     return out
 
 
@@ -131,6 +143,17 @@ def _check_scale_lengths(op: str, scale_lengths: object, tokens: int) -> list[in
     return list(scale_lengths)
 
 
+def _of_heads(op: str, name: str, value: Tensor | None, q: Tensor) -> Tensor | None:
+    """One number a head in the type of the arithmetic."""
+    if value is None:
+        return None
+    check_tensor(op, name, value, "[H]", DTYPES)
+    if value.shape[0] != q.shape[2]:
+        raise ValueError(f"{op}: {name} must have shape [H] with H = {q.shape[2]}, got {tuple(value.shape)}")
+    check_same_device(op, **{"q": q, name: value})
+    return value.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
 def _softmax_scale(op: str, q: Tensor, softmax_scale: float | None) -> float:
     if softmax_scale is None:
         return float(q.shape[3] ** -0.5)
@@ -142,10 +165,13 @@ def _softmax_scale(op: str, q: Tensor, softmax_scale: float | None) -> float:
 
 
 @torch.library.register_fake("flexvar::scale_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, scale_lengths: list[int], softmax_scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale_lengths: list[int], softmax_scale: float, q_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     arithmetic = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=arithmetic)
+    logsumexp = q.new_empty(batch, heads, tokens, dtype=arithmetic)
+    return q.new_empty(q.shape), logsumexp, logsumexp.new_empty(0 if q_scale is None else 2, batch, heads, tokens)
 
 
 @torch.library.register_fake("flexvar::scale_attention_backward")
@@ -158,8 +184,11 @@ def _(
     logsumexp: Tensor,
     scale_lengths: list[int],
     softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q_scale: Tensor | None,
+    inverse_lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_q_scale = logsumexp.new_empty(0 if q_scale is None else q.shape[2])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_q_scale
 
 
 @torch.library.register_fake("flexvar::scale_attention_step")
@@ -167,20 +196,20 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, softmax_scale
     return q.new_empty(q.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale_lengths, ctx.softmax_scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale_lengths, ctx.softmax_scale, q_scale = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output[:2], q_scale, output[2])
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, logsumexp = ctx.saved_tensors
-    grads = torch.ops.flexvar.scale_attention_backward(
-        grad_out, q, k, v, out, logsumexp, ctx.scale_lengths, ctx.softmax_scale
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, logsumexp, q_scale, inverse_lengths = ctx.saved_tensors
+    *grads, grad_q_scale = torch.ops.flexvar.scale_attention_backward(
+        grad_out, q, k, v, out, logsumexp, ctx.scale_lengths, ctx.softmax_scale, q_scale, inverse_lengths
     )
-    return (*grads, None, None)
+    return (*grads, None, None, None if q_scale is None else grad_q_scale)
 
 
 torch.library.register_autograd("flexvar::scale_attention", _backward, setup_context=_setup_context)
-register_autocast("scale_attention")
-register_autocast("scale_attention_step")
+register_autocast("scale_attention", only=("q", "k", "v"))
+register_autocast("scale_attention_step", only=("q", "k_cache", "v_cache"))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "common/inverse_length.h"
 #include "common/ptx.cuh"
 #include "scale_attention/tile.h"
 
@@ -32,6 +33,9 @@ struct AttentionForwardCuda {
   int64_t heads;
   int64_t query_count;
   double softmax_scale;
+  const void* q_scale = nullptr;  // A [H]: q and k are normalised and q multiplied by this; or null
+  // With q_scale, A [B, H, L] each: what q and k were multiplied by to have length 1.
+  void *q_inverse_lengths = nullptr, *k_inverse_lengths = nullptr;
 };
 
 struct AttentionBackwardCuda {
@@ -42,6 +46,9 @@ struct AttentionBackwardCuda {
   int64_t heads;
   int64_t query_count;  // = key count
   double softmax_scale;
+  // As in the forward pass.
+  const void *q_scale, *q_inverse_lengths, *k_inverse_lengths;
+  void* grad_q_scale_parts;  // A [B, H, L]: every query's part of the gradient of q_scale
 };
 
 constexpr double kAttentionLog2E = 1.4426950408889634074;
@@ -64,6 +71,29 @@ __device__ __forceinline__ const T* head_of(const AttentionCudaTensor& tensor, i
                                             int64_t heads) {
   return static_cast<const T*>(tensor.data) + head / heads * tensor.batch_stride +
          head % heads * tensor.head_stride;
+}
+
+// The head's q_scale, 1 where there is none.
+template <class A>
+__device__ __forceinline__ A q_scale_of(const void* q_scale, int64_t head, int64_t heads) {
+  return q_scale == nullptr ? A(1) : static_cast<const A*>(q_scale)[head % heads];
+}
+
+// The head's part of A [B, H, L], or null.
+template <class A>
+__device__ __forceinline__ const A* head_part(const void* data, int64_t head, int64_t tokens) {
+  return data == nullptr ? nullptr : static_cast<const A*>(data) + head * tokens;
+}
+template <class A>
+__device__ __forceinline__ A* head_part(void* data, int64_t head, int64_t tokens) {
+  return data == nullptr ? nullptr : static_cast<A*>(data) + head * tokens;
+}
+
+// Whether a row that was multiplied by this has length 1 now. The gradient of the others, as that
+// of F.normalize, knows only the factor.
+template <class A>
+__device__ __forceinline__ bool has_length_one(A inverse) {
+  return inverse < inverse_length(A(0));
 }
 
 // Offset of token `token` of a head in a contiguous [B, tokens, H, kDim].

@@ -77,14 +77,20 @@ __device__ __forceinline__ A maximum_of(A a, A b) {
   return a > b ? a : b;
 }
 
-// Rows [begin, begin + kRows) of a head into shared memory, zeros from `end` on.
+// Rows [begin, begin + kRows) of a head into shared memory, zeros from `end` on; the row of token t
+// times factors[t] unless that is null.
 template <int kDim, class A, class T, int kRows, int kStride>
 __device__ __forceinline__ void load_plain_rows(A (&shared)[kRows][kStride], const T* head,
-                                                int64_t token_stride, int begin, int end) {
+                                                int64_t token_stride, int begin, int end,
+                                                const A* factors = nullptr) {
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim; i += kPlainThreads) {
     const int row = i / kDim, d = i % kDim;
-    shared[row][d] =
-        begin + row < end ? static_cast<A>(to_float(head[(begin + row) * token_stride + d])) : A(0);
+    A x = 0;
+    if (begin + row < end) {
+      x = static_cast<A>(to_float(head[(begin + row) * token_stride + d]));
+      if (factors != nullptr) x *= factors[begin + row];
+    }
+    shared[row][d] = x;
   }
 }
 
@@ -174,6 +180,55 @@ __device__ __forceinline__ A group_sum(A x) {
   return x;
 }
 
+// Scales rows in shared memory to length 1. Row r is that of token begin + r, and for tokens in
+// [tile.query_begin, tile.query_end) its factor goes to inverse_lengths[token]. Every group scales
+// the rows it owns.
+template <int kDim, class A, int kRows, int kStride>
+__device__ __forceinline__ void normalize_plain_rows(A (&shared)[kRows][kStride],
+                                                     A* inverse_lengths, int begin,
+                                                     const QueryTile& tile) {
+  const int lane = static_cast<int>(threadIdx.x) % 8;
+  static_assert(kRows % 16 == 0);
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) / 8; row < kRows; row += 16) {
+    A squares = 0;
+    for (int d = lane; d < kDim; d += 8) squares += shared[row][d] * shared[row][d];
+    const A inverse = inverse_length(static_cast<A>(sqrt(group_sum(squares))));
+    for (int d = lane; d < kDim; d += 8) shared[row][d] *= inverse;
+    const int token = begin + row;
+    if (lane == 0 && token >= tile.query_begin && token < tile.query_end) {
+      inverse_lengths[token] = inverse;
+    }
+  }
+}
+
+// `sums`, the gradient of a row of length 1, becomes that of the row which `inverse` scaled to it,
+// but for a factor of `inverse`. Returns the product of the row and its gradient; all lanes of the
+// warp take part.
+template <class Tile, class A>
+__device__ __forceinline__ A remove_radial_part(typename Tile::Vector (&sums)[Tile::kGroups],
+                                                const A (&row)[Tile::kStride], A inverse) {
+  const int lane = static_cast<int>(threadIdx.x) % 8;
+  A product = 0;
+#pragma unroll
+  for (int j = 0; j < Tile::kGroups; ++j) {
+#pragma unroll
+    for (int i = 0; i < Tile::kVector; ++i) {
+      product += sums[j].x[i] * row[(lane + 8 * j) * Tile::kVector + i];
+    }
+  }
+  product = group_sum(product);
+  const A removed = has_length_one(inverse) ? product : A(0);
+#pragma unroll
+  for (int j = 0; j < Tile::kGroups; ++j) {
+#pragma unroll
+    for (int i = 0; i < Tile::kVector; ++i) {
+      sums[j].x[i] -= removed * row[(lane + 8 * j) * Tile::kVector + i];
+    }
+  }
+  return product;
+}
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kPlainThreads, 2)
     attention_forward_plain(AttentionForwardCuda params, TileList<QueryTile> list) {
@@ -186,10 +241,18 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
   const T* keys = head_of<T>(params.k, head, params.heads);
   const T* values = head_of<T>(params.v, head, params.heads);
-  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E);
+  const bool normalized = params.q_scale != nullptr;
+  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E) *
+                   q_scale_of<A>(params.q_scale, head, params.heads);
 
   load_plain_rows<kDim>(shared.queries, head_of<T>(params.q, head, params.heads),
                         params.q.token_stride, tile.query_begin, tile.query_end);
+  if (normalized) {
+    __syncthreads();
+    normalize_plain_rows<kDim>(shared.queries,
+                               head_part<A>(params.q_inverse_lengths, head, params.query_count),
+                               tile.query_begin, tile);
+  }
   A maximum[Tile::kR], sum[Tile::kR];  // of scores in base 2; this lane's part of the sum
   typename Tile::Vector out[Tile::kR][Tile::kGroups] = {};
 #pragma unroll
@@ -199,6 +262,12 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     __syncthreads();
     load_plain_rows<kDim>(shared.keys, keys, params.k.token_stride, begin, tile.key_end);
     __syncthreads();
+    if (normalized) {
+      normalize_plain_rows<kDim>(shared.keys,
+                                 head_part<A>(params.k_inverse_lengths, head, params.query_count),
+                                 begin, tile);
+      __syncthreads();
+    }
     A scores[Tile::kR][Tile::kC];
     plain_scores<Tile, kDim>(scores, shared.queries, shared.keys);
 #pragma unroll
@@ -269,6 +338,31 @@ __global__ void __launch_bounds__(kPlainThreads)
   if (index < all_tokens && threadIdx.x % 8 == 0) static_cast<A*>(params.delta)[index] = delta;
 }
 
+// grad_q_scale of a head, a block each: the sum over images and tokens of its parts, in one order.
+constexpr int kQScaleThreads = 512;
+template <class A>
+__global__ void __launch_bounds__(kQScaleThreads)
+    attention_grad_q_scale(const A* parts, A* grad_q_scale, int64_t batch, int64_t tokens) {
+  struct Storage {
+    A sums[kQScaleThreads];
+  };
+  A(&sums)[kQScaleThreads] = shared_storage<Storage>().sums;
+  const int64_t heads = gridDim.x, head = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  A sum = 0;
+  for (int64_t image = thread / 32; image < batch; image += kQScaleThreads / 32) {
+    const A* of_image = parts + (image * heads + head) * tokens;
+#pragma unroll 4
+    for (int64_t token = thread % 32; token < tokens; token += 32) sum += of_image[token];
+  }
+  sums[thread] = sum;
+  for (int half = kQScaleThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) sums[thread] += sums[thread + half];
+  }
+  if (thread == 0) grad_q_scale[head] = sums[0];
+}
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kPlainThreads, 2)
     attention_grad_queries_plain(AttentionBackwardCuda params, TileList<QueryTile> list) {
@@ -281,10 +375,13 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
   const T* keys = head_of<T>(params.k, head, params.heads);
   const T* values = head_of<T>(params.v, head, params.heads);
-  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E);
+  const A* q_inverse = head_part<A>(params.q_inverse_lengths, head, params.query_count);
+  const A* k_inverse = head_part<A>(params.k_inverse_lengths, head, params.query_count);
+  const A q_scale = q_scale_of<A>(params.q_scale, head, params.heads);
+  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E) * q_scale;
 
   load_plain_rows<kDim>(shared.first_rows, head_of<T>(params.q, head, params.heads),
-                        params.q.token_stride, tile.query_begin, tile.query_end);
+                        params.q.token_stride, tile.query_begin, tile.query_end, q_inverse);
   load_plain_rows<kDim>(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
                         params.grad_out.token_stride, tile.query_begin, tile.query_end);
   A logsumexp[Tile::kR], delta[Tile::kR];
@@ -301,7 +398,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
 
   for (int begin = 0; begin < tile.key_end; begin += Tile::kColumns) {
     __syncthreads();
-    load_plain_rows<kDim>(shared.first_columns, keys, params.k.token_stride, begin, tile.key_end);
+    load_plain_rows<kDim>(shared.first_columns, keys, params.k.token_stride, begin, tile.key_end,
+                          k_inverse);
     load_plain_rows<kDim>(shared.second_columns, values, params.v.token_stride, begin,
                           tile.key_end);
     __syncthreads();
@@ -325,11 +423,22 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
 #pragma unroll
   for (int r = 0; r < Tile::kR; ++r) {
     const int64_t token = tile.query_begin + group + 16 * r;
+    A scale = static_cast<A>(params.softmax_scale) * q_scale;
+    if (q_inverse != nullptr) {
+      const A inverse = token < tile.query_end ? q_inverse[token] : A(0);
+      const A product =
+          remove_radial_part<Tile>(grad[r], shared.first_rows[group + 16 * r], inverse);
+      if (token < tile.query_end && lane == 0) {
+        static_cast<A*>(params.grad_q_scale_parts)[head * params.query_count + token] =
+            product * static_cast<A>(params.softmax_scale);
+      }
+      scale *= inverse;
+    }
     if (token >= tile.query_end) continue;
     store_plain_row<T, Tile>(
         static_cast<T*>(params.grad_q) +
             contiguous_offset<kDim>(head, params.heads, params.query_count, token),
-        grad[r], static_cast<A>(params.softmax_scale));
+        grad[r], scale);
   }
 }
 
@@ -348,10 +457,13 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
   const A* logsumexp = static_cast<const A*>(params.logsumexp) + head * params.query_count;
   const A* delta = static_cast<const A*>(params.delta) + head * params.query_count;
-  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E);
+  const A* q_inverse = head_part<A>(params.q_inverse_lengths, head, params.query_count);
+  const A* k_inverse = head_part<A>(params.k_inverse_lengths, head, params.query_count);
+  const A q_scale = q_scale_of<A>(params.q_scale, head, params.heads);
+  const A factor = static_cast<A>(params.softmax_scale * kAttentionLog2E) * q_scale;
 
   load_plain_rows<kDim>(shared.first_rows, head_of<T>(params.k, head, params.heads),
-                        params.k.token_stride, tile.key_begin, tile.key_end);
+                        params.k.token_stride, tile.key_begin, tile.key_end, k_inverse);
   load_plain_rows<kDim>(shared.second_rows, head_of<T>(params.v, head, params.heads),
                         params.v.token_stride, tile.key_begin, tile.key_end);
   typename Tile::Vector grad_keys[Tile::kR][Tile::kGroups] = {};
@@ -359,7 +471,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
 
   for (int begin = tile.query_begin; begin < tokens; begin += Tile::kColumns) {
     __syncthreads();
-    load_plain_rows<kDim>(shared.first_columns, queries, params.q.token_stride, begin, tokens);
+    load_plain_rows<kDim>(shared.first_columns, queries, params.q.token_stride, begin, tokens,
+                          q_inverse);
     load_plain_rows<kDim>(shared.second_columns, grads_out, params.grad_out.token_stride, begin,
                           tokens);
     __syncthreads();
@@ -386,10 +499,15 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
 #pragma unroll
   for (int r = 0; r < Tile::kR; ++r) {
     const int64_t token = tile.key_begin + group + 16 * r;
+    A scale = static_cast<A>(params.softmax_scale) * q_scale;
+    if (k_inverse != nullptr) {
+      const A inverse = token < tile.key_end ? k_inverse[token] : A(0);
+      remove_radial_part<Tile>(grad_keys[r], shared.first_rows[group + 16 * r], inverse);
+      scale *= inverse;
+    }
     if (token >= tile.key_end) continue;
     const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
-    store_plain_row<T, Tile>(static_cast<T*>(params.grad_k) + offset, grad_keys[r],
-                             static_cast<A>(params.softmax_scale));
+    store_plain_row<T, Tile>(static_cast<T*>(params.grad_k) + offset, grad_keys[r], scale);
     store_plain_row<T, Tile>(static_cast<T*>(params.grad_v) + offset, grad_values[r], A(1));
   }
 }

@@ -27,9 +27,11 @@ LaunchShape shape_of(int64_t heads, const std::vector<Tile>& tiles, int threads,
           shared};
 }
 
+// out, logsumexp and, with q_scale, the inverse lengths of q and k.
 template <class T, int kDim>
 std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>& scale_lengths,
-                               double softmax_scale, const EmulationOptions& options) {
+                               double softmax_scale, const std::optional<py::array>& q_scale,
+                               const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
@@ -37,14 +39,26 @@ std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>&
   const T* data = memory.input<T>("qkv", qkv);
   T* out = memory.output<T>("out", {batch, tokens, heads, kDim});
   A* logsumexp = memory.output<A>("logsumexp", {batch, heads, tokens});
+  A* inverse_lengths[2] = {};
+  if (q_scale) {
+    for (A*& part : inverse_lengths) {
+      part = memory.output<A>("inverse_lengths", {batch, heads, tokens});
+    }
+  }
   const auto tiles = longest_first(query_tiles(scale_lengths, Kernels::kForwardRows));
   memory.launch(
       Kernels::kForward,
       shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
       AttentionForwardCuda{slice(data, qkv, 0), slice(data, qkv, 1), slice(data, qkv, 2), out,
-                           logsumexp, heads, tokens, softmax_scale},
+                           logsumexp, heads, tokens, softmax_scale,
+                           q_scale ? memory.input<A>("q_scale", *q_scale) : nullptr,
+                           inverse_lengths[0], inverse_lengths[1]},
       list_of(tiles));
-  return {memory.fetch(out), memory.fetch(logsumexp)};
+  std::vector<py::array> results{memory.fetch(out), memory.fetch(logsumexp)};
+  if (q_scale) {
+    for (A* part : inverse_lengths) results.push_back(memory.fetch(part));
+  }
+  return results;
 }
 
 template <class T, int kDim>
@@ -70,6 +84,8 @@ template <class T, int kDim>
 std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
                                 const py::array& out, const py::array& logsumexp,
                                 const std::vector<int64_t>& scale_lengths, double softmax_scale,
+                                const std::optional<py::array>& q_scale,
+                                const std::vector<py::array>& inverse_lengths,
                                 const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
@@ -79,6 +95,11 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
   A* delta = memory.output<A>("delta", {batch, heads, tokens});
   T* grads[3];
   for (T*& grad : grads) grad = memory.output<T>("grad", {batch, tokens, heads, kDim});
+  const A* inverse[2] = {};
+  for (size_t i = 0; i < inverse_lengths.size(); ++i) {
+    inverse[i] = memory.input<A>("inverse_lengths", inverse_lengths[i]);
+  }
+  A* parts = q_scale ? memory.workspace<A>("grad_q_scale_parts", {batch, heads, tokens}) : nullptr;
   const AttentionBackwardCuda params{slice(data, qkv, 0),
                                      slice(data, qkv, 1),
                                      slice(data, qkv, 2),
@@ -91,7 +112,11 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
                                      grads[2],
                                      heads,
                                      tokens,
-                                     softmax_scale};
+                                     softmax_scale,
+                                     q_scale ? memory.input<A>("q_scale", *q_scale) : nullptr,
+                                     inverse[0],
+                                     inverse[1],
+                                     parts};
   const int64_t all_tokens = batch * heads * tokens;
   memory.launch(&attention_delta<T, kDim>,
                 {{static_cast<unsigned>((all_tokens + 15) / 16), 1, 1}, {kPlainThreads, 1, 1}, 0},
@@ -103,7 +128,16 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
                 params, list_of(by_query));
   memory.launch(Kernels::kGradKeys, shape_of(batch * heads, by_key, Kernels::kThreads, shared),
                 params, list_of(by_key));
-  return {memory.fetch(grads[0]), memory.fetch(grads[1]), memory.fetch(grads[2])};
+  std::vector<py::array> results;
+  for (T* grad : grads) results.push_back(memory.fetch(grad));
+  if (q_scale) {
+    A* grad_q_scale = memory.output<A>("grad_q_scale", {heads});
+    memory.launch(&attention_grad_q_scale<A>,
+                  {{static_cast<unsigned>(heads), 1, 1}, {kQScaleThreads, 1, 1}, 0}, parts,
+                  grad_q_scale, int64_t{batch}, int64_t{tokens});
+    results.push_back(memory.fetch(grad_q_scale));
+  }
+  return results;
 }
 
 // scale_attention_float32_64 and so on.

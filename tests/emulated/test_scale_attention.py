@@ -37,19 +37,37 @@ def kernel(emulated, name, dtype, dim):
 
 @pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
 @pytest.mark.parametrize(
-    ("batch", "heads", "lengths", "scale"), [(1, 1, [1], 1.0), (1, 2, [3, 68], 0.2), (2, 1, [20], -0.1)]
+    ("batch", "heads", "lengths", "scale", "q_scale"),
+    [
+        (1, 1, [1], 1.0, None),
+        (1, 2, [3, 68], 0.2, None),
+        (2, 1, [20], -0.1, None),
+        (2, 1, [1, 4], 1.0, [4.0]),
+        (1, 2, [3, 68], -0.7, [9.0, -60.0]),
+    ],
 )
-def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, dtype, dim):
+def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim):
     tokens = sum(lengths)
     qkv = random((batch, tokens, 3, heads, dim), dtype)
     grad_out = random((batch, tokens, 1, heads, dim), dtype, seed=1)
 
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    if q_scale is not None:
+        qkv[:, 0, :2] = 0  # what has no direction
+        q_scale = np.array(q_scale, dtype=str(arithmetic).removeprefix("torch."))
+
     def expected(compute_dtype):
         inputs = [part.to(compute_dtype).requires_grad_() for part in qkv.unbind(2)]
-        out = reference.scale_attention(*inputs, lengths, softmax_scale=scale)
+        if q_scale is not None:
+            inputs.append(torch.tensor(q_scale).requires_grad_())
+        out = reference.scale_attention(
+            *inputs[:3], lengths, softmax_scale=scale, q_scale=None if q_scale is None else inputs[3]
+        )
         return out.detach(), *torch.autograd.grad(out, inputs, grad_out[:, :, 0].to(compute_dtype))
 
-    out, logsumexp = run_in_every_order(kernel(emulated, "scale_attention", dtype, dim), to_numpy(qkv), lengths, scale)
+    out, logsumexp, *inverse_lengths = run_in_every_order(
+        kernel(emulated, "scale_attention", dtype, dim), to_numpy(qkv), lengths, scale, q_scale
+    )
     grads = run_in_every_order(
         kernel(emulated, "scale_attention_backward", dtype, dim),
         to_numpy(grad_out),
@@ -58,11 +76,17 @@ def test_forward_and_backward(emulated, run_in_every_order, batch, heads, length
         logsumexp,
         lengths,
         scale,
+        q_scale,
+        inverse_lengths,
     )
-    results = [to_torch(array, dtype) for array in (out, *grads)]
-    factors = (FORWARD_FACTOR, *[GRADIENT_FACTOR] * 3)
-    for result, same, exact, factor in zip(results, expected(dtype), expected(torch.float64), factors, strict=True):
-        assert_as_accurate_as_torch(result, same, exact, factor=factor)
+    results = [to_torch(array, dtype if array.ndim == 4 else arithmetic) for array in (out, *grads)]
+    for i, (result, same, exact) in enumerate(zip(results, expected(dtype), expected(torch.float64), strict=True)):
+        if i == 4:  # the gradient of q_scale, in float32 from 16-bit tensors
+            torch.testing.assert_close(result, exact.to(arithmetic), atol=0.02, rtol=0.02)
+            continue
+        if q_scale is not None:  # what has no direction has gradients beyond float16
+            result, same, exact = (tensor[:, 1:] for tensor in (result, same, exact))
+        assert_as_accurate_as_torch(result, same, exact, factor=GRADIENT_FACTOR if i else FORWARD_FACTOR)
 
 
 @pytest.mark.parametrize(("dtype", "dim"), VARIANTS)

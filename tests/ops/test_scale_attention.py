@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import flexvar_ext
 from flexvar_ext import _host, reference
-from tests.tolerances import GRADIENT_FACTOR, assert_as_accurate_as_torch
+from tests.tolerances import ATOL, FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PAPER_LENGTHS = [side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]  # 680 tokens
@@ -62,6 +62,93 @@ def test_gradients(device, lengths, dim, dtype):
     exact = torch.autograd.grad(reference.scale_attention(*exact_inputs, lengths), exact_inputs, grad_out.double())
     for native_grad, same_grad, exact_grad in zip(native, same, exact, strict=True):
         assert_as_accurate_as_torch(native_grad, same_grad, exact_grad, factor=GRADIENT_FACTOR)
+
+
+def make_q_scale(heads, dtype, device="cpu"):
+    scale = torch.linspace(4, -0.5, heads, dtype=torch.float64)  # below zero, too
+    return scale.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("lengths", [[1, 8, 45], [3, 70, 129]])
+def test_q_scale(device, lengths, dim, dtype):
+    """Values and gradients with normalised queries and keys."""
+    q, k, v, q_scale = leaves(*make_qkv(2, sum(lengths), 3, dim, dtype, device), make_q_scale(3, dtype, device=device))
+    grad_out = torch.randn(q.shape, dtype=torch.float64).to(device, dtype)
+    exact_inputs = leaves(q.double(), k.double(), v.double(), q_scale.double())
+
+    def results(op, inputs):
+        *qkv, scale = inputs
+        out = op.scale_attention(*qkv, lengths, softmax_scale=1.5, q_scale=scale)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
+
+    inputs = (q, k, v, q_scale)
+    native, same, exact = results(flexvar_ext, inputs), results(reference, inputs), results(reference, exact_inputs)
+    for i, tensors in enumerate(zip(native, same, exact, strict=True)):
+        if tensors[0].dtype == dtype:
+            assert_as_accurate_as_torch(*tensors, factor=GRADIENT_FACTOR if i else FORWARD_FACTOR)
+        else:  # the gradient of q_scale: float32, from 16-bit tensors
+            assert_close(tensors[0].double(), tensors[2], atol=0.02, rtol=0.02)
+
+
+def test_q_scale_with_short_rows(device):
+    """The rule of F.normalize: rows shorter than 1e-12 are divided by 1e-12, forward and backward."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        q, k, v = (tensor.contiguous() for tensor in make_qkv(1, 6, 1, 32, dtype, device))
+        for tensor in (q, k):
+            tensor[:, 1] = 0
+            if dtype != torch.float16:
+                tensor[:, 2] *= 1e-14
+            tensor[:, 3] *= 1e-3
+            tensor[:, 4] *= 1e3
+        q, k, v, q_scale = leaves(q, k, v, make_q_scale(1, dtype, device))
+        grad_out = torch.randn(v.shape, dtype=torch.float64).to(device, dtype)
+        exact_inputs = leaves(q.double(), k.double(), v.double(), q_scale.double())
+        native = torch.autograd.grad(
+            flexvar_ext.scale_attention(q, k, v, [1, 5], softmax_scale=1.0, q_scale=q_scale), (q, k, v), grad_out
+        )
+        same = torch.autograd.grad(
+            reference.scale_attention(q, k, v, [1, 5], softmax_scale=1.0, q_scale=q_scale), (q, k, v), grad_out
+        )
+        *exact_qkv, exact_scale = exact_inputs
+        exact = torch.autograd.grad(
+            reference.scale_attention(*exact_qkv, [1, 5], softmax_scale=1.0, q_scale=exact_scale),
+            exact_qkv,
+            grad_out.double(),
+        )
+        for token in range(6):
+            for native_grad, same_grad, exact_grad in zip(native, same, exact, strict=True):
+                size = max(1.0, exact_grad[:, token].abs().max().item())  # large for a short row
+                if size > 6e4 and dtype == torch.float16:
+                    continue
+                assert_as_accurate_as_torch(
+                    (native_grad[:, token].double() / size).to(dtype),
+                    (same_grad[:, token].double() / size).to(dtype),
+                    exact_grad[:, token] / size,
+                    factor=GRADIENT_FACTOR,
+                )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 9.0, 30.0, 36.0, 44.0, 100.0, -100.0])
+def test_sharp_q_scale(device, scale, dtype):
+    """Across the limits of a fixed maximum, also for queries that meet no key but their opposite."""
+    q, k, v = make_qkv(1, 150, 2, 32, dtype, device)
+    q = q.clone()
+    q[:, 70:] = -k[:, 3:4]
+    k = k.clone()
+    k[:, 40:] = k[:, 3:4]
+    lengths, q_scale = [1, 39, 110], torch.full((2,), scale, device=device)
+    native, same = (
+        op.scale_attention(q, k, v, lengths, softmax_scale=1.0, q_scale=q_scale) for op in (flexvar_ext, reference)
+    )
+    exact = reference.scale_attention(
+        q.double(), k.double(), v.double(), lengths, softmax_scale=1.0, q_scale=q_scale.double()
+    )
+    error, allowed = ((out.double() - exact).abs().max().item() for out in (native, same))
+    # A logit of this size is rounded by as much more before its exponential is taken.
+    assert error <= FORWARD_FACTOR * allowed + ATOL[dtype] * max(1, abs(scale) / 4)
 
 
 @pytest.mark.parametrize("softmax_scale", [None, 0.031, 1.0, 0.0, -0.3])
@@ -193,8 +280,10 @@ def test_empty(device, shape):
     lengths = [shape[1]] if shape[1] else []
     out = flexvar_ext.scale_attention(q, k, v, lengths)
     assert out.shape == shape
-    out.sum().backward()
+    q_scale = torch.ones(shape[2], device=device, requires_grad=True)
+    (out + flexvar_ext.scale_attention(q, k, v, lengths, q_scale=q_scale)).sum().backward()
     assert q.grad.shape == shape
+    assert torch.equal(q_scale.grad, torch.zeros_like(q_scale))
     if shape[1]:
         with torch.no_grad():
             assert flexvar_ext.scale_attention_step(q[:, :0], k, v, 3).shape == (shape[0], 0, *shape[2:])
@@ -238,13 +327,15 @@ def test_steps_equal_the_whole(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_independent_of_threads_repeats_and_batch(device, dtype):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_independent_of_threads_repeats_and_batch(device, dtype, normalized):
     lengths = PAPER_LENGTHS[:8]
     q, k, v = leaves(*make_qkv(3, sum(lengths), 2, 64, dtype, device))
+    q_scale = make_q_scale(2, dtype, device) if normalized else None
     grad_out = torch.randn(q.shape, dtype=torch.float32).to(device, dtype)
 
     def results(rows=slice(None)):
-        out = flexvar_ext.scale_attention(q[rows], k[rows], v[rows], lengths)
+        out = flexvar_ext.scale_attention(q[rows], k[rows], v[rows], lengths, q_scale=q_scale)
         grads = torch.autograd.grad(out, (q, k, v), grad_out[rows])
         return [out, *(grad[rows] for grad in grads)]
 
@@ -285,6 +376,7 @@ def test_instruction_sets(monkeypatch, isa, dtype):
             strict=True,
         ):
             assert_as_accurate_as_torch(native_grad, same_grad, exact_grad, factor=GRADIENT_FACTOR)
+    test_q_scale(torch.device("cpu"), lengths, 32, dtype)
 
 
 CONTRACT_CASES = [
@@ -305,20 +397,28 @@ def test_gradcheck(device, batch, lengths, heads, dim, scale):
     torch.autograd.gradcheck(
         lambda q, k, v: flexvar_ext.scale_attention(q, k, v, lengths, softmax_scale=scale), (q, k, v), fast_mode=True
     )
+    torch.autograd.gradcheck(
+        lambda q, k, v, q_scale: flexvar_ext.scale_attention(q, k, v, lengths, softmax_scale=scale, q_scale=q_scale),
+        (q, k, v, *leaves(make_q_scale(heads, torch.float64, device))),
+        fast_mode=True,
+    )
 
 
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize(("batch", "lengths", "heads", "dim", "scale"), CONTRACT_CASES)
-def test_opcheck(device, batch, lengths, heads, dim, scale):
+def test_opcheck(device, batch, lengths, heads, dim, scale, normalized):
     tokens, scale = sum(lengths), scale or 0.2
     q, k, v = (
         torch.clone(t, memory_format=torch.contiguous_format)
         for t in make_qkv(batch, tokens, heads, dim, torch.float32, device)
     )
-    torch.library.opcheck(torch.ops.flexvar.scale_attention.default, (*leaves(q, k, v), lengths, scale))
-    out, logsumexp = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale)
+    q_scale = make_q_scale(heads, torch.float32, device) if normalized else None
+    q_scale_leaf = leaves(q_scale)[0] if normalized else None
+    torch.library.opcheck(torch.ops.flexvar.scale_attention.default, (*leaves(q, k, v), lengths, scale, q_scale_leaf))
+    out, logsumexp, inverse_lengths = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, q_scale)
     torch.library.opcheck(
         torch.ops.flexvar.scale_attention_backward.default,
-        (torch.ones_like(out), q, k, v, out, logsumexp, lengths, scale),
+        (torch.ones_like(out), q, k, v, out, logsumexp, lengths, scale, q_scale, inverse_lengths),
     )
     torch.library.opcheck(torch.ops.flexvar.scale_attention_step.default, (q, k, v, tokens, scale))
 
@@ -327,8 +427,12 @@ def test_opcheck(device, batch, lengths, heads, dim, scale):
 def test_compile(device):
     q, k, v = leaves(*make_qkv(2, 35, 2, 32, torch.float32, device))
 
+    q_scale = torch.ones(2, device=device)
+
     def attend(q, k, v):
-        return flexvar_ext.scale_attention(q, k, v, [1, 4, 30]) * 2
+        return flexvar_ext.scale_attention(q, k, v, [1, 4, 30]) * flexvar_ext.scale_attention(
+            q, k, v, [1, 4, 30], q_scale=q_scale
+        )
 
     def step(q, k, v):
         return flexvar_ext.scale_attention_step(q[:, :4], k, v, 5) * 2
@@ -361,6 +465,12 @@ def test_autocast(device, dtype):
             step = flexvar_ext.scale_attention_step(q, k, v, 5)
     assert out.dtype == step.dtype == dtype
     assert torch.equal(out, flexvar_ext.scale_attention(q.to(dtype), k.to(dtype), v.to(dtype), [1, 4]))
+    (q_scale,) = leaves(torch.tensor([1.234567, 3.0], device=device))
+    with torch.autocast(device.type, dtype=dtype):
+        normalized = flexvar_ext.scale_attention(q, k, v, [1, 4], q_scale=q_scale)
+    expected = flexvar_ext.scale_attention(q.to(dtype), k.to(dtype), v.to(dtype), [1, 4], q_scale=q_scale)
+    assert torch.equal(normalized, expected)  # q_scale is not rounded
+    assert torch.autograd.grad(normalized.float().square().sum(), q_scale)[0].dtype == torch.float32
     out.float().sum().backward()
     assert q.grad.dtype == torch.float32
 
@@ -393,6 +503,15 @@ BAD = qkv_of(1, 5, 2, 32)
         ((BAD, BAD, BAD, [1, 3]), {}, ValueError, r"scale_lengths must sum to L = 5, got \[1, 3\], which sum to 4"),
         ((BAD, BAD, BAD, [5]), {"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number or None, got str"),
         ((BAD, BAD, BAD, [5]), {"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be finite, got nan"),
+        ((BAD, BAD, BAD, [5]), {"q_scale": 4.0}, TypeError, r"q_scale must be a torch.Tensor, got float"),
+        ((BAD, BAD, BAD, [5]), {"q_scale": torch.ones(1)}, ValueError, r"q_scale .* \[H\] with H = 2, got \(1,\)"),
+        ((BAD, BAD, BAD, [5]), {"q_scale": torch.ones(2).int()}, TypeError, r"q_scale must have dtype .* got int32"),
+        (
+            (BAD, BAD, BAD, [5]),
+            {"q_scale": torch.ones(2, device="meta")},
+            ValueError,
+            r"all tensors must be on one device, got q on cpu, q_scale on meta",
+        ),
     ],
 )
 def test_bad_input(arguments, options, error, message):

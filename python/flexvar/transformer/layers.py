@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar._backend import ops
@@ -119,11 +118,9 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All scales at once, x [B, L, width]: y = residual + gamma1 * attn(x), and LN(y) * scale2 + shift2."""
         q, k, v = self.project(x, modulation).unbind(2)
-        if modulation.q_scale is not None:
-            # Under autocast the norm runs in float32; the attention op takes one dtype.
-            q = (F.normalize(q, dim=-1) * modulation.q_scale[:, None]).to(v.dtype)
-            k = F.normalize(k, dim=-1).to(v.dtype)
-        out = ops(self.backend).scale_attention(q, k, v, schedule.lengths, softmax_scale=self.softmax_scale)
+        out = ops(self.backend).scale_attention(
+            q, k, v, schedule.lengths, softmax_scale=self.softmax_scale, q_scale=modulation.q_scale
+        )
         return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
 
     def step(
