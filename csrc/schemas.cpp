@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(flexvar, m) {
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_scale)");
   m.def(
       "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
-      "float softmax_scale) -> Tensor");
+      "float softmax_scale, Tensor? logit_bound) -> Tensor");
   m.def(
       "append_qkv(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt position, Tensor? "
       "q_scale) -> Tensor");

@@ -202,9 +202,18 @@ def append_qkv(
 
 
 def scale_attention_step(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, *, softmax_scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_length: int,
+    *,
+    softmax_scale: float | None = None,
+    logit_bound: Tensor | None = None,
 ) -> Tensor:
-    """[B, l, H, D], caches [B, L_max, H, D] -> [B, l, H, D]: attention to the first ``kv_length`` cached tokens."""
+    """[B, l, H, D], caches [B, L_max, H, D] -> [B, l, H, D]: attention to the first ``kv_length`` cached tokens.
+
+    ``logit_bound`` does not change what is computed.
+    """
     k, v = k_cache[:, :kv_length], v_cache[:, :kv_length]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=softmax_scale)
     return out.transpose(1, 2)

@@ -35,7 +35,9 @@ def scale_attention(
 
     With ``q_scale`` queries and keys are normalised (arXiv 2502.20313's code): ``q_scale[h] * e(q[b, n, h])`` and
     ``e(k[b, m, h])`` take their places, where ``e(x) = x / max(|x|, 1e-12)`` over D as in ``F.normalize``, computed in
-    float32 (float64 for float64). On CUDA that happens inside the kernels, without a pass over q and k.
+    float32 (float64 for float64). On CUDA that happens inside the kernels, without a pass over q and k; logits are then
+    bounded by ``|softmax_scale * q_scale[h]|``, and a head whose bound is small enough (35 in float32 and bfloat16, 10
+    in float16) takes that for the softmax's maximum rather than search for it.
 
     Args:
         q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any
@@ -62,7 +64,13 @@ def scale_attention(
 
 
 def scale_attention_step(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, *, softmax_scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_length: int,
+    *,
+    softmax_scale: float | None = None,
+    logit_bound: Tensor | None = None,
 ) -> Tensor:
     """Attention of one scale's queries to the first ``kv_length`` tokens of a key/value cache: a step of generation.
 
@@ -75,6 +83,12 @@ def scale_attention_step(
         k_cache, v_cache: [B, L_max, H, D], dtype of ``q``. Tokens from ``kv_length`` on are not read.
         kv_length: 1 <= kv_length <= L_max.
         softmax_scale: finite; D ** -0.5 when None.
+        logit_bound: [H], floating; used in float32 (float64). A promise about every head's logits:
+            ``|softmax_scale * <q, k>| <= logit_bound[h]``, but for rounding. What :func:`append_qkv` normalises has the
+            bound ``|softmax_scale * q_scale[h]|``. On CUDA a bound that is small enough (35 in float32 and bfloat16, 10
+            in float16) saves the search for the maximum; the CPU searches all the same. Only rounding differs. Nobody
+            checks the promise: where it is broken, the head's results may be inaccurate, infinite or NaN. None: no
+            bound is known.
 
     Returns: [B, l, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Has no gradient.
 
@@ -92,7 +106,12 @@ def scale_attention_step(
             f"{op}: q, k_cache and v_cache must not require a gradient (use torch.no_grad), got one that does"
         )
     out: Tensor = torch.ops.flexvar.scale_attention_step(
-        q, k_cache, v_cache, kv_length, _softmax_scale(op, q, softmax_scale)
+        q,
+        k_cache,
+        v_cache,
+        kv_length,
+        _softmax_scale(op, q, softmax_scale),
+        _of_heads(op, "logit_bound", logit_bound, q),
     )
     return out
 
@@ -192,7 +211,9 @@ def _(
 
 
 @torch.library.register_fake("flexvar::scale_attention_step")
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, softmax_scale: float) -> Tensor:
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, softmax_scale: float, logit_bound: Tensor | None
+) -> Tensor:
     return q.new_empty(q.shape)
 
 

@@ -100,7 +100,7 @@ inline void check_attention_backward(const Tensor& grad_out, const Tensor& q, co
 }
 
 inline void check_attention_step(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                 int64_t kv_length) {
+                                 int64_t kv_length, const std::optional<Tensor>& logit_bound) {
   const char* op = "scale_attention_step";
   detail::check_query(q, op);
   check_rank(k_cache, 4, op, "k_cache");
@@ -108,6 +108,7 @@ inline void check_attention_step(const Tensor& q, const Tensor& k_cache, const T
   detail::check_like_query(v_cache, q, k_cache.size(1), op, "v_cache");
   STD_TORCH_CHECK(kv_length >= 1 && kv_length <= k_cache.size(1) && kv_length < (int64_t{1} << 31),
                   op, ": kv_length must be from 1 to L_max");
+  detail::check_of_heads(logit_bound, q, op, "logit_bound");
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {

@@ -215,8 +215,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cpu(
 }
 
 Tensor scale_attention_step_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                int64_t kv_length, double softmax_scale) {
-  check_attention_step(q_in, k_in, v_in, kv_length);
+                                int64_t kv_length, double softmax_scale,
+                                std::optional<Tensor> logit_bound) {
+  // These kernels find the maximum themselves; the bound is only checked.
+  check_attention_step(q_in, k_in, v_in, kv_length, logit_bound);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   Tensor out = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
   if (batch * tokens * heads == 0) return out;

@@ -182,16 +182,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
 }
 
 Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                 int64_t kv_length, double softmax_scale) {
-  check_attention_step(q_in, k_in, v_in, kv_length);
+                                 int64_t kv_length, double softmax_scale,
+                                 std::optional<Tensor> logit_bound_in) {
+  check_attention_step(q_in, k_in, v_in, kv_length, logit_bound_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
   Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
   if (batch * tokens * heads == 0) return out;
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
-  const AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
-                                    nullptr,    heads,      tokens,     softmax_scale};
+  const std::optional<Tensor> logit_bound = contiguous_or_none(logit_bound_in);
+  AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
+                              nullptr,    heads,      tokens,     softmax_scale};
+  params.logit_bound = data_or_null(logit_bound);
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
     launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,

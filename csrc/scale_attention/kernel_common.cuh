@@ -1,6 +1,8 @@
 // What the CUDA kernels of attention take.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
 #include "common/inverse_length.h"
 #include "common/ptx.cuh"
@@ -36,6 +38,8 @@ struct AttentionForwardCuda {
   const void* q_scale = nullptr;  // A [H]: q and k are normalised and q multiplied by this; or null
   // With q_scale, A [B, H, L] each: what q and k were multiplied by to have length 1.
   void *q_inverse_lengths = nullptr, *k_inverse_lengths = nullptr;
+  // Without q_scale, A [H]: no logit of the head is further from 0 than this; or null.
+  const void* logit_bound = nullptr;
 };
 
 struct AttentionBackwardCuda {
@@ -77,6 +81,40 @@ __device__ __forceinline__ const T* head_of(const AttentionCudaTensor& tensor, i
 template <class A>
 __device__ __forceinline__ A q_scale_of(const void* q_scale, int64_t head, int64_t heads) {
   return q_scale == nullptr ? A(1) : static_cast<const A*>(q_scale)[head % heads];
+}
+
+// Scores in base 2 that stay within a bound on either side of 0 need no running maximum: with
+// bound - kWeightHeadroom in its place, weights lie between 2^kWeightHeadroom and
+// 2^(kWeightHeadroom - 2 * bound). That must be a normal number of the type that weights are
+// multiplied in: __half's exponents go from -14 to 15; of the others' 24 are left over, so that
+// products of small weights and small values are normal numbers, too.
+template <class T>
+constexpr int kWeightHeadroom = std::is_same_v<T, __half> ? 15 : 0;
+template <class T>
+constexpr int kWeightExponents = std::is_same_v<T, __half>   ? 15 + 14
+                                 : std::is_same_v<T, double> ? 1022 - 24
+                                                             : 126 - 24;
+
+// A head's softmax. `maximum` is what scores in base 2 are taken relative to: fixed, or -inf, from
+// where the running maximum starts.
+template <class A>
+struct SoftmaxStart {
+  bool fixed;
+  A maximum;
+};
+template <class T, class A = AttentionArithmetic<T>>
+__device__ __forceinline__ SoftmaxStart<A> start_softmax(const AttentionForwardCuda& params,
+                                                         int64_t head) {
+  A bound = A(INFINITY);  // of scores in base 2. Normalised rows' products are at most 1.
+  if (params.q_scale != nullptr) {
+    bound = static_cast<A>(params.softmax_scale) *
+            q_scale_of<A>(params.q_scale, head, params.heads) * A(kAttentionLog2E);
+    bound = bound < 0 ? -bound : bound;
+  } else if (params.logit_bound != nullptr) {
+    bound = static_cast<const A*>(params.logit_bound)[head % params.heads] * A(kAttentionLog2E);
+  }
+  if (2 * bound <= kWeightExponents<T>) return {true, bound - kWeightHeadroom<T>};
+  return {false, A(-INFINITY)};  // also for a NaN
 }
 
 // The head's part of A [B, H, L], or null.

@@ -253,10 +253,11 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
                                head_part<A>(params.q_inverse_lengths, head, params.query_count),
                                tile.query_begin, tile);
   }
+  const SoftmaxStart<A> softmax = start_softmax<T>(params, head);
   A maximum[Tile::kR], sum[Tile::kR];  // of scores in base 2; this lane's part of the sum
   typename Tile::Vector out[Tile::kR][Tile::kGroups] = {};
 #pragma unroll
-  for (int r = 0; r < Tile::kR; ++r) maximum[r] = -INFINITY, sum[r] = 0;
+  for (int r = 0; r < Tile::kR; ++r) maximum[r] = softmax.maximum, sum[r] = 0;
 
   for (int begin = 0; begin < tile.key_end; begin += Tile::kColumns) {
     __syncthreads();
@@ -272,28 +273,32 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     plain_scores<Tile, kDim>(scores, shared.queries, shared.keys);
 #pragma unroll
     for (int r = 0; r < Tile::kR; ++r) {
-      A highest = maximum[r];
 #pragma unroll
       for (int c = 0; c < Tile::kC; ++c) {
         scores[r][c] = begin + lane + 8 * c < tile.key_end ? scores[r][c] * factor : A(-INFINITY);
-        highest = maximum_of(scores[r][c], highest);
       }
-      highest = group_maximum(highest);
-      // While all scores are -inf the maximum is no number to subtract.
-      const A base = highest == A(-INFINITY) ? A(0) : highest;
-      const A correction = exp2_of(maximum[r] - base);
-      maximum[r] = highest;
-      sum[r] *= correction;
+      A base = maximum[r];
+      if (!softmax.fixed) {
+        A highest = maximum[r];
+#pragma unroll
+        for (int c = 0; c < Tile::kC; ++c) highest = maximum_of(scores[r][c], highest);
+        highest = group_maximum(highest);
+        // While all scores are -inf the maximum is no number to subtract.
+        base = highest == A(-INFINITY) ? A(0) : highest;
+        const A correction = exp2_of(maximum[r] - base);
+        maximum[r] = highest;
+        sum[r] *= correction;
+#pragma unroll
+        for (int j = 0; j < Tile::kGroups; ++j) {
+#pragma unroll
+          for (int i = 0; i < Tile::kVector; ++i) out[r][j].x[i] *= correction;
+        }
+      }
 #pragma unroll
       for (int c = 0; c < Tile::kC; ++c) {
         const A weight = exp2_of(scores[r][c] - base);
         shared.weights[group + 16 * r][lane + 8 * c] = weight;
         sum[r] += weight;
-      }
-#pragma unroll
-      for (int j = 0; j < Tile::kGroups; ++j) {
-#pragma unroll
-        for (int i = 0; i < Tile::kVector; ++i) out[r][j].x[i] *= correction;
       }
     }
     __syncthreads();

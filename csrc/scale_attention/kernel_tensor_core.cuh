@@ -225,6 +225,66 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Products of rows and columns become softmax weights, relative to a maximum of scores in base 2,
+// and this lane's parts of their sums grow. Columns from `columns` on get no weight.
+template <int kTiles>
+__device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][4], float (&sum)[2],
+                                                       const float (&factor)[2], float maximum,
+                                                       int columns) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float weight = ptx::exp2_approx(weights[n][i] * factor[i / 2] - maximum);
+      weights[n][i] = n * 8 + 2 * t + i % 2 < columns ? weight : 0.0f;
+      sum[i / 2] += weights[n][i];
+    }
+  }
+}
+
+// The same at the maximum so far; what is already in `sum` and `out` is made relative to that.
+template <int kTiles, int kDimTiles>
+__device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles][4],
+                                                         float (&maximum)[2], float (&sum)[2],
+                                                         float (&out)[kDimTiles][4],
+                                                         const float (&factor)[2], int columns) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float highest = maximum[half];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = weights[n][2 * half + i];
+        score = n * 8 + 2 * t + i < columns ? score * factor[half] : -INFINITY;
+        highest = fmaxf(highest, score);
+      }
+    }
+    highest = row_maximum(highest);
+    // While all scores are -inf the maximum is no number to subtract.
+    const float base = highest == -INFINITY ? 0.0f : highest;
+    const float correction = ptx::exp2_approx(maximum[half] - base);
+    maximum[half] = highest;
+    sum[half] *= correction;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& weight = weights[n][2 * half + i];
+        weight = ptx::exp2_approx(weight - base);
+        sum[half] += weight;
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+      out[d][2 * half] *= correction;
+      out[d][2 * half + 1] *= correction;
+    }
+  }
+}
+
 // Row `half` * 8 + g of accumulators, the gradient of a row of length 1, becomes that of the row
 // which `inverse` scaled to it, but for a factor of `inverse`. Returns the product of the row and
 // its gradient; all lanes of the warp take part.
@@ -274,8 +334,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
 
   float* q_inverse_lengths = head_part<float>(params.q_inverse_lengths, head, params.query_count);
   float* k_inverse_lengths = head_part<float>(params.k_inverse_lengths, head, params.query_count);
-  float maximum[2] = {-INFINITY, -INFINITY};  // of scores in base 2
-  float sum[2] = {0, 0};                      // this lane's part
+  const SoftmaxStart<float> softmax = start_softmax<T>(params, head);
+  float maximum[2] = {softmax.maximum, softmax.maximum};  // of scores in base 2
+  float sum[2] = {0, 0};                                  // this lane's part
   float out[kDim / 8][4] = {};
   int stage = 0;
   for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
@@ -321,38 +382,10 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
         }
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest = maximum[half];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = weights[n][2 * half + i];
-          score = begin + n * 8 + 2 * t + i < tile.key_end ? score * factor[half] : -INFINITY;
-          highest = fmaxf(highest, score);
-        }
-      }
-      highest = row_maximum(highest);
-      // While all scores are -inf the maximum is no number to subtract.
-      const float base = highest == -INFINITY ? 0.0f : highest;
-      const float correction = ptx::exp2_approx(maximum[half] - base);
-      maximum[half] = highest;
-      sum[half] *= correction;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& weight = weights[n][2 * half + i];
-          weight = ptx::exp2_approx(weight - base);
-          sum[half] += weight;
-        }
-      }
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        out[d][2 * half] *= correction;
-        out[d][2 * half + 1] *= correction;
-      }
+    if (softmax.fixed) {
+      weigh_at_fixed_maximum(weights, sum, factor, softmax.maximum, tile.key_end - begin);
+    } else {
+      weigh_at_running_maximum(weights, maximum, sum, out, factor, tile.key_end - begin);
     }
     tile_accumulate(out, weights, shared.values[stage]);
     __syncthreads();

@@ -63,20 +63,29 @@ std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>&
 
 template <class T, int kDim>
 std::vector<py::array> step(const py::array& q, const py::array& cache, int64_t kv_length,
-                            double softmax_scale, const EmulationOptions& options) {
+                            double softmax_scale, const std::optional<py::array>& logit_bound,
+                            const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
+  using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
   const auto batch = q.shape(0), tokens = q.shape(1), heads = q.shape(3);
   const T* queries = memory.input<T>("q", q);
   const T* data = memory.input<T>("cache", cache);
   T* out = memory.output<T>("out", {batch, tokens, heads, kDim});
+  AttentionForwardCuda params{slice(queries, q, 0),
+                              slice(data, cache, 0),
+                              slice(data, cache, 1),
+                              out,
+                              nullptr,
+                              heads,
+                              tokens,
+                              softmax_scale};
+  if (logit_bound) params.logit_bound = memory.input<A>("logit_bound", *logit_bound);
   const auto tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
   memory.launch(
       Kernels::kForward,
       shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
-      AttentionForwardCuda{slice(queries, q, 0), slice(data, cache, 0), slice(data, cache, 1), out,
-                           nullptr, heads, tokens, softmax_scale},
-      list_of(tiles));
+      params, list_of(tiles));
   return {memory.fetch(out)};
 }
 

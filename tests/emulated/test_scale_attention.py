@@ -95,10 +95,38 @@ def test_step(emulated, run_in_every_order, queries, kv_length, dtype, dim):
     q, cache = random((1, queries, 1, 2, dim), dtype), random((1, 70, 2, 2, dim), dtype, seed=1)
     cache[:, kv_length:] = float("nan")
     (out,) = run_in_every_order(
-        kernel(emulated, "scale_attention_step", dtype, dim), to_numpy(q), to_numpy(cache), kv_length, dim**-0.5
+        kernel(emulated, "scale_attention_step", dtype, dim), to_numpy(q), to_numpy(cache), kv_length, dim**-0.5, None
     )
-    same = reference.scale_attention_step(q[:, :, 0], cache[:, :, 0], cache[:, :, 1], kv_length)
-    exact = reference.scale_attention_step(
-        q[:, :, 0].double(), cache[:, :, 0].double(), cache[:, :, 1].double(), kv_length
+    same, exact = (
+        reference.scale_attention_step(*(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), kv_length)
+        for wide in (dtype, torch.float64)
     )
     assert_as_accurate_as_torch(to_torch(out, dtype), same, exact)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+def test_fixed_maximum(emulated, run_in_every_order, dtype, dim):
+    """A head whose bound allows it takes that for its maximum, also where every logit is the lowest; others do not."""
+    limit = {torch.float16: 10.0, torch.float64: 345.0}.get(dtype, 35.0)
+    direction = torch.nn.functional.normalize(random((dim,), torch.float64), dim=0)
+    q, cache = torch.empty(1, 3, 1, 2, dim, dtype=dtype), random((1, 70, 2, 2, dim), dtype, seed=1)
+    q[:, :2], q[:, 2] = direction * limit, -direction * limit
+    cache[:, :, 0] = -direction
+    cache[:, 30:50, 0] *= 0.99
+
+    def step(bounds):
+        bounds = np.array(bounds, dtype="float64" if dtype == torch.float64 else "float32")
+        run = kernel(emulated, "scale_attention_step", dtype, dim)
+        (out,) = run_in_every_order(run, to_numpy(q), to_numpy(cache), 70, 1.0, bounds)
+        return to_torch(out, dtype)
+
+    out, searched = step([limit, limit + 1]), step([np.inf, np.inf])
+    assert torch.equal(out[:, :, 1], searched[:, :, 1])
+    assert not torch.equal(out[:, :, 0], searched[:, :, 0])
+    same, exact = (
+        reference.scale_attention_step(
+            *(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), 70, softmax_scale=1.0
+        )
+        for wide in (dtype, torch.float64)
+    )
+    assert_as_accurate_as_torch(out, same, exact)

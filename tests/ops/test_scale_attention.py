@@ -308,6 +308,24 @@ def test_step(device, queries, kv_length, dim, dtype):
     assert_as_accurate_as_torch(out, same, exact)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("bound", [0.0, 1.0, 9.0, 30.0, 36.0, 100.0])
+def test_step_with_logit_bound(device, bound, dtype):
+    """Behind append_qkv, across the limits of a fixed maximum, also where every logit is the lowest."""
+    qkv = torch.stack(make_qkv(2, 70, 2, 32, dtype, device), dim=2)
+    qkv[1, :, 1] = -qkv[1, :1, 0]
+    qkv[1, :, 0] = qkv[1, :1, 0]
+    k_cache, v_cache = (torch.zeros(2, 75, 2, 32, dtype=dtype, device=device) for _ in range(2))
+    q_scale = torch.tensor([bound, bound / 2], device=device)
+    q = flexvar_ext.append_qkv(qkv, k_cache, v_cache, 0, q_scale=q_scale)
+    arguments = (q, k_cache, v_cache, 70)
+    out = flexvar_ext.scale_attention_step(*arguments, softmax_scale=1.0, logit_bound=q_scale)
+    same = reference.scale_attention_step(*arguments, softmax_scale=1.0, logit_bound=q_scale)
+    exact = reference.scale_attention_step(*(t.double() for t in arguments[:3]), 70, softmax_scale=1.0)
+    error, allowed = ((result.double() - exact).abs().max().item() for result in (out, same))
+    assert error <= FORWARD_FACTOR * allowed + ATOL[dtype] * max(1, bound / 4)
+
+
 def test_step_does_not_read_beyond_kv_length(device):
     q, k_cache, v_cache = make_qkv(1, 40, 2, 32, torch.float32, device)
     expected = flexvar_ext.scale_attention_step(q, k_cache[:, :7], v_cache[:, :7], 7)
@@ -420,7 +438,7 @@ def test_opcheck(device, batch, lengths, heads, dim, scale, normalized):
         torch.ops.flexvar.scale_attention_backward.default,
         (torch.ones_like(out), q, k, v, out, logsumexp, lengths, scale, q_scale, inverse_lengths),
     )
-    torch.library.opcheck(torch.ops.flexvar.scale_attention_step.default, (q, k, v, tokens, scale))
+    torch.library.opcheck(torch.ops.flexvar.scale_attention_step.default, (q, k, v, tokens, scale, q_scale))
 
 
 @pytest.mark.slow
@@ -538,6 +556,13 @@ def test_bad_input(arguments, options, error, message):
 def test_bad_input_of_step(arguments, error, message):
     with pytest.raises(error, match=message):
         flexvar_ext.scale_attention_step(*arguments)
+
+
+def test_bad_logit_bound():
+    with pytest.raises(ValueError, match=r"step: logit_bound must have shape \[H\] with H = 2, got \(3,\)"):
+        flexvar_ext.scale_attention_step(BAD, BAD, BAD, 5, logit_bound=torch.ones(3))
+    with pytest.raises(TypeError, match=r"step: logit_bound must be a torch.Tensor, got float"):
+        flexvar_ext.scale_attention_step(BAD, BAD, BAD, 5, logit_bound=3.0)
 
 
 class TestPlan:
