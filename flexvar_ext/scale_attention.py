@@ -78,6 +78,10 @@ def scale_attention_step(
     With the cache filled up to and including the queries' own scale it equals the rows of that scale of
     :func:`scale_attention`, which see no other tokens.
 
+    On CUDA, where ``B * H`` and the queries make too few blocks for the device, 512 keys and more are cut into parts,
+    whose sums are then added in a fixed order: the same arguments give the same bits, but another batch size may round
+    otherwise.
+
     Args:
         q: [B, l, H, D], D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64. Any strides.
         k_cache, v_cache: [B, L_max, H, D], dtype of ``q``. Tokens from ``kv_length`` on are not read.

@@ -28,6 +28,14 @@ Tensor with_copyable_rows(const Tensor& t) {
   return copy;
 }
 
+int64_t multiprocessors(const Tensor& t) {
+  int count = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, "scale_attention: ", cudaGetErrorString(error));
+  return count;
+}
+
 // Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
 template <class T, class Run>
 void dispatch_dim(int64_t dim, const Run& run) {
@@ -60,7 +68,7 @@ void dispatch(const Tensor& q, const Run& run) {
 template <class Params, class Tile>
 void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_bytes,
             const Params& params, const std::vector<Tile>& tiles, int64_t heads,
-            cudaStream_t stream) {
+            cudaStream_t stream, int64_t parts = 1) {
   // Asking for more than 48 KB needs leave, once for each kernel and device.
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -71,7 +79,8 @@ void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_b
     const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(count));
+    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(count),
+                    static_cast<unsigned>(parts));
     kernel<<<grid, threads, shared_bytes, stream>>>(params, list);
     check_launch("scale_attention");
   }
@@ -197,8 +206,31 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
   params.logit_bound = data_or_null(logit_bound);
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
+    using A = AttentionArithmetic<T>;
+    const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
+    const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
+    const int64_t keys =
+        keys_per_part(count, kv_length, Kernels::kForwardColumns, multiprocessors(q));
+    const int64_t parts = (kv_length + keys - 1) / keys, rows = batch * heads * tokens;
+    std::optional<Tensor> part_sums, part_softmax;
+    if (parts > 1) {
+      const ScalarType arithmetic = attention_arithmetic(q);
+      part_sums = torch::stable::new_empty(q, {parts, rows, kDim}, arithmetic);
+      part_softmax = torch::stable::new_empty(q, {parts, rows, 2}, arithmetic);
+      params.keys_per_part = static_cast<int>(keys);
+      params.part_sums = part_sums->mutable_data_ptr();
+      params.parts = part_softmax->mutable_data_ptr();
+    }
     launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
-           step_tiles(tokens, kv_length, Kernels::kForwardRows), batch * heads, scope.stream());
+           tiles, batch * heads, scope.stream(), parts);
+    if (parts > 1) {
+      static_assert(sizeof(AttentionPart<A>) == 2 * sizeof(A));
+      constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
+      attention_combine<T, kDim>
+          <<<static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock), kCombineThreads, 0,
+             scope.stream()>>>(params, rows, static_cast<int>(parts));
+      check_launch("scale_attention_step");
+    }
   });
   return out;
 }

@@ -26,8 +26,15 @@ struct TileList {
   Tile tiles[kTilesPerLaunch];
 };
 
-// The grid of every kernel is (B * H heads, tiles); A is the type of the arithmetic, float or (for
-// double) double.
+// A row's softmax over a part of the keys.
+template <class A>
+struct AttentionPart {
+  A maximum;  // of scores in base 2
+  A sum;      // of the weights, relative to that
+};
+
+// The grid of every kernel is (B * H heads, tiles), of the forward pass (B * H, tiles, parts); A is
+// the type of the arithmetic, float or (for double) double.
 struct AttentionForwardCuda {
   AttentionCudaTensor q, k, v;
   void* out;        // [B, L, H, D], contiguous
@@ -40,6 +47,10 @@ struct AttentionForwardCuda {
   void *q_inverse_lengths = nullptr, *k_inverse_lengths = nullptr;
   // Without q_scale, A [H]: no logit of the head is further from 0 than this; or null.
   const void* logit_bound = nullptr;
+  // Blocks z take keys_per_part keys each. What they find goes to `out`, or, for attention_combine,
+  // as weighted sums to A [parts, B, H, L, D] and AttentionPart<A> [parts, B, H, L].
+  int keys_per_part = INT32_MAX;
+  void *part_sums = nullptr, *parts = nullptr;
 };
 
 struct AttentionBackwardCuda {
@@ -115,6 +126,23 @@ __device__ __forceinline__ SoftmaxStart<A> start_softmax(const AttentionForwardC
   }
   if (2 * bound <= kWeightExponents<T>) return {true, bound - kWeightHeadroom<T>};
   return {false, A(-INFINITY)};  // also for a NaN
+}
+
+// The block's keys.
+struct KeyRange {
+  int begin, end;
+};
+__device__ __forceinline__ KeyRange keys_of_block(const AttentionForwardCuda& params,
+                                                  const QueryTile& tile) {
+  const int begin = static_cast<int>(blockIdx.z) * params.keys_per_part;
+  const int rest = tile.key_end - begin;
+  return {begin, begin + (rest < params.keys_per_part ? rest : params.keys_per_part)};
+}
+
+// A row of this block's part in [parts, B, H, L].
+__device__ __forceinline__ int64_t part_row(const AttentionForwardCuda& params, int64_t head,
+                                            int64_t token) {
+  return (blockIdx.z * int64_t{gridDim.x} + head) * params.query_count + token;
 }
 
 // The head's part of A [B, H, L], or null.

@@ -237,6 +237,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   using Tile = typename Shared::Tile;
   Shared& shared = *dynamic_shared<Shared>();
   const QueryTile tile = list.tiles[blockIdx.y];
+  const KeyRange key_range = keys_of_block(params, tile);
   const int64_t head = blockIdx.x;
   const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
   const T* keys = head_of<T>(params.k, head, params.heads);
@@ -259,9 +260,9 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
 #pragma unroll
   for (int r = 0; r < Tile::kR; ++r) maximum[r] = softmax.maximum, sum[r] = 0;
 
-  for (int begin = 0; begin < tile.key_end; begin += Tile::kColumns) {
+  for (int begin = key_range.begin; begin < key_range.end; begin += Tile::kColumns) {
     __syncthreads();
-    load_plain_rows<kDim>(shared.keys, keys, params.k.token_stride, begin, tile.key_end);
+    load_plain_rows<kDim>(shared.keys, keys, params.k.token_stride, begin, key_range.end);
     __syncthreads();
     if (normalized) {
       normalize_plain_rows<kDim>(shared.keys,
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     for (int r = 0; r < Tile::kR; ++r) {
 #pragma unroll
       for (int c = 0; c < Tile::kC; ++c) {
-        scores[r][c] = begin + lane + 8 * c < tile.key_end ? scores[r][c] * factor : A(-INFINITY);
+        scores[r][c] = begin + lane + 8 * c < key_range.end ? scores[r][c] * factor : A(-INFINITY);
       }
       A base = maximum[r];
       if (!softmax.fixed) {
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
       }
     }
     __syncthreads();
-    load_plain_rows<kDim>(shared.keys, values, params.v.token_stride, begin, tile.key_end);
+    load_plain_rows<kDim>(shared.keys, values, params.v.token_stride, begin, key_range.end);
     __syncthreads();
     plain_accumulate<Tile>(out, shared.weights, shared.keys);
   }
@@ -312,6 +313,12 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     const A total = group_sum(sum[r]);
     const int64_t token = tile.query_begin + group + 16 * r;
     if (token >= tile.query_end) continue;
+    if (params.parts != nullptr) {
+      const int64_t row = part_row(params, head, token);
+      store_plain_row<A, Tile>(static_cast<A*>(params.part_sums) + row * kDim, out[r], A(1));
+      if (lane == 0) static_cast<AttentionPart<A>*>(params.parts)[row] = {maximum[r], total};
+      continue;
+    }
     store_plain_row<T, Tile>(
         static_cast<T*>(params.out) +
             contiguous_offset<kDim>(head, params.heads, params.query_count, token),
@@ -321,6 +328,40 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
           maximum[r] * A(kAttentionLn2) + log_of(total);
     }
   }
+}
+
+// out from the sums over parts of the keys, in the parts' order. A warp owns a row. Where maxima
+// are fixed all parts have one, and this just adds.
+constexpr int kCombineThreads = 128;
+template <class T, int kDim>
+__global__ void __launch_bounds__(kCombineThreads)
+    attention_combine(AttentionForwardCuda params, int64_t rows, int parts) {
+  using A = AttentionArithmetic<T>;
+  const int64_t row =
+      blockIdx.x * int64_t{kCombineThreads / 32} + static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (row >= rows) return;
+  const A* sums = static_cast<const A*>(params.part_sums) + row * kDim;
+  const AttentionPart<A>* of_row = static_cast<const AttentionPart<A>*>(params.parts) + row;
+  A highest = A(-INFINITY);
+  for (int part = 0; part < parts; ++part) {
+    highest = maximum_of(of_row[part * rows].maximum, highest);
+  }
+  const A base = highest == A(-INFINITY) ? A(0) : highest;
+  A out[kDim / 32] = {}, total = 0;
+  for (int part = 0; part < parts; ++part) {
+    const A weight = exp2_of(of_row[part * rows].maximum - base);
+    total += weight * of_row[part * rows].sum;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      out[i] += weight * sums[part * rows * kDim + i * 32 + lane];
+    }
+  }
+  T* to = static_cast<T*>(params.out) + contiguous_offset<kDim>(row / params.query_count,
+                                                                params.heads, params.query_count,
+                                                                row % params.query_count);
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) to[i * 32 + lane] = element_from<T>(out[i] / total);
 }
 
 // delta = sum over D of grad_out * out, a group of 8 lanes for each of the B * H * L tokens.

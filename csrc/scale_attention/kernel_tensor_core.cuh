@@ -316,6 +316,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
   Shared& shared = *dynamic_shared<Shared>();
   const QueryTile tile = list.tiles[blockIdx.y];
+  const KeyRange key_range = keys_of_block(params, tile);
   const int64_t head = blockIdx.x;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
@@ -328,8 +329,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
 
   copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
                   tile.query_begin, tile.query_end);
-  copy_rows_async(shared.keys[0], keys, params.k.token_stride, 0, tile.key_end);
-  copy_rows_async(shared.values[0], values, params.v.token_stride, 0, tile.key_end);
+  copy_rows_async(shared.keys[0], keys, params.k.token_stride, key_range.begin, key_range.end);
+  copy_rows_async(shared.values[0], values, params.v.token_stride, key_range.begin, key_range.end);
   ptx::cp_async_commit();
 
   float* q_inverse_lengths = head_part<float>(params.q_inverse_lengths, head, params.query_count);
@@ -339,11 +340,11 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   float sum[2] = {0, 0};                                  // this lane's part
   float out[kDim / 8][4] = {};
   int stage = 0;
-  for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
+  for (int begin = key_range.begin; begin < key_range.end; begin += kColumns, stage ^= 1) {
     const int next = begin + kColumns;
-    if (next < tile.key_end) {
-      copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, tile.key_end);
-      copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, tile.key_end);
+    if (next < key_range.end) {
+      copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, key_range.end);
+      copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, key_range.end);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
     if (normalized) {
       float inverse[2];
-      if (begin == 0) {
+      if (begin == key_range.begin) {
         inverse_row_lengths(inverse, shared.queries, warp_row);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -383,9 +384,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
       }
     }
     if (softmax.fixed) {
-      weigh_at_fixed_maximum(weights, sum, factor, softmax.maximum, tile.key_end - begin);
+      weigh_at_fixed_maximum(weights, sum, factor, softmax.maximum, key_range.end - begin);
     } else {
-      weigh_at_running_maximum(weights, maximum, sum, out, factor, tile.key_end - begin);
+      weigh_at_running_maximum(weights, maximum, sum, out, factor, key_range.end - begin);
     }
     tile_accumulate(out, weights, shared.values[stage]);
     __syncthreads();
@@ -396,6 +397,16 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     const float total = row_sum(sum[half]);
     const int64_t token = tile.query_begin + warp_row + g + 8 * half;
     if (token >= tile.query_end) continue;
+    if (params.parts != nullptr) {
+      const int64_t row = part_row(params, head, token);
+      float2* sums = reinterpret_cast<float2*>(static_cast<float*>(params.part_sums) + row * kDim);
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        sums[d * 4 + t] = {out[d][2 * half], out[d][2 * half + 1]};
+      }
+      if (t == 0) static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total};
+      continue;
+    }
     store_row(static_cast<T*>(params.out) +
                   contiguous_offset<kDim>(head, params.heads, params.query_count, token),
               out, half, 1 / total);

@@ -64,7 +64,7 @@ std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>&
 template <class T, int kDim>
 std::vector<py::array> step(const py::array& q, const py::array& cache, int64_t kv_length,
                             double softmax_scale, const std::optional<py::array>& logit_bound,
-                            const EmulationOptions& options) {
+                            std::optional<int> keys_per_part, const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
@@ -82,10 +82,23 @@ std::vector<py::array> step(const py::array& q, const py::array& cache, int64_t 
                               softmax_scale};
   if (logit_bound) params.logit_bound = memory.input<A>("logit_bound", *logit_bound);
   const auto tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
-  memory.launch(
-      Kernels::kForward,
-      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
-      params, list_of(tiles));
+  LaunchShape shape =
+      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared));
+  const int64_t rows = batch * heads * tokens;
+  if (keys_per_part) {
+    const int64_t parts = (kv_length + *keys_per_part - 1) / *keys_per_part;
+    shape.grid[2] = static_cast<unsigned>(parts);
+    params.keys_per_part = *keys_per_part;
+    params.part_sums = memory.workspace<A>("part_sums", {parts, rows, kDim});
+    params.parts = memory.workspace<A>("parts", {parts, rows, 2});
+  }
+  memory.launch(Kernels::kForward, shape, params, list_of(tiles));
+  if (keys_per_part) {
+    constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
+    const auto blocks = static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock);
+    memory.launch(attention_combine<T, kDim>, {{blocks, 1, 1}, {kCombineThreads, 1, 1}, 0}, params,
+                  rows, static_cast<int>(shape.grid[2]));
+  }
   return {memory.fetch(out)};
 }
 

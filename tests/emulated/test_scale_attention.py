@@ -95,7 +95,13 @@ def test_step(emulated, run_in_every_order, queries, kv_length, dtype, dim):
     q, cache = random((1, queries, 1, 2, dim), dtype), random((1, 70, 2, 2, dim), dtype, seed=1)
     cache[:, kv_length:] = float("nan")
     (out,) = run_in_every_order(
-        kernel(emulated, "scale_attention_step", dtype, dim), to_numpy(q), to_numpy(cache), kv_length, dim**-0.5, None
+        kernel(emulated, "scale_attention_step", dtype, dim),
+        to_numpy(q),
+        to_numpy(cache),
+        kv_length,
+        dim**-0.5,
+        None,
+        None,
     )
     same, exact = (
         reference.scale_attention_step(*(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), kv_length)
@@ -117,7 +123,7 @@ def test_fixed_maximum(emulated, run_in_every_order, dtype, dim):
     def step(bounds):
         bounds = np.array(bounds, dtype="float64" if dtype == torch.float64 else "float32")
         run = kernel(emulated, "scale_attention_step", dtype, dim)
-        (out,) = run_in_every_order(run, to_numpy(q), to_numpy(cache), 70, 1.0, bounds)
+        (out,) = run_in_every_order(run, to_numpy(q), to_numpy(cache), 70, 1.0, bounds, None)
         return to_torch(out, dtype)
 
     out, searched = step([limit, limit + 1]), step([np.inf, np.inf])
@@ -130,3 +136,28 @@ def test_fixed_maximum(emulated, run_in_every_order, dtype, dim):
         for wide in (dtype, torch.float64)
     )
     assert_as_accurate_as_torch(out, same, exact)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_step_in_parts(emulated, run_in_every_order, bound, dtype, dim):
+    """Parts of the keys, the last one short, each with its maximum or all with one; a part without weight has none."""
+    queries, kv_length, part = 3, 150, 64
+    q, cache = random((2, queries, 1, 2, dim), dtype), random((2, 160, 2, 2, dim), dtype, seed=1)
+    if bound is None:
+        q[:, :, :, 0] = q[:, :, :, 0].abs() + 1
+        cache[0, :part, 0, 0] = -float("inf")
+        bounds = None
+    else:
+        q, cache[:, :, 0] = (torch.nn.functional.normalize(t.double(), dim=-1).to(dtype) for t in (q, cache[:, :, 0]))
+        bounds = np.full(2, 1.01 * bound, dtype="float64" if dtype == torch.float64 else "float32")
+    cache[:, kv_length:] = float("nan")
+    run = kernel(emulated, "scale_attention_step", dtype, dim)
+    (out,) = run_in_every_order(run, to_numpy(q), to_numpy(cache), kv_length, bound or 0.1, bounds, part)
+    same, exact = (
+        reference.scale_attention_step(
+            *(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), kv_length, softmax_scale=bound or 0.1
+        )
+        for wide in (dtype, torch.float64)
+    )
+    assert_as_accurate_as_torch(to_torch(out, dtype), same, exact)

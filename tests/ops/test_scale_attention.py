@@ -297,10 +297,10 @@ def test_scales_of_length_zero_have_no_effect(device):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (1, 200), (4, 5), (66, 130), (130, 131)])
+@pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (1, 200), (4, 5), (66, 130), (130, 131), (2, 1300)])
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 def test_step(device, queries, kv_length, dim, dtype):
-    _, k_cache, v_cache = make_qkv(2, 201, 3, dim, dtype, device)
+    _, k_cache, v_cache = make_qkv(2, max(201, kv_length), 3, dim, dtype, device)
     q = make_qkv(2, queries, 3, dim, dtype, device, seed=1)[0]
     out = flexvar_ext.scale_attention_step(q, k_cache, v_cache, kv_length)
     same = reference.scale_attention_step(q, k_cache, v_cache, kv_length)
@@ -584,6 +584,18 @@ class TestPlan:
             by_key[query_begin:, key_begin:key_end] += 1
         assert torch.equal(by_query, visible)
         assert torch.equal(by_key, visible)
+
+    @pytest.mark.parametrize("columns", [16, 64])
+    def test_parts_of_keys(self, columns):
+        for tiles, keys in itertools.product((1, 16, 33, 66, 67, 1000), (1, 255, 511, 512, 680, 1037, 100_000)):
+            part = _host.keys_per_part(tiles, keys, columns, 132)
+            if tiles > 66 or keys < 512:
+                assert part == keys
+                continue
+            assert part % columns == 0
+            parts = -(-keys // part)
+            assert parts * tiles <= 132
+            assert part >= 256
 
     def test_longest_first(self):
         keys = [key_end for _, _, key_end in _host.query_tiles(PAPER_LENGTHS, 64)]
