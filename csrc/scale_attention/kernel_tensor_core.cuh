@@ -528,10 +528,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
   const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
   const float* logsumexp = static_cast<const float*>(params.logsumexp) + head * tokens;
   const float* delta = static_cast<const float*>(params.delta) + head * tokens;
-  const float* q_inverse = head_part<float>(params.q_inverse_lengths, head, params.query_count);
-  const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, params.query_count);
-  const float scale = static_cast<float>(params.softmax_scale) *
-                      q_scale_of<float>(params.q_scale, head, params.heads);
   const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
                        q_scale_of<float>(params.q_scale, head, params.heads);
 
@@ -557,11 +553,14 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
-    if (q_inverse != nullptr) {
+    if (params.q_scale != nullptr) {
       if (begin == tile.query_begin) {
-        scale_copied_rows(shared.first_rows, k_inverse, tile.key_begin, tile.key_end);
+        scale_copied_rows(shared.first_rows,
+                          head_part<float>(params.k_inverse_lengths, head, tokens), tile.key_begin,
+                          tile.key_end);
       }
-      scale_copied_rows(shared.first_columns[stage], q_inverse, begin, tokens);
+      scale_copied_rows(shared.first_columns[stage],
+                        head_part<float>(params.q_inverse_lengths, head, tokens), begin, tokens);
     }
     __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
@@ -587,11 +586,14 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     __syncthreads();
   }
 
+  const float scale = static_cast<float>(params.softmax_scale) *
+                      q_scale_of<float>(params.q_scale, head, params.heads);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t token = tile.key_begin + warp_row + g + 8 * half;
     float row_scale = scale;
-    if (k_inverse != nullptr) {
+    if (params.q_scale != nullptr) {
+      const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, tokens);
       const float inverse = token < tile.key_end ? k_inverse[token] : 0.0f;
       remove_radial_part(grad_keys, half, shared.first_rows[warp_row + g + 8 * half], inverse);
       row_scale *= inverse;
