@@ -326,6 +326,19 @@ def test_step_with_logit_bound(device, bound, dtype):
     assert error <= FORWARD_FACTOR * allowed + ATOL[dtype] * max(1, bound / 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_repeats_to_the_bit(device, dtype):
+    """Also in parts of the keys, which few queries and many keys make on CUDA."""
+    _, k_cache, v_cache = make_qkv(1, 1300, 2, 64, dtype, device)
+    q = make_qkv(1, 3, 2, 64, dtype, device, seed=1)[0]
+    for bound in (None, torch.full((2,), 8.0, device=device)):
+        results = [
+            flexvar_ext.scale_attention_step(q, k_cache, v_cache, 1300, softmax_scale=0.05, logit_bound=bound)
+            for _ in range(20)
+        ]
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_step_does_not_read_beyond_kv_length(device):
     q, k_cache, v_cache = make_qkv(1, 40, 2, 32, torch.float32, device)
     expected = flexvar_ext.scale_attention_step(q, k_cache[:, :7], v_cache[:, :7], 7)
