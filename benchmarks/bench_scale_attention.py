@@ -1,4 +1,5 @@
-"""Block-causal attention against SDPA with a mask and SDPA scale by scale; the cached step against SDPA on slices."""
+"""Block-causal attention against SDPA with a mask and SDPA scale by scale, also with normalised queries and keys; the
+cached step against SDPA on slices."""
 
 import itertools
 
@@ -17,10 +18,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def per_scale_sdpa(q, k, v):
+def per_scale_sdpa(q, k, v, scale=None):
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     bounds = itertools.pairwise([0, *itertools.accumulate(LENGTHS)])
-    parts = [F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b]) for a, b in bounds]
+    parts = [F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=scale) for a, b in bounds]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
@@ -73,6 +74,30 @@ def test_forward_and_backward(compare, device, dtype):
         targets={"reference": 1.6, "per-scale SDPA": 1.6},
         seconds=4.0,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["normalised forward float32", "normalised forward bfloat16"])
+def test_normalized_forward(compare, device, dtype):
+    """Normalised queries and keys. The reference is F.normalize and SDPA with a mask."""
+    q, k, v = make_qkv(dtype, device)
+    q_scale = torch.linspace(4, 20, HEADS, device=device)
+
+    def per_scale():
+        normalized_q = (F.normalize(q.float(), dim=-1) * q_scale[:, None]).to(dtype)
+        return per_scale_sdpa(normalized_q, F.normalize(k.float(), dim=-1).to(dtype), v, scale=1.0)
+
+    with torch.inference_mode():
+        compare(
+            {
+                "native": lambda: flexvar_ext.scale_attention(q, k, v, LENGTHS, softmax_scale=1.0, q_scale=q_scale),
+                "reference": lambda: reference.scale_attention(q, k, v, LENGTHS, softmax_scale=1.0, q_scale=q_scale),
+                "per-scale SDPA": per_scale,
+            },
+            check=close(dtype),
+            flops=2 * PRODUCT,
+            gemm=str(dtype).removeprefix("torch."),
+            targets={"reference": 1.5, "per-scale SDPA": 1.5},
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["step float32", "step bfloat16"])

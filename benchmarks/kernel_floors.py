@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexvar import ScaleSchedule
 
@@ -74,30 +74,51 @@ def vq_lookup(latents: int, codes: int, dim: int) -> Work:
     )
 
 
-def attention(case: str, batch: int, heads: int, dim: int, queries: int, keys: int, pairs: int) -> Work:
-    """bfloat16. Of each pair 4 instructions: scale, maximum, subtraction, sum and conversion of two at a time."""
+def attention(
+    case: str, batch: int, heads: int, dim: int, queries: int, keys: int, pairs: int, *, normalized: bool = False
+) -> Work:
+    """bfloat16. Of each pair 4 instructions: scale, maximum, subtraction, sum and conversion of two at a time.
+
+    Normalised: the key's length, scale and subtraction in one, sum and conversion; and an eighth more products, which
+    measure the keys anew in every tile of 64 queries. What rows were multiplied by is kept for the backward pass.
+    """
     heads *= batch
     return Work(
         "scale_attention",
         case,
-        bytes=2 * heads * dim * 2 * (queries + keys),
-        products=4 * heads * pairs * dim,
+        bytes=2 * heads * dim * 2 * (queries + keys) + (4 * heads * (queries + keys) if normalized else 0),
+        products=(4.5 if normalized else 4) * heads * pairs * dim,
         exponentials=heads * pairs,
-        instructions=4 * heads * pairs,
+        instructions=(3.5 if normalized else 4) * heads * pairs,
     )
 
 
-def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int) -> Work:
-    """Seven products: two kernels, for dQ and for dK and dV, compute the scores anew. Reads Q K V O dO twice."""
+def attention_step_in_parts(heads: int, dim: int, queries: int, keys: int, parts: int) -> Work:
+    """One image, bfloat16: a second launch adds up what blocks found in parts of the keys, in float32."""
+    whole = attention("", 1, heads, dim, queries, keys, queries * keys)
+    return replace(
+        whole,
+        case=f"step: batch 1, {queries} queries, {keys} keys, in {parts} parts",
+        bytes=whole.bytes + 2 * 4 * parts * heads * queries * (dim + 2),
+        launches=2,
+    )
+
+
+def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int, *, normalized: bool = False) -> Work:
+    """Seven products: two kernels, for dQ and for dK and dV, compute the scores anew. Reads Q K V O dO twice.
+
+    Normalised: each of them scales a column of K or Q for every 64 rows, 3 instructions an element, and a fourth kernel
+    adds up the gradient of q_scale.
+    """
     heads *= batch
     return Work(
         "scale_attention_backward",
-        f"batch {batch}, {tokens} tokens, head dim {dim}",
-        bytes=2 * heads * dim * tokens * (2 * 5 + 3),
+        f"batch {batch}, {tokens} tokens, head dim {dim}" + (", normalised" if normalized else ""),
+        bytes=2 * heads * dim * tokens * (2 * 5 + 3) + (4 * heads * tokens * (4 + 2) if normalized else 0),
         products=14 * heads * pairs * dim,
         exponentials=2 * heads * pairs,
-        instructions=2 * 4 * heads * pairs,
-        launches=3,
+        instructions=2 * (4 + (3 * dim / 64 if normalized else 0)) * heads * pairs,
+        launches=4 if normalized else 3,
     )
 
 
@@ -121,8 +142,13 @@ def works() -> list[Work]:
             f"batch 16, {large.num_tokens} tokens, head dim 64", 16, 16, 64,
             large.num_tokens, large.num_tokens, _pairs(large),
         ),
+        attention(
+            f"batch 64, {tokens} tokens, head dim 64, normalised", 64, 16, 64, tokens, tokens, pairs, normalized=True
+        ),
         attention_backward(64, 16, 64, tokens, pairs),
+        attention_backward(64, 16, 64, tokens, pairs, normalized=True),
         attention(f"step: batch 128, 256 queries, {tokens} keys", 128, 16, 64, 256, tokens, 256 * tokens),
+        attention_step_in_parts(16, 64, 256, tokens, 2),
         Work("append_qkv", "batch 128, 256 tokens, 16 heads of 64, bfloat16", bytes=2 * 3 * 128 * 256 * 1024 * 2),
         Work("layer_norm_modulate", width_1024, bytes=channels * (4 + 2)),
         Work("layer_norm_modulate_backward", width_1024, bytes=channels * (4 + 2 + 4), launches=3),

@@ -105,7 +105,8 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
     of_sampling = _emulated.guided_sample_shared_bytes(8912, 0)
 
     def shared(name: str) -> int:
-        if name.startswith("attention_") and not name.startswith("attention_delta"):
+        static = ("attention_delta", "attention_grad_q_scale", "attention_combine")
+        if name.startswith("attention_") and not name.startswith(static):
             match = re.search(r"<(\w+), (\d+)>", name)
             if match is None:
                 raise ValueError(f"kernel_table: {name} has no element type and head dim")

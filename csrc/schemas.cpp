@@ -3,15 +3,16 @@
 
 STABLE_TORCH_LIBRARY(flexvar, m) {
   m.def(
-      "scale_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lengths, float softmax_scale) "
-      "-> (Tensor out, Tensor logsumexp)");
+      "scale_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lengths, float softmax_scale, "
+      "Tensor? q_scale) -> (Tensor out, Tensor logsumexp, Tensor inverse_lengths)");
   m.def(
       "scale_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
-      "Tensor logsumexp, SymInt[] scale_lengths, float softmax_scale) "
-      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "Tensor logsumexp, SymInt[] scale_lengths, float softmax_scale, Tensor? q_scale, "
+      "Tensor inverse_lengths) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_scale)");
   m.def(
       "scale_attention_step(Tensor q, Tensor k_cache, Tensor v_cache, SymInt kv_length, "
-      "float softmax_scale) -> Tensor");
+      "float softmax_scale, Tensor? logit_bound) -> Tensor");
   m.def(
       "append_qkv(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt position, Tensor? "
       "q_scale) -> Tensor");

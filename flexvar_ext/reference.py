@@ -163,9 +163,19 @@ def group_norm_silu(
 
 
 def scale_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale_lengths: Sequence[int], *, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale_lengths: Sequence[int],
+    *,
+    softmax_scale: float | None = None,
+    q_scale: Tensor | None = None,
 ) -> Tensor:
     """[B, L, H, D] each -> [B, L, H, D]: a token of scale i attends to every token of the scales <= i."""
+    if q_scale is not None:
+        dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+        q = (F.normalize(q.to(wide), dim=-1) * q_scale.to(wide)[:, None]).to(dtype)
+        k = F.normalize(k.to(wide), dim=-1).to(dtype)
     scale_of_token = torch.repeat_interleave(
         torch.arange(len(scale_lengths), device=q.device),
         torch.tensor(scale_lengths, device=q.device),
@@ -192,9 +202,18 @@ def append_qkv(
 
 
 def scale_attention_step(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, *, softmax_scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_length: int,
+    *,
+    softmax_scale: float | None = None,
+    logit_bound: Tensor | None = None,
 ) -> Tensor:
-    """[B, l, H, D], caches [B, L_max, H, D] -> [B, l, H, D]: attention to the first ``kv_length`` cached tokens."""
+    """[B, l, H, D], caches [B, L_max, H, D] -> [B, l, H, D]: attention to the first ``kv_length`` cached tokens.
+
+    ``logit_bound`` does not change what is computed.
+    """
     k, v = k_cache[:, :kv_length], v_cache[:, :kv_length]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=softmax_scale)
     return out.transpose(1, 2)

@@ -17,7 +17,13 @@ DTYPES = (*FLOATING, torch.float64)
 
 
 def scale_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale_lengths: Sequence[int], *, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale_lengths: Sequence[int],
+    *,
+    softmax_scale: float | None = None,
+    q_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention in which a token of scale i sees every token of the scales <= i: the teacher-forced pass of VAR models.
 
@@ -27,15 +33,22 @@ def scale_attention(
     float64). The result does not depend on the rest of the batch or on the number of threads, bit for bit. A query all
     of whose scores are -inf gets NaN, the 0 / 0 of the formula.
 
+    With ``q_scale`` queries and keys are normalised (arXiv 2502.20313's code): ``q_scale[h] * e(q[b, n, h])`` and
+    ``e(k[b, m, h])`` take their places, where ``e(x) = x / max(|x|, 1e-12)`` over D as in ``F.normalize``, computed in
+    float32 (float64 for float64). On CUDA that happens inside the kernels, without a pass over q and k; logits are then
+    bounded by ``|softmax_scale * q_scale[h]|``, and a head whose bound is small enough (35 in float32 and bfloat16, 10
+    in float16) takes that for the softmax's maximum rather than search for it.
+
     Args:
         q, k, v: [B, L, H, D] each, D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64, all alike. Any
             strides; slices of a fused [B, L, 3, H, D] are read in place.
         scale_lengths: tokens of every scale, in order; non-negative integers that sum to L. A scale of length 0 is
             allowed and has no effect.
         softmax_scale: finite; D ** -0.5 when None.
+        q_scale: [H], floating; used in float32 (float64). None: q and k are taken as they are.
 
-    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k
-        and v; the backward pass is deterministic.
+    Returns: [B, L, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Differentiable once in q, k,
+        v and q_scale; the backward pass is deterministic.
 
     Raises: TypeError, ValueError for arguments that break the rules above.
     """
@@ -45,12 +58,19 @@ def scale_attention(
         if tensor.shape != q.shape:
             raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
     lengths = _check_scale_lengths(op, scale_lengths, q.shape[1])
-    out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, _softmax_scale(op, q, softmax_scale))[0]
+    scale = _softmax_scale(op, q, softmax_scale)
+    out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, _of_heads(op, "q_scale", q_scale, q))[0]
     return out
 
 
 def scale_attention_step(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, *, softmax_scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_length: int,
+    *,
+    softmax_scale: float | None = None,
+    logit_bound: Tensor | None = None,
 ) -> Tensor:
     """Attention of one scale's queries to the first ``kv_length`` tokens of a key/value cache: a step of generation.
 
@@ -58,11 +78,21 @@ def scale_attention_step(
     With the cache filled up to and including the queries' own scale it equals the rows of that scale of
     :func:`scale_attention`, which see no other tokens.
 
+    On CUDA, where ``B * H`` and the queries make too few blocks for the device, 512 keys and more are cut into parts,
+    whose sums are then added in a fixed order: the same arguments give the same bits, but another batch size may round
+    otherwise.
+
     Args:
         q: [B, l, H, D], D one of 32, 64, 96, 128; float32, float16, bfloat16 or float64. Any strides.
         k_cache, v_cache: [B, L_max, H, D], dtype of ``q``. Tokens from ``kv_length`` on are not read.
         kv_length: 1 <= kv_length <= L_max.
         softmax_scale: finite; D ** -0.5 when None.
+        logit_bound: [H], floating; used in float32 (float64). A promise about every head's logits:
+            ``|softmax_scale * <q, k>| <= logit_bound[h]``, but for rounding. What :func:`append_qkv` normalises has the
+            bound ``|softmax_scale * q_scale[h]|``. On CUDA a bound that is small enough (35 in float32 and bfloat16, 10
+            in float16) saves the search for the maximum; the CPU searches all the same. Only rounding differs. Nobody
+            checks the promise: where it is broken, the head's results may be inaccurate, infinite or NaN. None: no
+            bound is known.
 
     Returns: [B, l, H, D], contiguous, dtype of ``q`` (autocast's dtype under autocast). Has no gradient.
 
@@ -80,7 +110,12 @@ def scale_attention_step(
             f"{op}: q, k_cache and v_cache must not require a gradient (use torch.no_grad), got one that does"
         )
     out: Tensor = torch.ops.flexvar.scale_attention_step(
-        q, k_cache, v_cache, kv_length, _softmax_scale(op, q, softmax_scale)
+        q,
+        k_cache,
+        v_cache,
+        kv_length,
+        _softmax_scale(op, q, softmax_scale),
+        _of_heads(op, "logit_bound", logit_bound, q),
     )
     return out
 
@@ -131,6 +166,17 @@ def _check_scale_lengths(op: str, scale_lengths: object, tokens: int) -> list[in
     return list(scale_lengths)
 
 
+def _of_heads(op: str, name: str, value: Tensor | None, q: Tensor) -> Tensor | None:
+    """One number a head in the type of the arithmetic."""
+    if value is None:
+        return None
+    check_tensor(op, name, value, "[H]", DTYPES)
+    if value.shape[0] != q.shape[2]:
+        raise ValueError(f"{op}: {name} must have shape [H] with H = {q.shape[2]}, got {tuple(value.shape)}")
+    check_same_device(op, **{"q": q, name: value})
+    return value.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
 def _softmax_scale(op: str, q: Tensor, softmax_scale: float | None) -> float:
     if softmax_scale is None:
         return float(q.shape[3] ** -0.5)
@@ -142,10 +188,13 @@ def _softmax_scale(op: str, q: Tensor, softmax_scale: float | None) -> float:
 
 
 @torch.library.register_fake("flexvar::scale_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, scale_lengths: list[int], softmax_scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale_lengths: list[int], softmax_scale: float, q_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     arithmetic = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=arithmetic)
+    logsumexp = q.new_empty(batch, heads, tokens, dtype=arithmetic)
+    return q.new_empty(q.shape), logsumexp, logsumexp.new_empty(0 if q_scale is None else 2, batch, heads, tokens)
 
 
 @torch.library.register_fake("flexvar::scale_attention_backward")
@@ -158,29 +207,34 @@ def _(
     logsumexp: Tensor,
     scale_lengths: list[int],
     softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q_scale: Tensor | None,
+    inverse_lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_q_scale = logsumexp.new_empty(0 if q_scale is None else q.shape[2])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_q_scale
 
 
 @torch.library.register_fake("flexvar::scale_attention_step")
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, softmax_scale: float) -> Tensor:
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_length: int, softmax_scale: float, logit_bound: Tensor | None
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale_lengths, ctx.softmax_scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale_lengths, ctx.softmax_scale, q_scale = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output[:2], q_scale, output[2])
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, logsumexp = ctx.saved_tensors
-    grads = torch.ops.flexvar.scale_attention_backward(
-        grad_out, q, k, v, out, logsumexp, ctx.scale_lengths, ctx.softmax_scale
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, logsumexp, q_scale, inverse_lengths = ctx.saved_tensors
+    *grads, grad_q_scale = torch.ops.flexvar.scale_attention_backward(
+        grad_out, q, k, v, out, logsumexp, ctx.scale_lengths, ctx.softmax_scale, q_scale, inverse_lengths
     )
-    return (*grads, None, None)
+    return (*grads, None, None, None if q_scale is None else grad_q_scale)
 
 
 torch.library.register_autograd("flexvar::scale_attention", _backward, setup_context=_setup_context)
-register_autocast("scale_attention")
-register_autocast("scale_attention_step")
+register_autocast("scale_attention", only=("q", "k", "v"))
+register_autocast("scale_attention_step", only=("q", "k_cache", "v_cache"))

@@ -1,37 +1,9 @@
 #include "append_qkv/cpu_kernel.h"
 
-#include "append_qkv/norm.h"
-#include "common/cpu_vector.h"
+#include "common/cpu_length.h"
+#include "common/inverse_length.h"
 
 namespace flexvar::FLEXVAR_ISA {
-
-template <typename Real>
-static inline Real square_root(Real x) {
-  if constexpr (sizeof(Real) == 8) {
-    return __builtin_sqrt(x);
-  } else {
-    return __builtin_sqrtf(x);
-  }
-}
-
-// Squares are summed in 16 parts, by index modulo 16, whatever the vectors' width.
-template <typename Real, typename From>
-static inline Real sum_of_squares(const From* row, int64_t dim) {
-  constexpr int64_t lanes = VectorOf<Real>::lanes, vectors = 16 / lanes;
-  Vector<Real> sums[vectors] = {};
-  for (int64_t d = 0; d < dim; d += 16) {
-    for (int64_t i = 0; i < vectors; ++i) {
-      const Vector<Real> x = load(row + d + i * lanes);
-      sums[i] += x * x;
-    }
-  }
-  Real parts[16];
-  for (int64_t i = 0; i < vectors; ++i) store(parts + i * lanes, sums[i]);
-  for (int64_t half = 8; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  }
-  return parts[0];
-}
 
 template <typename Real, typename From, typename To>
 static inline void copy_row(const From* from, To* to, int64_t dim, Real factor) {

@@ -2,8 +2,8 @@
 // whole sectors of memory. Reads and writes every element once: 2 x 3 x B x l x width elements.
 #pragma once
 
-#include "append_qkv/norm.h"
 #include "common/cuda.cuh"
+#include "common/inverse_length.h"
 
 namespace flexvar {
 

@@ -55,6 +55,9 @@ PYBIND11_MODULE(_host, m) {
         "key_end).");
   m.def("key_tiles", &key_tiles, py::arg("scale_lengths"), py::arg("rows"),
         "Work list by keys, longest first: (key_begin, key_end, query_begin).");
+  m.def("keys_per_part", &flexvar::keys_per_part, py::arg("tiles"), py::arg("keys"),
+        py::arg("columns"), py::arg("multiprocessors"),
+        "Keys that a block takes in a step of generation on CUDA.");
   m.def("balanced_runs", &flexvar::balanced_runs, py::arg("costs"), py::arg("repeats"),
         py::arg("parts"),
         "Bounds of at most `parts` runs of about equal cost over `repeats` passes.");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/tensor_checks.h"
@@ -44,25 +45,43 @@ inline void check_scale_lengths(const std::vector<int64_t>& scale_lengths, int64
 
 }  // namespace detail
 
-// Type of logsumexp: that of the arithmetic.
+// Type of logsumexp, q_scale and what belongs to it: that of the arithmetic.
 inline ScalarType attention_arithmetic(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+namespace detail {
+
+// One number a head.
+inline void check_of_heads(const std::optional<Tensor>& t, const Tensor& q, const char* op,
+                           const char* name) {
+  if (!t) return;
+  check_rank(*t, 1, op, name);
+  check_dtype(*t, attention_arithmetic(q), op, name);
+  check_same_device(q, *t, op, name);
+  STD_TORCH_CHECK(t->size(0) == q.size(2), op, ": ", name, " must have shape [H]");
+}
+
+}  // namespace detail
+
 inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                            const std::vector<int64_t>& scale_lengths) {
+                            const std::vector<int64_t>& scale_lengths,
+                            const std::optional<Tensor>& q_scale) {
   const char* op = "scale_attention";
   detail::check_query(q, op);
   detail::check_like_query(k, q, q.size(1), op, "k");
   detail::check_like_query(v, q, q.size(1), op, "v");
   detail::check_scale_lengths(scale_lengths, q.size(1), op);
+  detail::check_of_heads(q_scale, q, op, "q_scale");
 }
 
 inline void check_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                      const Tensor& v, const Tensor& out, const Tensor& logsumexp,
-                                     const std::vector<int64_t>& scale_lengths) {
+                                     const std::vector<int64_t>& scale_lengths,
+                                     const std::optional<Tensor>& q_scale,
+                                     const Tensor& inverse_lengths) {
   const char* op = "scale_attention_backward";
-  check_attention(q, k, v, scale_lengths);
+  check_attention(q, k, v, scale_lengths, q_scale);
   detail::check_like_query(grad_out, q, q.size(1), op, "grad_out");
   detail::check_like_query(out, q, q.size(1), op, "out");
   check_rank(logsumexp, 3, op, "logsumexp");
@@ -71,10 +90,17 @@ inline void check_attention_backward(const Tensor& grad_out, const Tensor& q, co
   STD_TORCH_CHECK(logsumexp.size(0) == q.size(0) && logsumexp.size(1) == q.size(2) &&
                       logsumexp.size(2) == q.size(1),
                   op, ": logsumexp must have shape [B, H, L]");
+  check_rank(inverse_lengths, 4, op, "inverse_lengths");
+  check_dtype(inverse_lengths, attention_arithmetic(q), op, "inverse_lengths");
+  check_same_device(q, inverse_lengths, op, "inverse_lengths");
+  STD_TORCH_CHECK(inverse_lengths.size(0) == (q_scale ? 2 : 0) &&
+                      inverse_lengths.size(1) == q.size(0) &&
+                      inverse_lengths.size(2) == q.size(2) && inverse_lengths.size(3) == q.size(1),
+                  op, ": inverse_lengths must have shape [2 with q_scale, otherwise 0, B, H, L]");
 }
 
 inline void check_attention_step(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                 int64_t kv_length) {
+                                 int64_t kv_length, const std::optional<Tensor>& logit_bound) {
   const char* op = "scale_attention_step";
   detail::check_query(q, op);
   check_rank(k_cache, 4, op, "k_cache");
@@ -82,6 +108,23 @@ inline void check_attention_step(const Tensor& q, const Tensor& k_cache, const T
   detail::check_like_query(v_cache, q, k_cache.size(1), op, "v_cache");
   STD_TORCH_CHECK(kv_length >= 1 && kv_length <= k_cache.size(1) && kv_length < (int64_t{1} << 31),
                   op, ": kv_length must be from 1 to L_max");
+  detail::check_of_heads(logit_bound, q, op, "logit_bound");
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
+  return !t || t->is_contiguous() ? t : torch::stable::contiguous(*t);
+}
+
+// The part of q (0) or k (1) of inverse_lengths: what they are multiplied by to have length 1. Null
+// where nothing is normalised.
+inline void* inverse_lengths_of(const Tensor& inverse_lengths, int part) {
+  if (inverse_lengths.numel() == 0) return nullptr;
+  const int64_t bytes = inverse_lengths.scalar_type() == ScalarType::Double ? 8 : 4;
+  return static_cast<char*>(inverse_lengths.mutable_data_ptr()) +
+         part * inverse_lengths.numel() / 2 * bytes;
 }
 
 // The rows of D elements must be contiguous; any other stride may be what it is.

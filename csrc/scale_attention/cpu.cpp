@@ -34,6 +34,53 @@ AttentionShape shape_of(const Tensor& q, int64_t key_count, double softmax_scale
           q.size(3),     softmax_scale, tiles.data(), static_cast<int64_t>(tiles.size())};
 }
 
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t kElementsPerTask = 1 << 15;
+
+template <class Params>
+void for_tokens(void (*kernel)(const Params&, int64_t, int64_t), const Params& params,
+                int64_t batch) {
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (params.heads * params.dim));
+  torch::stable::parallel_for(0, batch * params.tokens, grain,
+                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+// q or k with rows of length 1, times their head's scale, contiguous. `inverse_lengths` is its
+// part, read if it is `measured` and written otherwise.
+Tensor normalized(const Tensor& x, const void* scale, void* inverse_lengths, bool measured) {
+  Tensor out = empty_cpu({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+  for_tokens(FLEXVAR_SELECT_CPU_KERNEL(attention_normalize),
+             AttentionNormalizeParams{element_of(x), x.size(1), x.size(2), x.size(3), view_of(x),
+                                      scale, inverse_lengths, measured, out.mutable_data_ptr()},
+             x.size(0));
+  return out;
+}
+
+// `grad`, that of normalized(x), becomes that of x.
+void differentiate_normalized(Tensor& grad, const Tensor& x, const void* scale,
+                              const void* inverse_lengths, void* scale_parts) {
+  for_tokens(FLEXVAR_SELECT_CPU_KERNEL(attention_normalize_backward),
+             AttentionNormalizeBackwardParams{element_of(x), x.size(1), x.size(2), x.size(3),
+                                              view_of(x), scale, inverse_lengths,
+                                              grad.mutable_data_ptr(), scale_parts},
+             x.size(0));
+}
+
+// [B, H, L] -> [H], in one order whatever the number of threads.
+template <class T>
+void sum_of_heads(const Tensor& parts, Tensor& sums) {
+  const int64_t batch = parts.size(0), heads = parts.size(1), tokens = parts.size(2);
+  const T* data = static_cast<const T*>(parts.const_data_ptr());
+  for (int64_t head = 0; head < heads; ++head) {
+    double sum = 0;
+    for (int64_t image = 0; image < batch; ++image) {
+      const T* of_image = data + (image * heads + head) * tokens;
+      for (int64_t token = 0; token < tokens; ++token) sum += of_image[token];
+    }
+    static_cast<T*>(sums.mutable_data_ptr())[head] = static_cast<T>(sum);
+  }
+}
+
 // Scratch memory for `runs` runs at once: `per_key` + `per_tile` arrays of D numbers for every key
 // (in whole blocks) and query of a tile, two blocks of scores, and change.
 Scratch<char> scratch_for(const AttentionShape& shape, int64_t runs, int64_t per_key,
@@ -79,37 +126,58 @@ void run_forward(const AttentionForwardParams& params, const std::vector<QueryTi
   });
 }
 
-std::tuple<Tensor, Tensor> scale_attention_cpu(const Tensor& q_in, const Tensor& k_in,
-                                               const Tensor& v_in,
-                                               std::vector<int64_t> scale_lengths,
-                                               double softmax_scale) {
-  check_attention(q_in, k_in, v_in, scale_lengths);
+std::tuple<Tensor, Tensor, Tensor> scale_attention_cpu(const Tensor& q_in, const Tensor& k_in,
+                                                       const Tensor& v_in,
+                                                       std::vector<int64_t> scale_lengths,
+                                                       double softmax_scale,
+                                                       std::optional<Tensor> q_scale_in) {
+  check_attention(q_in, k_in, v_in, scale_lengths, q_scale_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   Tensor out = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
   Tensor logsumexp = empty_cpu({batch, heads, tokens}, attention_arithmetic(q_in));
-  if (batch * tokens * heads == 0) return {out, logsumexp};
-  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
-               v = with_contiguous_rows(v_in);
+  Tensor inverse_lengths =
+      empty_cpu({q_scale_in ? 2 : 0, batch, heads, tokens}, attention_arithmetic(q_in));
+  if (batch * tokens * heads == 0) return {out, logsumexp, inverse_lengths};
+  const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
+  Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in);
+  if (q_scale) {
+    q = normalized(q, data_or_null(q_scale), inverse_lengths_of(inverse_lengths, 0), false);
+    k = normalized(k, nullptr, inverse_lengths_of(inverse_lengths, 1), false);
+  }
+  const Tensor v = with_contiguous_rows(v_in);
   const std::vector<QueryTile> tiles = query_tiles(scale_lengths, kAttentionTileQueries);
   run_forward({shape_of(q, tokens, softmax_scale, tiles), view_of(q), view_of(k), view_of(v),
                out.mutable_data_ptr(), logsumexp.mutable_data_ptr()},
               tiles, batch * heads);
-  return {out, logsumexp};
+  return {out, logsumexp, inverse_lengths};
 }
 
-std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cpu(
     const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     const Tensor& out_in, const Tensor& logsumexp_in, std::vector<int64_t> scale_lengths,
-    double softmax_scale) {
-  check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths);
+    double softmax_scale, std::optional<Tensor> q_scale_in, const Tensor& inverse_lengths_in) {
+  check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths,
+                           q_scale_in, inverse_lengths_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   Tensor grad_q = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
   Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
-  if (batch * tokens * heads == 0) return {grad_q, grad_k, grad_v};
-  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
+  Tensor grad_q_scale = empty_cpu({q_scale_in ? heads : 0}, attention_arithmetic(q_in));
+  if (batch * tokens * heads == 0) {
+    return {grad_q, grad_k, grad_v, torch::stable::fill_(grad_q_scale, 0)};
+  }
+  const Tensor q_rows = with_contiguous_rows(q_in), k_rows = with_contiguous_rows(k_in),
                v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in),
                grad_out = with_contiguous_rows(grad_out_in),
-               logsumexp = contiguous_cpu(logsumexp_in);
+               logsumexp = contiguous_cpu(logsumexp_in),
+               inverse_lengths = contiguous_cpu(inverse_lengths_in);
+  const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
+  void *q_inverse_lengths = inverse_lengths_of(inverse_lengths, 0),
+       *k_inverse_lengths = inverse_lengths_of(inverse_lengths, 1);
+  Tensor q = q_rows, k = k_rows;
+  if (q_scale) {
+    q = normalized(q_rows, data_or_null(q_scale), q_inverse_lengths, true);
+    k = normalized(k_rows, nullptr, k_inverse_lengths, true);
+  }
   const std::vector<QueryTile> tiles = query_tiles(scale_lengths, kAttentionTileQueries);
   const AttentionBackwardParams params{shape_of(q, tokens, softmax_scale, tiles),
                                        view_of(q),
@@ -132,12 +200,25 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cpu(
       kernel(params, items * run / runs, items * (run + 1) / runs, memory + run * run_bytes);
     }
   });
-  return {grad_q, grad_k, grad_v};
+  if (q_scale) {
+    const Tensor parts = torch::stable::empty_like(logsumexp);
+    differentiate_normalized(grad_q, q_rows, data_or_null(q_scale), q_inverse_lengths,
+                             parts.mutable_data_ptr());
+    differentiate_normalized(grad_k, k_rows, nullptr, k_inverse_lengths, nullptr);
+    if (parts.scalar_type() == ScalarType::Double) {
+      sum_of_heads<double>(parts, grad_q_scale);
+    } else {
+      sum_of_heads<float>(parts, grad_q_scale);
+    }
+  }
+  return {grad_q, grad_k, grad_v, grad_q_scale};
 }
 
 Tensor scale_attention_step_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                int64_t kv_length, double softmax_scale) {
-  check_attention_step(q_in, k_in, v_in, kv_length);
+                                int64_t kv_length, double softmax_scale,
+                                std::optional<Tensor> logit_bound) {
+  // These kernels find the maximum themselves; the bound is only checked.
+  check_attention_step(q_in, k_in, v_in, kv_length, logit_bound);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   Tensor out = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
   if (batch * tokens * heads == 0) return out;

@@ -1,6 +1,7 @@
 #include "scale_attention/cpu_kernel.h"
 
 #include "scale_attention/cpu_backward.h"
+#include "scale_attention/cpu_norm.h"
 
 namespace flexvar::FLEXVAR_ISA {
 
@@ -29,6 +30,33 @@ void attention_forward(const AttentionForwardParams& params, int64_t begin, int6
 void attention_backward(const AttentionBackwardParams& params, int64_t begin, int64_t end,
                         void* scratch) {
   run_items<BackwardHeads>(params, begin, end, scratch);
+}
+
+void attention_normalize(const AttentionNormalizeParams& params, int64_t begin, int64_t end) {
+  switch (params.element) {
+    case AttentionElement::float32:
+      return normalize_tokens<float, float>(params, begin, end);
+    case AttentionElement::float16:
+      return normalize_tokens<float, Half>(params, begin, end);
+    case AttentionElement::bfloat16:
+      return normalize_tokens<float, Bfloat16>(params, begin, end);
+    case AttentionElement::float64:
+      return normalize_tokens<double, double>(params, begin, end);
+  }
+}
+
+void attention_normalize_backward(const AttentionNormalizeBackwardParams& params, int64_t begin,
+                                  int64_t end) {
+  switch (params.element) {
+    case AttentionElement::float32:
+      return normalize_tokens_backward<float, float>(params, begin, end);
+    case AttentionElement::float16:
+      return normalize_tokens_backward<float, Half>(params, begin, end);
+    case AttentionElement::bfloat16:
+      return normalize_tokens_backward<float, Bfloat16>(params, begin, end);
+    case AttentionElement::float64:
+      return normalize_tokens_backward<double, double>(params, begin, end);
+  }
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

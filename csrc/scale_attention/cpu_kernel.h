@@ -46,6 +46,27 @@ struct AttentionBackwardParams {
   void *grad_q, *grad_k, *grad_v;  // [B, L, H, D], contiguous
 };
 
+// Rows of D elements scaled to length 1, and multiplied by their head's scale.
+struct AttentionNormalizeParams {
+  AttentionElement element;
+  int64_t tokens, heads, dim;
+  AttentionTensor x;
+  const void* scale;      // [H] in the type of the arithmetic, or null
+  void* inverse_lengths;  // [B, H, L] in the type of the arithmetic
+  bool measured;          // inverse_lengths are there, rather than to be written
+  void* out;              // [B, L, H, D], contiguous
+};
+
+struct AttentionNormalizeBackwardParams {
+  AttentionElement element;
+  int64_t tokens, heads, dim;
+  AttentionTensor x;
+  const void* scale;
+  const void* inverse_lengths;
+  void* grad;         // [B, L, H, D], contiguous: that of `out` becomes that of `x`
+  void* scale_parts;  // [B, H, L]: every row's part of the gradient of `scale`; or null
+};
+
 // `scratch`: 64-byte aligned, as many bytes as cpu.cpp works out from the shape.
 // Work items [begin, end); item i is tile i % tile_count of head i / tile_count (batch-major).
 FLEXVAR_DECLARE_CPU_KERNEL(attention_forward, (const AttentionForwardParams& params, int64_t begin,
@@ -53,5 +74,11 @@ FLEXVAR_DECLARE_CPU_KERNEL(attention_forward, (const AttentionForwardParams& par
 // Heads [begin, end), batch-major.
 FLEXVAR_DECLARE_CPU_KERNEL(attention_backward, (const AttentionBackwardParams& params,
                                                 int64_t begin, int64_t end, void* scratch));
+// Tokens [begin, end), counted through all images.
+FLEXVAR_DECLARE_CPU_KERNEL(attention_normalize,
+                           (const AttentionNormalizeParams& params, int64_t begin, int64_t end));
+FLEXVAR_DECLARE_CPU_KERNEL(attention_normalize_backward,
+                           (const AttentionNormalizeBackwardParams& params, int64_t begin,
+                            int64_t end));
 
 }  // namespace flexvar

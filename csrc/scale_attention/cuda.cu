@@ -28,6 +28,14 @@ Tensor with_copyable_rows(const Tensor& t) {
   return copy;
 }
 
+int64_t multiprocessors(const Tensor& t) {
+  int count = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, "scale_attention: ", cudaGetErrorString(error));
+  return count;
+}
+
 // Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
 template <class T, class Run>
 void dispatch_dim(int64_t dim, const Run& run) {
@@ -60,7 +68,7 @@ void dispatch(const Tensor& q, const Run& run) {
 template <class Params, class Tile>
 void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_bytes,
             const Params& params, const std::vector<Tile>& tiles, int64_t heads,
-            cudaStream_t stream) {
+            cudaStream_t stream, int64_t parts = 1) {
   // Asking for more than 48 KB needs leave, once for each kernel and device.
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -71,52 +79,74 @@ void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_b
     const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(count));
+    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(count),
+                    static_cast<unsigned>(parts));
     kernel<<<grid, threads, shared_bytes, stream>>>(params, list);
     check_launch("scale_attention");
   }
 }
 
-std::tuple<Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, const Tensor& k_in,
-                                                const Tensor& v_in,
-                                                std::vector<int64_t> scale_lengths,
-                                                double softmax_scale) {
-  check_attention(q_in, k_in, v_in, scale_lengths);
+std::tuple<Tensor, Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, const Tensor& k_in,
+                                                        const Tensor& v_in,
+                                                        std::vector<int64_t> scale_lengths,
+                                                        double softmax_scale,
+                                                        std::optional<Tensor> q_scale_in) {
+  check_attention(q_in, k_in, v_in, scale_lengths, q_scale_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
   Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
   Tensor logsumexp =
       torch::stable::new_empty(q_in, {batch, heads, tokens}, attention_arithmetic(q_in));
-  if (batch * tokens * heads == 0) return {out, logsumexp};
+  Tensor inverse_lengths = torch::stable::new_empty(
+      q_in, {q_scale_in ? 2 : 0, batch, heads, tokens}, attention_arithmetic(q_in));
+  if (batch * tokens * heads == 0) return {out, logsumexp, inverse_lengths};
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
-  const AttentionForwardCuda params{
-      view_of(q), view_of(k), view_of(v),   out.mutable_data_ptr(), logsumexp.mutable_data_ptr(),
-      heads,      tokens,     softmax_scale};
+  const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
+  const AttentionForwardCuda params{view_of(q),
+                                    view_of(k),
+                                    view_of(v),
+                                    out.mutable_data_ptr(),
+                                    logsumexp.mutable_data_ptr(),
+                                    heads,
+                                    tokens,
+                                    softmax_scale,
+                                    data_or_null(q_scale),
+                                    inverse_lengths_of(inverse_lengths, 0),
+                                    inverse_lengths_of(inverse_lengths, 1)};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
     launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
            longest_first(query_tiles(scale_lengths, Kernels::kForwardRows)), batch * heads,
            scope.stream());
   });
-  return {out, logsumexp};
+  return {out, logsumexp, inverse_lengths};
 }
 
-std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
     const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     const Tensor& out_in, const Tensor& logsumexp_in, std::vector<int64_t> scale_lengths,
-    double softmax_scale) {
-  check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths);
+    double softmax_scale, std::optional<Tensor> q_scale_in, const Tensor& inverse_lengths_in) {
+  check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths,
+                           q_scale_in, inverse_lengths_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
   Tensor grad_q = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
   Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
-  if (batch * tokens * heads == 0) return {grad_q, grad_k, grad_v};
+  Tensor grad_q_scale =
+      torch::stable::new_empty(q_in, {q_scale_in ? heads : 0}, attention_arithmetic(q_in));
+  if (batch * tokens * heads == 0) {
+    return {grad_q, grad_k, grad_v, torch::stable::fill_(grad_q_scale, 0)};
+  }
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in), out = with_copyable_rows(out_in),
                grad_out = with_copyable_rows(grad_out_in),
-               logsumexp = torch::stable::contiguous(logsumexp_in);
+               logsumexp = torch::stable::contiguous(logsumexp_in),
+               inverse_lengths = torch::stable::contiguous(inverse_lengths_in);
+  const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
   const Tensor delta = torch::stable::empty_like(logsumexp);
+  std::optional<Tensor> grad_q_scale_parts;
+  if (q_scale) grad_q_scale_parts = torch::stable::empty_like(logsumexp);
   const AttentionBackwardCuda params{view_of(q),
                                      view_of(k),
                                      view_of(v),
@@ -129,7 +159,11 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cuda(
                                      grad_v.mutable_data_ptr(),
                                      heads,
                                      tokens,
-                                     softmax_scale};
+                                     softmax_scale,
+                                     data_or_null(q_scale),
+                                     inverse_lengths_of(inverse_lengths, 0),
+                                     inverse_lengths_of(inverse_lengths, 1),
+                                     q_scale ? grad_q_scale_parts->mutable_data_ptr() : nullptr};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
     constexpr size_t kShared = sizeof(typename Kernels::BackwardShared);
@@ -144,25 +178,59 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_backward_cuda(
     launch(Kernels::kGradKeys, Kernels::kThreads, kShared, params,
            longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
            scope.stream());
+    if (q_scale) {
+      using A = AttentionArithmetic<T>;
+      attention_grad_q_scale<A>
+          <<<static_cast<unsigned>(heads), kQScaleThreads, 0, scope.stream()>>>(
+              static_cast<const A*>(params.grad_q_scale_parts),
+              static_cast<A*>(grad_q_scale.mutable_data_ptr()), batch, tokens);
+      check_launch("scale_attention_backward");
+    }
   });
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, grad_q_scale};
 }
 
 Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                 int64_t kv_length, double softmax_scale) {
-  check_attention_step(q_in, k_in, v_in, kv_length);
+                                 int64_t kv_length, double softmax_scale,
+                                 std::optional<Tensor> logit_bound_in) {
+  check_attention_step(q_in, k_in, v_in, kv_length, logit_bound_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
   Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
   if (batch * tokens * heads == 0) return out;
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
-  const AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
-                                    nullptr,    heads,      tokens,     softmax_scale};
+  const std::optional<Tensor> logit_bound = contiguous_or_none(logit_bound_in);
+  AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
+                              nullptr,    heads,      tokens,     softmax_scale};
+  params.logit_bound = data_or_null(logit_bound);
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
+    using A = AttentionArithmetic<T>;
+    const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
+    const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
+    const int64_t keys =
+        keys_per_part(count, kv_length, Kernels::kForwardColumns, multiprocessors(q));
+    const int64_t parts = (kv_length + keys - 1) / keys, rows = batch * heads * tokens;
+    std::optional<Tensor> part_sums, part_softmax;
+    if (parts > 1) {
+      const ScalarType arithmetic = attention_arithmetic(q);
+      part_sums = torch::stable::new_empty(q, {parts, rows, kDim}, arithmetic);
+      part_softmax = torch::stable::new_empty(q, {parts, rows, 2}, arithmetic);
+      params.keys_per_part = static_cast<int>(keys);
+      params.part_sums = part_sums->mutable_data_ptr();
+      params.parts = part_softmax->mutable_data_ptr();
+    }
     launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
-           step_tiles(tokens, kv_length, Kernels::kForwardRows), batch * heads, scope.stream());
+           tiles, batch * heads, scope.stream(), parts);
+    if (parts > 1) {
+      static_assert(sizeof(AttentionPart<A>) == 2 * sizeof(A));
+      constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
+      attention_combine<T, kDim>
+          <<<static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock), kCombineThreads, 0,
+             scope.stream()>>>(params, rows, static_cast<int>(parts));
+      check_launch("scale_attention_step");
+    }
   });
   return out;
 }

@@ -12,7 +12,7 @@ template <class T>
 constexpr bool kOnTensorCores = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
 
 // Which kernels an element type and head dim take, and how they are launched. Grids are (B * H,
-// tiles).
+// tiles), and (B * H, tiles, parts) for kForward.
 template <class T, int kDim, bool kTensorCore = kOnTensorCores<T>>
 struct AttentionKernels {
   static constexpr int kThreads = kPlainThreads;
@@ -22,6 +22,7 @@ struct AttentionKernels {
   using ForwardShared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
   using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
   static constexpr int kForwardRows = ForwardShared::Tile::kRows;
+  static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
   static constexpr int kBackwardRows = BackwardShared::Tile::kRows;
 };
 
@@ -34,6 +35,7 @@ struct AttentionKernels<T, kDim, true> {
   using ForwardShared = TensorCoreForwardShared<T, kDim>;
   using BackwardShared = TensorCoreBackwardShared<T, kDim>;
   static constexpr int kForwardRows = kTensorCoreRows;
+  static constexpr int kForwardColumns = ForwardShared::kColumns;
   static constexpr int kBackwardRows = kTensorCoreRows;
 };
 

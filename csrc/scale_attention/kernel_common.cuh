@@ -1,7 +1,10 @@
 // What the CUDA kernels of attention take.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
+#include "common/inverse_length.h"
 #include "common/ptx.cuh"
 #include "scale_attention/tile.h"
 
@@ -23,8 +26,15 @@ struct TileList {
   Tile tiles[kTilesPerLaunch];
 };
 
-// The grid of every kernel is (B * H heads, tiles); A is the type of the arithmetic, float or (for
-// double) double.
+// A row's softmax over a part of the keys.
+template <class A>
+struct AttentionPart {
+  A maximum;  // of scores in base 2
+  A sum;      // of the weights, relative to that
+};
+
+// The grid of every kernel is (B * H heads, tiles), of the forward pass (B * H, tiles, parts); A is
+// the type of the arithmetic, float or (for double) double.
 struct AttentionForwardCuda {
   AttentionCudaTensor q, k, v;
   void* out;        // [B, L, H, D], contiguous
@@ -32,6 +42,15 @@ struct AttentionForwardCuda {
   int64_t heads;
   int64_t query_count;
   double softmax_scale;
+  const void* q_scale = nullptr;  // A [H]: q and k are normalised and q multiplied by this; or null
+  // With q_scale, A [B, H, L] each: what q and k were multiplied by to have length 1.
+  void *q_inverse_lengths = nullptr, *k_inverse_lengths = nullptr;
+  // Without q_scale, A [H]: no logit of the head is further from 0 than this; or null.
+  const void* logit_bound = nullptr;
+  // Blocks z take keys_per_part keys each. What they find goes to `out`, or, for attention_combine,
+  // as weighted sums to A [parts, B, H, L, D] and AttentionPart<A> [parts, B, H, L].
+  int keys_per_part = INT32_MAX;
+  void *part_sums = nullptr, *parts = nullptr;
 };
 
 struct AttentionBackwardCuda {
@@ -42,6 +61,9 @@ struct AttentionBackwardCuda {
   int64_t heads;
   int64_t query_count;  // = key count
   double softmax_scale;
+  // As in the forward pass.
+  const void *q_scale, *q_inverse_lengths, *k_inverse_lengths;
+  void* grad_q_scale_parts;  // A [B, H, L]: every query's part of the gradient of q_scale
 };
 
 constexpr double kAttentionLog2E = 1.4426950408889634074;
@@ -64,6 +86,80 @@ __device__ __forceinline__ const T* head_of(const AttentionCudaTensor& tensor, i
                                             int64_t heads) {
   return static_cast<const T*>(tensor.data) + head / heads * tensor.batch_stride +
          head % heads * tensor.head_stride;
+}
+
+// The head's q_scale, 1 where there is none.
+template <class A>
+__device__ __forceinline__ A q_scale_of(const void* q_scale, int64_t head, int64_t heads) {
+  return q_scale == nullptr ? A(1) : static_cast<const A*>(q_scale)[head % heads];
+}
+
+// Scores in base 2 that stay within a bound on either side of 0 need no running maximum: with
+// bound - kWeightHeadroom in its place, weights lie between 2^kWeightHeadroom and
+// 2^(kWeightHeadroom - 2 * bound). That must be a normal number of the type that weights are
+// multiplied in: __half's exponents go from -14 to 15; of the others' 24 are left over, so that
+// products of small weights and small values are normal numbers, too.
+template <class T>
+constexpr int kWeightHeadroom = std::is_same_v<T, __half> ? 15 : 0;
+template <class T>
+constexpr int kWeightExponents = std::is_same_v<T, __half>   ? 15 + 14
+                                 : std::is_same_v<T, double> ? 1022 - 24
+                                                             : 126 - 24;
+
+// A head's softmax. `maximum` is what scores in base 2 are taken relative to: fixed, or -inf, from
+// where the running maximum starts.
+template <class A>
+struct SoftmaxStart {
+  bool fixed;
+  A maximum;
+};
+template <class T, class A = AttentionArithmetic<T>>
+__device__ __forceinline__ SoftmaxStart<A> start_softmax(const AttentionForwardCuda& params,
+                                                         int64_t head) {
+  A bound = A(INFINITY);  // of scores in base 2. Normalised rows' products are at most 1.
+  if (params.q_scale != nullptr) {
+    bound = static_cast<A>(params.softmax_scale) *
+            q_scale_of<A>(params.q_scale, head, params.heads) * A(kAttentionLog2E);
+    bound = bound < 0 ? -bound : bound;
+  } else if (params.logit_bound != nullptr) {
+    bound = static_cast<const A*>(params.logit_bound)[head % params.heads] * A(kAttentionLog2E);
+  }
+  if (2 * bound <= kWeightExponents<T>) return {true, bound - kWeightHeadroom<T>};
+  return {false, A(-INFINITY)};  // also for a NaN
+}
+
+// The block's keys.
+struct KeyRange {
+  int begin, end;
+};
+__device__ __forceinline__ KeyRange keys_of_block(const AttentionForwardCuda& params,
+                                                  const QueryTile& tile) {
+  const int begin = static_cast<int>(blockIdx.z) * params.keys_per_part;
+  const int rest = tile.key_end - begin;
+  return {begin, begin + (rest < params.keys_per_part ? rest : params.keys_per_part)};
+}
+
+// A row of this block's part in [parts, B, H, L].
+__device__ __forceinline__ int64_t part_row(const AttentionForwardCuda& params, int64_t head,
+                                            int64_t token) {
+  return (blockIdx.z * int64_t{gridDim.x} + head) * params.query_count + token;
+}
+
+// The head's part of A [B, H, L], or null.
+template <class A>
+__device__ __forceinline__ const A* head_part(const void* data, int64_t head, int64_t tokens) {
+  return data == nullptr ? nullptr : static_cast<const A*>(data) + head * tokens;
+}
+template <class A>
+__device__ __forceinline__ A* head_part(void* data, int64_t head, int64_t tokens) {
+  return data == nullptr ? nullptr : static_cast<A*>(data) + head * tokens;
+}
+
+// Whether a row that was multiplied by this has length 1 now. The gradient of the others, as that
+// of F.normalize, knows only the factor.
+template <class A>
+__device__ __forceinline__ bool has_length_one(A inverse) {
+  return inverse < inverse_length(A(0));
 }
 
 // Offset of token `token` of a head in a contiguous [B, tokens, H, kDim].

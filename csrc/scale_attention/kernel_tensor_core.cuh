@@ -33,6 +33,7 @@ struct TensorCoreForwardShared {
   alignas(16) HalfTile<T, kTensorCoreRows, kDim> queries;
   alignas(16) HalfTile<T, kColumns, kDim> keys[2];
   alignas(16) HalfTile<T, kColumns, kDim> values[2];
+  float inverse_lengths[kColumns];  // of the keys at hand
 };
 
 // `first`, `second`: Q and dO in rows, K and V in columns for dQ; the other way round for dK, dV.
@@ -44,6 +45,26 @@ struct TensorCoreBackwardShared {
   alignas(16) HalfTile<T, kColumns, kDim> first_columns[2];
   alignas(16) HalfTile<T, kColumns, kDim> second_columns[2];
 };
+
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half_as_ushort(__float2half_rn(low)) |
+           static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+  } else {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+           static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+  }
+}
+template <class T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return {__half2float(__ushort_as_half(static_cast<uint16_t>(pair))),
+            __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16)))};
+  } else {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
+}
 
 // Starts copying rows [begin, begin + kRows) of a head; zeros from `end` on.
 template <class T, int kRows, int kStride>
@@ -58,6 +79,29 @@ __device__ __forceinline__ void copy_rows_async(T (&shared)[kRows][kStride], con
     const bool valid = begin + row < end;
     const T* source = head + (valid ? begin + row : 0) * token_stride + d;
     ptx::cp_async<16>(&shared[row][d], source, valid);
+  }
+}
+
+// Multiplies rows [begin, begin + kRows) that copy_rows_async brought by factors[token]. Every
+// thread scales what it copied itself: its own wait for the copies is enough.
+template <class T, int kRows, int kStride>
+__device__ __forceinline__ void scale_copied_rows(T (&shared)[kRows][kStride], const float* factors,
+                                                  int begin, int end) {
+  constexpr int kChunks = (kStride - 8) / 8;
+#pragma unroll
+  for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
+    const int i = start + static_cast<int>(threadIdx.x);
+    if (kRows * kChunks % kTensorCoreThreads != 0 && i >= kRows * kChunks) break;
+    const int row = i / kChunks, d = i % kChunks * 8;
+    if (begin + row >= end) continue;
+    const float factor = factors[begin + row];
+    uint4* const place = reinterpret_cast<uint4*>(&shared[row][d]);
+    const auto scaled = [factor](uint32_t pair) {
+      const float2 x = unpack_pair<T>(pair);
+      return pack_pair<T>(x.x * factor, x.y * factor);
+    };
+    const uint4 chunk = *place;
+    *place = {scaled(chunk.x), scaled(chunk.y), scaled(chunk.z), scaled(chunk.w)};
   }
 }
 
@@ -116,17 +160,6 @@ __device__ __forceinline__ void tile_scores(float (&scores)[kTiles][4],
   }
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half_as_ushort(__float2half_rn(low)) |
-           static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
-  } else {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
-           static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
-  }
-}
-
 // sums += weights (16 rows of this warp x columns, as accumulators) times the columns' rows of D.
 template <class T, int kTiles, int kDimTiles, int kColumns, int kStride>
 __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
@@ -145,6 +178,29 @@ __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
       multiply_pair<T>(sums[d], sums[d + 1], left, right);
     }
   }
+}
+
+// Rows `row` + g and `row` + g + 8 of a tile times this have length 1. The squares are the diagonal
+// of the rows' products with themselves.
+template <class T, int kRows, int kStride>
+__device__ __forceinline__ void inverse_row_lengths(float (&inverse)[2],
+                                                    const T (&tile)[kRows][kStride], int row) {
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+  float upper[4] = {}, lower[4] = {};
+#pragma unroll
+  for (int d = 0; d < kStride - 8; d += 16) {
+    uint32_t left[4];
+    load_left(left, tile, row, d);
+    const uint32_t right[4] = {left[0], left[2], left[1], left[3]};  // the same rows as columns
+    multiply_pair<T>(upper, lower, left, right);
+  }
+  const int owner = g * 4 + g / 2;  // the lane that holds columns 2 * (g / 2) and + 1 of row g
+  const float squares[2] = {
+      __shfl_sync(0xffffffffu, g % 2 == 0 ? upper[0] : upper[1], owner),
+      __shfl_sync(0xffffffffu, g % 2 == 0 ? lower[2] : lower[3], owner),
+  };
+  inverse[0] = inverse_length(sqrtf(squares[0]));
+  inverse[1] = inverse_length(sqrtf(squares[1]));
 }
 
 // Row `half` * 8 + g of accumulators, times `factor`, to a row of D elements.
@@ -169,6 +225,90 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Products of rows and columns become softmax weights, relative to a maximum of scores in base 2,
+// and this lane's parts of their sums grow. Columns from `columns` on get no weight.
+template <int kTiles>
+__device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][4], float (&sum)[2],
+                                                       const float (&factor)[2], float maximum,
+                                                       int columns) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float weight = ptx::exp2_approx(weights[n][i] * factor[i / 2] - maximum);
+      weights[n][i] = n * 8 + 2 * t + i % 2 < columns ? weight : 0.0f;
+      sum[i / 2] += weights[n][i];
+    }
+  }
+}
+
+// The same at the maximum so far; what is already in `sum` and `out` is made relative to that.
+template <int kTiles, int kDimTiles>
+__device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles][4],
+                                                         float (&maximum)[2], float (&sum)[2],
+                                                         float (&out)[kDimTiles][4],
+                                                         const float (&factor)[2], int columns) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float highest = maximum[half];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = weights[n][2 * half + i];
+        score = n * 8 + 2 * t + i < columns ? score * factor[half] : -INFINITY;
+        highest = fmaxf(highest, score);
+      }
+    }
+    highest = row_maximum(highest);
+    // While all scores are -inf the maximum is no number to subtract.
+    const float base = highest == -INFINITY ? 0.0f : highest;
+    const float correction = ptx::exp2_approx(maximum[half] - base);
+    maximum[half] = highest;
+    sum[half] *= correction;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& weight = weights[n][2 * half + i];
+        weight = ptx::exp2_approx(weight - base);
+        sum[half] += weight;
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+      out[d][2 * half] *= correction;
+      out[d][2 * half + 1] *= correction;
+    }
+  }
+}
+
+// Row `half` * 8 + g of accumulators, the gradient of a row of length 1, becomes that of the row
+// which `inverse` scaled to it, but for a factor of `inverse`. Returns the product of the row and
+// its gradient; all lanes of the warp take part.
+template <class T, int kDimTiles, int kStride>
+__device__ __forceinline__ float remove_radial_part(float (&sums)[kDimTiles][4], int half,
+                                                    const T (&row)[kStride], float inverse) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  float product = 0;
+#pragma unroll
+  for (int d = 0; d < kDimTiles; ++d) {
+    const float2 x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(&row[d * 8 + 2 * t]));
+    product += sums[d][2 * half] * x.x + sums[d][2 * half + 1] * x.y;
+  }
+  product = row_sum(product);
+  const float removed = has_length_one(inverse) ? product : 0.0f;
+#pragma unroll
+  for (int d = 0; d < kDimTiles; ++d) {
+    const float2 x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(&row[d * 8 + 2 * t]));
+    sums[d][2 * half] -= removed * x.x;
+    sums[d][2 * half + 1] -= removed * x.y;
+  }
+  return product;
+}
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     attention_forward_tensor_core(AttentionForwardCuda params, TileList<QueryTile> list) {
@@ -176,66 +316,77 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
   Shared& shared = *dynamic_shared<Shared>();
   const QueryTile tile = list.tiles[blockIdx.y];
+  const KeyRange key_range = keys_of_block(params, tile);
   const int64_t head = blockIdx.x;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const T* keys = head_of<T>(params.k, head, params.heads);
   const T* values = head_of<T>(params.v, head, params.heads);
-  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E);
+  const bool normalized = params.q_scale != nullptr;
+  const float scale = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
+                      q_scale_of<float>(params.q_scale, head, params.heads);
+  float factor[2] = {scale, scale};  // of a row's products, to scores in base 2
 
   copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
                   tile.query_begin, tile.query_end);
-  copy_rows_async(shared.keys[0], keys, params.k.token_stride, 0, tile.key_end);
-  copy_rows_async(shared.values[0], values, params.v.token_stride, 0, tile.key_end);
+  copy_rows_async(shared.keys[0], keys, params.k.token_stride, key_range.begin, key_range.end);
+  copy_rows_async(shared.values[0], values, params.v.token_stride, key_range.begin, key_range.end);
   ptx::cp_async_commit();
 
-  float maximum[2] = {-INFINITY, -INFINITY};  // of scores in base 2
-  float sum[2] = {0, 0};                      // this lane's part
+  float* q_inverse_lengths = head_part<float>(params.q_inverse_lengths, head, params.query_count);
+  float* k_inverse_lengths = head_part<float>(params.k_inverse_lengths, head, params.query_count);
+  const SoftmaxStart<float> softmax = start_softmax<T>(params, head);
+  float maximum[2] = {softmax.maximum, softmax.maximum};  // of scores in base 2
+  float sum[2] = {0, 0};                                  // this lane's part
   float out[kDim / 8][4] = {};
   int stage = 0;
-  for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
+  for (int begin = key_range.begin; begin < key_range.end; begin += kColumns, stage ^= 1) {
     const int next = begin + kColumns;
-    if (next < tile.key_end) {
-      copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, tile.key_end);
-      copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, tile.key_end);
+    if (next < key_range.end) {
+      copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, key_range.end);
+      copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, key_range.end);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     __syncthreads();
     float weights[kTiles][4];
     tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
+    if (normalized) {
+      float inverse[2];
+      if (begin == key_range.begin) {
+        inverse_row_lengths(inverse, shared.queries, warp_row);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest = maximum[half];
+        for (int half = 0; half < 2; ++half) {
+          factor[half] *= inverse[half];
+          const int row = tile.query_begin + warp_row + g + 8 * half;
+          if (t == 0 && row < tile.query_end) q_inverse_lengths[row] = inverse[half];
+        }
+      }
+      // Each warp measures 16 keys; those that are queries of this block, too, are no other's.
+      if (warp_row < kColumns) {
+        inverse_row_lengths(inverse, shared.keys[stage], warp_row);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_row + g + 8 * half, token = begin + row;
+          if (t == 0) shared.inverse_lengths[row] = inverse[half];
+          if (t == 0 && token >= tile.query_begin && token < tile.query_end) {
+            k_inverse_lengths[token] = inverse[half];
+          }
+        }
+      }
+      __syncthreads();
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = weights[n][2 * half + i];
-          score = begin + n * 8 + 2 * t + i < tile.key_end ? score * factor : -INFINITY;
-          highest = fmaxf(highest, score);
+        for (int i = 0; i < 4; ++i) {
+          weights[n][i] *= shared.inverse_lengths[n * 8 + 2 * t + i % 2];
         }
       }
-      highest = row_maximum(highest);
-      // While all scores are -inf the maximum is no number to subtract.
-      const float base = highest == -INFINITY ? 0.0f : highest;
-      const float correction = ptx::exp2_approx(maximum[half] - base);
-      maximum[half] = highest;
-      sum[half] *= correction;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& weight = weights[n][2 * half + i];
-          weight = ptx::exp2_approx(weight - base);
-          sum[half] += weight;
-        }
-      }
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        out[d][2 * half] *= correction;
-        out[d][2 * half + 1] *= correction;
-      }
+    }
+    if (softmax.fixed) {
+      weigh_at_fixed_maximum(weights, sum, factor, softmax.maximum, key_range.end - begin);
+    } else {
+      weigh_at_running_maximum(weights, maximum, sum, out, factor, key_range.end - begin);
     }
     tile_accumulate(out, weights, shared.values[stage]);
     __syncthreads();
@@ -246,6 +397,16 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     const float total = row_sum(sum[half]);
     const int64_t token = tile.query_begin + warp_row + g + 8 * half;
     if (token >= tile.query_end) continue;
+    if (params.parts != nullptr) {
+      const int64_t row = part_row(params, head, token);
+      float2* sums = reinterpret_cast<float2*>(static_cast<float*>(params.part_sums) + row * kDim);
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        sums[d * 4 + t] = {out[d][2 * half], out[d][2 * half + 1]};
+      }
+      if (t == 0) static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total};
+      continue;
+    }
     store_row(static_cast<T*>(params.out) +
                   contiguous_offset<kDim>(head, params.heads, params.query_count, token),
               out, half, 1 / total);
@@ -268,7 +429,12 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const T* keys = head_of<T>(params.k, head, params.heads);
   const T* values = head_of<T>(params.v, head, params.heads);
-  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E);
+  const float* q_inverse = head_part<float>(params.q_inverse_lengths, head, params.query_count);
+  const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, params.query_count);
+  const float scale = static_cast<float>(params.softmax_scale) *
+                      q_scale_of<float>(params.q_scale, head, params.heads);
+  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
+                       q_scale_of<float>(params.q_scale, head, params.heads);
 
   copy_rows_async(shared.first_rows, head_of<T>(params.q, head, params.heads),
                   params.q.token_stride, tile.query_begin, tile.query_end);
@@ -302,6 +468,12 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
+    if (q_inverse != nullptr) {
+      if (begin == 0) {
+        scale_copied_rows(shared.first_rows, q_inverse, tile.query_begin, tile.query_end);
+      }
+      scale_copied_rows(shared.first_columns[stage], k_inverse, begin, tile.key_end);
+    }
     __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
@@ -323,10 +495,21 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t token = tile.query_begin + warp_row + g + 8 * half;
+    float row_scale = scale;
+    if (q_inverse != nullptr) {
+      const float inverse = token < tile.query_end ? q_inverse[token] : 0.0f;
+      const float product =
+          remove_radial_part(grad, half, shared.first_rows[warp_row + g + 8 * half], inverse);
+      if (token < tile.query_end && t == 0) {
+        static_cast<float*>(params.grad_q_scale_parts)[head * params.query_count + token] =
+            product * static_cast<float>(params.softmax_scale);
+      }
+      row_scale *= inverse;
+    }
     if (token >= tile.query_end) continue;
     store_row(static_cast<T*>(params.grad_q) +
                   contiguous_offset<kDim>(head, params.heads, params.query_count, token),
-              grad, half, static_cast<float>(params.softmax_scale));
+              grad, half, row_scale);
   }
 }
 
@@ -345,7 +528,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
   const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
   const float* logsumexp = static_cast<const float*>(params.logsumexp) + head * tokens;
   const float* delta = static_cast<const float*>(params.delta) + head * tokens;
-  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E);
+  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
+                       q_scale_of<float>(params.q_scale, head, params.heads);
 
   copy_rows_async(shared.first_rows, head_of<T>(params.k, head, params.heads),
                   params.k.token_stride, tile.key_begin, tile.key_end);
@@ -369,6 +553,15 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
+    if (params.q_scale != nullptr) {
+      if (begin == tile.query_begin) {
+        scale_copied_rows(shared.first_rows,
+                          head_part<float>(params.k_inverse_lengths, head, tokens), tile.key_begin,
+                          tile.key_end);
+      }
+      scale_copied_rows(shared.first_columns[stage],
+                        head_part<float>(params.q_inverse_lengths, head, tokens), begin, tokens);
+    }
     __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
@@ -393,13 +586,21 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     __syncthreads();
   }
 
+  const float scale = static_cast<float>(params.softmax_scale) *
+                      q_scale_of<float>(params.q_scale, head, params.heads);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t token = tile.key_begin + warp_row + g + 8 * half;
+    float row_scale = scale;
+    if (params.q_scale != nullptr) {
+      const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, tokens);
+      const float inverse = token < tile.key_end ? k_inverse[token] : 0.0f;
+      remove_radial_part(grad_keys, half, shared.first_rows[warp_row + g + 8 * half], inverse);
+      row_scale *= inverse;
+    }
     if (token >= tile.key_end) continue;
     const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
-    store_row(static_cast<T*>(params.grad_k) + offset, grad_keys, half,
-              static_cast<float>(params.softmax_scale));
+    store_row(static_cast<T*>(params.grad_k) + offset, grad_keys, half, row_scale);
     store_row(static_cast<T*>(params.grad_v) + offset, grad_values, half, 1.0f);
   }
 }

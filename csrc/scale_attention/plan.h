@@ -33,6 +33,18 @@ inline std::vector<QueryTile> step_tiles(int64_t queries, int64_t key_end, int64
   return tiles;
 }
 
+// A step with too few tiles for all multiprocessors is cut into parts of its keys, too, each a
+// block of its own. A part costs a trip of its sums through memory, and all of them together a
+// launch that adds them up: they get 256 keys or more. Returns the keys of a part, a multiple of
+// `columns`, which a block takes at a time; or all keys.
+inline int64_t keys_per_part(int64_t tiles, int64_t keys, int64_t columns,
+                             int64_t multiprocessors) {
+  const int64_t parts = std::min(multiprocessors / std::max<int64_t>(tiles, 1), keys / 256);
+  if (parts <= 1) return keys;
+  const int64_t column_tiles = (keys + columns - 1) / columns;
+  return (column_tiles + parts - 1) / parts * columns;
+}
+
 // In order of their keys. `rows` is the largest number of keys of a tile.
 inline std::vector<KeyTile> key_tiles(const std::vector<int64_t>& scale_lengths, int64_t rows) {
   std::vector<KeyTile> tiles;

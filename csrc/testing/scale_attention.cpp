@@ -27,9 +27,11 @@ LaunchShape shape_of(int64_t heads, const std::vector<Tile>& tiles, int threads,
           shared};
 }
 
+// out, logsumexp and, with q_scale, the inverse lengths of q and k.
 template <class T, int kDim>
 std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>& scale_lengths,
-                               double softmax_scale, const EmulationOptions& options) {
+                               double softmax_scale, const std::optional<py::array>& q_scale,
+                               const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
@@ -37,32 +39,66 @@ std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>&
   const T* data = memory.input<T>("qkv", qkv);
   T* out = memory.output<T>("out", {batch, tokens, heads, kDim});
   A* logsumexp = memory.output<A>("logsumexp", {batch, heads, tokens});
+  A* inverse_lengths[2] = {};
+  if (q_scale) {
+    for (A*& part : inverse_lengths) {
+      part = memory.output<A>("inverse_lengths", {batch, heads, tokens});
+    }
+  }
   const auto tiles = longest_first(query_tiles(scale_lengths, Kernels::kForwardRows));
   memory.launch(
       Kernels::kForward,
       shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
       AttentionForwardCuda{slice(data, qkv, 0), slice(data, qkv, 1), slice(data, qkv, 2), out,
-                           logsumexp, heads, tokens, softmax_scale},
+                           logsumexp, heads, tokens, softmax_scale,
+                           q_scale ? memory.input<A>("q_scale", *q_scale) : nullptr,
+                           inverse_lengths[0], inverse_lengths[1]},
       list_of(tiles));
-  return {memory.fetch(out), memory.fetch(logsumexp)};
+  std::vector<py::array> results{memory.fetch(out), memory.fetch(logsumexp)};
+  if (q_scale) {
+    for (A* part : inverse_lengths) results.push_back(memory.fetch(part));
+  }
+  return results;
 }
 
 template <class T, int kDim>
 std::vector<py::array> step(const py::array& q, const py::array& cache, int64_t kv_length,
-                            double softmax_scale, const EmulationOptions& options) {
+                            double softmax_scale, const std::optional<py::array>& logit_bound,
+                            std::optional<int> keys_per_part, const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
+  using A = AttentionArithmetic<T>;
   DeviceMemory memory(options);
   const auto batch = q.shape(0), tokens = q.shape(1), heads = q.shape(3);
   const T* queries = memory.input<T>("q", q);
   const T* data = memory.input<T>("cache", cache);
   T* out = memory.output<T>("out", {batch, tokens, heads, kDim});
+  AttentionForwardCuda params{slice(queries, q, 0),
+                              slice(data, cache, 0),
+                              slice(data, cache, 1),
+                              out,
+                              nullptr,
+                              heads,
+                              tokens,
+                              softmax_scale};
+  if (logit_bound) params.logit_bound = memory.input<A>("logit_bound", *logit_bound);
   const auto tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
-  memory.launch(
-      Kernels::kForward,
-      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
-      AttentionForwardCuda{slice(queries, q, 0), slice(data, cache, 0), slice(data, cache, 1), out,
-                           nullptr, heads, tokens, softmax_scale},
-      list_of(tiles));
+  LaunchShape shape =
+      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared));
+  const int64_t rows = batch * heads * tokens;
+  if (keys_per_part) {
+    const int64_t parts = (kv_length + *keys_per_part - 1) / *keys_per_part;
+    shape.grid[2] = static_cast<unsigned>(parts);
+    params.keys_per_part = *keys_per_part;
+    params.part_sums = memory.workspace<A>("part_sums", {parts, rows, kDim});
+    params.parts = memory.workspace<A>("parts", {parts, rows, 2});
+  }
+  memory.launch(Kernels::kForward, shape, params, list_of(tiles));
+  if (keys_per_part) {
+    constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
+    const auto blocks = static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock);
+    memory.launch(attention_combine<T, kDim>, {{blocks, 1, 1}, {kCombineThreads, 1, 1}, 0}, params,
+                  rows, static_cast<int>(shape.grid[2]));
+  }
   return {memory.fetch(out)};
 }
 
@@ -70,6 +106,8 @@ template <class T, int kDim>
 std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
                                 const py::array& out, const py::array& logsumexp,
                                 const std::vector<int64_t>& scale_lengths, double softmax_scale,
+                                const std::optional<py::array>& q_scale,
+                                const std::vector<py::array>& inverse_lengths,
                                 const EmulationOptions& options) {
   using Kernels = AttentionKernels<T, kDim>;
   using A = AttentionArithmetic<T>;
@@ -79,6 +117,11 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
   A* delta = memory.output<A>("delta", {batch, heads, tokens});
   T* grads[3];
   for (T*& grad : grads) grad = memory.output<T>("grad", {batch, tokens, heads, kDim});
+  const A* inverse[2] = {};
+  for (size_t i = 0; i < inverse_lengths.size(); ++i) {
+    inverse[i] = memory.input<A>("inverse_lengths", inverse_lengths[i]);
+  }
+  A* parts = q_scale ? memory.workspace<A>("grad_q_scale_parts", {batch, heads, tokens}) : nullptr;
   const AttentionBackwardCuda params{slice(data, qkv, 0),
                                      slice(data, qkv, 1),
                                      slice(data, qkv, 2),
@@ -91,7 +134,11 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
                                      grads[2],
                                      heads,
                                      tokens,
-                                     softmax_scale};
+                                     softmax_scale,
+                                     q_scale ? memory.input<A>("q_scale", *q_scale) : nullptr,
+                                     inverse[0],
+                                     inverse[1],
+                                     parts};
   const int64_t all_tokens = batch * heads * tokens;
   memory.launch(&attention_delta<T, kDim>,
                 {{static_cast<unsigned>((all_tokens + 15) / 16), 1, 1}, {kPlainThreads, 1, 1}, 0},
@@ -103,7 +150,16 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
                 params, list_of(by_query));
   memory.launch(Kernels::kGradKeys, shape_of(batch * heads, by_key, Kernels::kThreads, shared),
                 params, list_of(by_key));
-  return {memory.fetch(grads[0]), memory.fetch(grads[1]), memory.fetch(grads[2])};
+  std::vector<py::array> results;
+  for (T* grad : grads) results.push_back(memory.fetch(grad));
+  if (q_scale) {
+    A* grad_q_scale = memory.output<A>("grad_q_scale", {heads});
+    memory.launch(&attention_grad_q_scale<A>,
+                  {{static_cast<unsigned>(heads), 1, 1}, {kQScaleThreads, 1, 1}, 0}, parts,
+                  grad_q_scale, int64_t{batch}, int64_t{tokens});
+    results.push_back(memory.fetch(grad_q_scale));
+  }
+  return results;
 }
 
 // scale_attention_float32_64 and so on.

@@ -37,19 +37,37 @@ def kernel(emulated, name, dtype, dim):
 
 @pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
 @pytest.mark.parametrize(
-    ("batch", "heads", "lengths", "scale"), [(1, 1, [1], 1.0), (1, 2, [3, 68], 0.2), (2, 1, [20], -0.1)]
+    ("batch", "heads", "lengths", "scale", "q_scale"),
+    [
+        (1, 1, [1], 1.0, None),
+        (1, 2, [3, 68], 0.2, None),
+        (2, 1, [20], -0.1, None),
+        (2, 1, [1, 4], 1.0, [4.0]),
+        (1, 2, [3, 68], -0.7, [9.0, -60.0]),
+    ],
 )
-def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, dtype, dim):
+def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim):
     tokens = sum(lengths)
     qkv = random((batch, tokens, 3, heads, dim), dtype)
     grad_out = random((batch, tokens, 1, heads, dim), dtype, seed=1)
 
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    if q_scale is not None:
+        qkv[:, 0, :2] = 0  # what has no direction
+        q_scale = np.array(q_scale, dtype=str(arithmetic).removeprefix("torch."))
+
     def expected(compute_dtype):
         inputs = [part.to(compute_dtype).requires_grad_() for part in qkv.unbind(2)]
-        out = reference.scale_attention(*inputs, lengths, softmax_scale=scale)
+        if q_scale is not None:
+            inputs.append(torch.tensor(q_scale).requires_grad_())
+        out = reference.scale_attention(
+            *inputs[:3], lengths, softmax_scale=scale, q_scale=None if q_scale is None else inputs[3]
+        )
         return out.detach(), *torch.autograd.grad(out, inputs, grad_out[:, :, 0].to(compute_dtype))
 
-    out, logsumexp = run_in_every_order(kernel(emulated, "scale_attention", dtype, dim), to_numpy(qkv), lengths, scale)
+    out, logsumexp, *inverse_lengths = run_in_every_order(
+        kernel(emulated, "scale_attention", dtype, dim), to_numpy(qkv), lengths, scale, q_scale
+    )
     grads = run_in_every_order(
         kernel(emulated, "scale_attention_backward", dtype, dim),
         to_numpy(grad_out),
@@ -58,11 +76,17 @@ def test_forward_and_backward(emulated, run_in_every_order, batch, heads, length
         logsumexp,
         lengths,
         scale,
+        q_scale,
+        inverse_lengths,
     )
-    results = [to_torch(array, dtype) for array in (out, *grads)]
-    factors = (FORWARD_FACTOR, *[GRADIENT_FACTOR] * 3)
-    for result, same, exact, factor in zip(results, expected(dtype), expected(torch.float64), factors, strict=True):
-        assert_as_accurate_as_torch(result, same, exact, factor=factor)
+    results = [to_torch(array, dtype if array.ndim == 4 else arithmetic) for array in (out, *grads)]
+    for i, (result, same, exact) in enumerate(zip(results, expected(dtype), expected(torch.float64), strict=True)):
+        if i == 4:  # the gradient of q_scale, in float32 from 16-bit tensors
+            torch.testing.assert_close(result, exact.to(arithmetic), atol=0.02, rtol=0.02)
+            continue
+        if q_scale is not None:  # what has no direction has gradients beyond float16
+            result, same, exact = (tensor[:, 1:] for tensor in (result, same, exact))
+        assert_as_accurate_as_torch(result, same, exact, factor=GRADIENT_FACTOR if i else FORWARD_FACTOR)
 
 
 @pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
@@ -71,10 +95,69 @@ def test_step(emulated, run_in_every_order, queries, kv_length, dtype, dim):
     q, cache = random((1, queries, 1, 2, dim), dtype), random((1, 70, 2, 2, dim), dtype, seed=1)
     cache[:, kv_length:] = float("nan")
     (out,) = run_in_every_order(
-        kernel(emulated, "scale_attention_step", dtype, dim), to_numpy(q), to_numpy(cache), kv_length, dim**-0.5
+        kernel(emulated, "scale_attention_step", dtype, dim),
+        to_numpy(q),
+        to_numpy(cache),
+        kv_length,
+        dim**-0.5,
+        None,
+        None,
     )
-    same = reference.scale_attention_step(q[:, :, 0], cache[:, :, 0], cache[:, :, 1], kv_length)
-    exact = reference.scale_attention_step(
-        q[:, :, 0].double(), cache[:, :, 0].double(), cache[:, :, 1].double(), kv_length
+    same, exact = (
+        reference.scale_attention_step(*(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), kv_length)
+        for wide in (dtype, torch.float64)
+    )
+    assert_as_accurate_as_torch(to_torch(out, dtype), same, exact)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+def test_fixed_maximum(emulated, run_in_every_order, dtype, dim):
+    """A head whose bound allows it takes that for its maximum, also where every logit is the lowest; others do not."""
+    limit = {torch.float16: 10.0, torch.float64: 345.0}.get(dtype, 35.0)
+    direction = torch.nn.functional.normalize(random((dim,), torch.float64), dim=0)
+    q, cache = torch.empty(1, 3, 1, 2, dim, dtype=dtype), random((1, 70, 2, 2, dim), dtype, seed=1)
+    q[:, :2], q[:, 2] = direction * limit, -direction * limit
+    cache[:, :, 0] = -direction
+    cache[:, 30:50, 0] *= 0.99
+
+    def step(bounds):
+        bounds = np.array(bounds, dtype="float64" if dtype == torch.float64 else "float32")
+        run = kernel(emulated, "scale_attention_step", dtype, dim)
+        (out,) = run_in_every_order(run, to_numpy(q), to_numpy(cache), 70, 1.0, bounds, None)
+        return to_torch(out, dtype)
+
+    out, searched = step([limit, limit + 1]), step([np.inf, np.inf])
+    assert torch.equal(out[:, :, 1], searched[:, :, 1])
+    assert not torch.equal(out[:, :, 0], searched[:, :, 0])
+    same, exact = (
+        reference.scale_attention_step(
+            *(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), 70, softmax_scale=1.0
+        )
+        for wide in (dtype, torch.float64)
+    )
+    assert_as_accurate_as_torch(out, same, exact)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_step_in_parts(emulated, run_in_every_order, bound, dtype, dim):
+    """Parts of the keys, the last one short, each with its maximum or all with one; a part without weight has none."""
+    queries, kv_length, part = 3, 150, 64
+    q, cache = random((2, queries, 1, 2, dim), dtype), random((2, 160, 2, 2, dim), dtype, seed=1)
+    if bound is None:
+        q[:, :, :, 0] = q[:, :, :, 0].abs() + 1
+        cache[0, :part, 0, 0] = -float("inf")
+        bounds = None
+    else:
+        q, cache[:, :, 0] = (torch.nn.functional.normalize(t.double(), dim=-1).to(dtype) for t in (q, cache[:, :, 0]))
+        bounds = np.full(2, 1.01 * bound, dtype="float64" if dtype == torch.float64 else "float32")
+    cache[:, kv_length:] = float("nan")
+    run = kernel(emulated, "scale_attention_step", dtype, dim)
+    (out,) = run_in_every_order(run, to_numpy(q), to_numpy(cache), kv_length, bound or 0.1, bounds, part)
+    same, exact = (
+        reference.scale_attention_step(
+            *(t.to(wide) for t in (q[:, :, 0], cache[:, :, 0], cache[:, :, 1])), kv_length, softmax_scale=bound or 0.1
+        )
+        for wide in (dtype, torch.float64)
     )
     assert_as_accurate_as_torch(to_torch(out, dtype), same, exact)

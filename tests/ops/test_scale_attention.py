@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import flexvar_ext
 from flexvar_ext import _host, reference
-from tests.tolerances import GRADIENT_FACTOR, assert_as_accurate_as_torch
+from tests.tolerances import ATOL, FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PAPER_LENGTHS = [side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]  # 680 tokens
@@ -62,6 +62,93 @@ def test_gradients(device, lengths, dim, dtype):
     exact = torch.autograd.grad(reference.scale_attention(*exact_inputs, lengths), exact_inputs, grad_out.double())
     for native_grad, same_grad, exact_grad in zip(native, same, exact, strict=True):
         assert_as_accurate_as_torch(native_grad, same_grad, exact_grad, factor=GRADIENT_FACTOR)
+
+
+def make_q_scale(heads, dtype, device="cpu"):
+    scale = torch.linspace(4, -0.5, heads, dtype=torch.float64)  # below zero, too
+    return scale.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("lengths", [[1, 8, 45], [3, 70, 129]])
+def test_q_scale(device, lengths, dim, dtype):
+    """Values and gradients with normalised queries and keys."""
+    q, k, v, q_scale = leaves(*make_qkv(2, sum(lengths), 3, dim, dtype, device), make_q_scale(3, dtype, device=device))
+    grad_out = torch.randn(q.shape, dtype=torch.float64).to(device, dtype)
+    exact_inputs = leaves(q.double(), k.double(), v.double(), q_scale.double())
+
+    def results(op, inputs):
+        *qkv, scale = inputs
+        out = op.scale_attention(*qkv, lengths, softmax_scale=1.5, q_scale=scale)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
+
+    inputs = (q, k, v, q_scale)
+    native, same, exact = results(flexvar_ext, inputs), results(reference, inputs), results(reference, exact_inputs)
+    for i, tensors in enumerate(zip(native, same, exact, strict=True)):
+        if tensors[0].dtype == dtype:
+            assert_as_accurate_as_torch(*tensors, factor=GRADIENT_FACTOR if i else FORWARD_FACTOR)
+        else:  # the gradient of q_scale: float32, from 16-bit tensors
+            assert_close(tensors[0].double(), tensors[2], atol=0.02, rtol=0.02)
+
+
+def test_q_scale_with_short_rows(device):
+    """The rule of F.normalize: rows shorter than 1e-12 are divided by 1e-12, forward and backward."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        q, k, v = (tensor.contiguous() for tensor in make_qkv(1, 6, 1, 32, dtype, device))
+        for tensor in (q, k):
+            tensor[:, 1] = 0
+            if dtype != torch.float16:
+                tensor[:, 2] *= 1e-14
+            tensor[:, 3] *= 1e-3
+            tensor[:, 4] *= 1e3
+        q, k, v, q_scale = leaves(q, k, v, make_q_scale(1, dtype, device))
+        grad_out = torch.randn(v.shape, dtype=torch.float64).to(device, dtype)
+        exact_inputs = leaves(q.double(), k.double(), v.double(), q_scale.double())
+        native = torch.autograd.grad(
+            flexvar_ext.scale_attention(q, k, v, [1, 5], softmax_scale=1.0, q_scale=q_scale), (q, k, v), grad_out
+        )
+        same = torch.autograd.grad(
+            reference.scale_attention(q, k, v, [1, 5], softmax_scale=1.0, q_scale=q_scale), (q, k, v), grad_out
+        )
+        *exact_qkv, exact_scale = exact_inputs
+        exact = torch.autograd.grad(
+            reference.scale_attention(*exact_qkv, [1, 5], softmax_scale=1.0, q_scale=exact_scale),
+            exact_qkv,
+            grad_out.double(),
+        )
+        for token in range(6):
+            for native_grad, same_grad, exact_grad in zip(native, same, exact, strict=True):
+                size = max(1.0, exact_grad[:, token].abs().max().item())  # large for a short row
+                if size > 6e4 and dtype == torch.float16:
+                    continue
+                assert_as_accurate_as_torch(
+                    (native_grad[:, token].double() / size).to(dtype),
+                    (same_grad[:, token].double() / size).to(dtype),
+                    exact_grad[:, token] / size,
+                    factor=GRADIENT_FACTOR,
+                )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 9.0, 30.0, 36.0, 44.0, 100.0, -100.0])
+def test_sharp_q_scale(device, scale, dtype):
+    """Across the limits of a fixed maximum, also for queries that meet no key but their opposite."""
+    q, k, v = make_qkv(1, 150, 2, 32, dtype, device)
+    q = q.clone()
+    q[:, 70:] = -k[:, 3:4]
+    k = k.clone()
+    k[:, 40:] = k[:, 3:4]
+    lengths, q_scale = [1, 39, 110], torch.full((2,), scale, device=device)
+    native, same = (
+        op.scale_attention(q, k, v, lengths, softmax_scale=1.0, q_scale=q_scale) for op in (flexvar_ext, reference)
+    )
+    exact = reference.scale_attention(
+        q.double(), k.double(), v.double(), lengths, softmax_scale=1.0, q_scale=q_scale.double()
+    )
+    error, allowed = ((out.double() - exact).abs().max().item() for out in (native, same))
+    # A logit of this size is rounded by as much more before its exponential is taken.
+    assert error <= FORWARD_FACTOR * allowed + ATOL[dtype] * max(1, abs(scale) / 4)
 
 
 @pytest.mark.parametrize("softmax_scale", [None, 0.031, 1.0, 0.0, -0.3])
@@ -193,8 +280,10 @@ def test_empty(device, shape):
     lengths = [shape[1]] if shape[1] else []
     out = flexvar_ext.scale_attention(q, k, v, lengths)
     assert out.shape == shape
-    out.sum().backward()
+    q_scale = torch.ones(shape[2], device=device, requires_grad=True)
+    (out + flexvar_ext.scale_attention(q, k, v, lengths, q_scale=q_scale)).sum().backward()
     assert q.grad.shape == shape
+    assert torch.equal(q_scale.grad, torch.zeros_like(q_scale))
     if shape[1]:
         with torch.no_grad():
             assert flexvar_ext.scale_attention_step(q[:, :0], k, v, 3).shape == (shape[0], 0, *shape[2:])
@@ -208,15 +297,46 @@ def test_scales_of_length_zero_have_no_effect(device):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (1, 200), (4, 5), (66, 130), (130, 131)])
+@pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (1, 200), (4, 5), (66, 130), (130, 131), (2, 1300)])
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 def test_step(device, queries, kv_length, dim, dtype):
-    _, k_cache, v_cache = make_qkv(2, 201, 3, dim, dtype, device)
+    _, k_cache, v_cache = make_qkv(2, max(201, kv_length), 3, dim, dtype, device)
     q = make_qkv(2, queries, 3, dim, dtype, device, seed=1)[0]
     out = flexvar_ext.scale_attention_step(q, k_cache, v_cache, kv_length)
     same = reference.scale_attention_step(q, k_cache, v_cache, kv_length)
     exact = reference.scale_attention_step(q.double(), k_cache.double(), v_cache.double(), kv_length)
     assert_as_accurate_as_torch(out, same, exact)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("bound", [0.0, 1.0, 9.0, 30.0, 36.0, 100.0])
+def test_step_with_logit_bound(device, bound, dtype):
+    """Behind append_qkv, across the limits of a fixed maximum, also where every logit is the lowest."""
+    qkv = torch.stack(make_qkv(2, 70, 2, 32, dtype, device), dim=2)
+    qkv[1, :, 1] = -qkv[1, :1, 0]
+    qkv[1, :, 0] = qkv[1, :1, 0]
+    k_cache, v_cache = (torch.zeros(2, 75, 2, 32, dtype=dtype, device=device) for _ in range(2))
+    q_scale = torch.tensor([bound, bound / 2], device=device)
+    q = flexvar_ext.append_qkv(qkv, k_cache, v_cache, 0, q_scale=q_scale)
+    arguments = (q, k_cache, v_cache, 70)
+    out = flexvar_ext.scale_attention_step(*arguments, softmax_scale=1.0, logit_bound=q_scale)
+    same = reference.scale_attention_step(*arguments, softmax_scale=1.0, logit_bound=q_scale)
+    exact = reference.scale_attention_step(*(t.double() for t in arguments[:3]), 70, softmax_scale=1.0)
+    error, allowed = ((result.double() - exact).abs().max().item() for result in (out, same))
+    assert error <= FORWARD_FACTOR * allowed + ATOL[dtype] * max(1, bound / 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_repeats_to_the_bit(device, dtype):
+    """Also in parts of the keys, which few queries and many keys make on CUDA."""
+    _, k_cache, v_cache = make_qkv(1, 1300, 2, 64, dtype, device)
+    q = make_qkv(1, 3, 2, 64, dtype, device, seed=1)[0]
+    for bound in (None, torch.full((2,), 8.0, device=device)):
+        results = [
+            flexvar_ext.scale_attention_step(q, k_cache, v_cache, 1300, softmax_scale=0.05, logit_bound=bound)
+            for _ in range(20)
+        ]
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_step_does_not_read_beyond_kv_length(device):
@@ -238,13 +358,15 @@ def test_steps_equal_the_whole(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_independent_of_threads_repeats_and_batch(device, dtype):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_independent_of_threads_repeats_and_batch(device, dtype, normalized):
     lengths = PAPER_LENGTHS[:8]
     q, k, v = leaves(*make_qkv(3, sum(lengths), 2, 64, dtype, device))
+    q_scale = make_q_scale(2, dtype, device) if normalized else None
     grad_out = torch.randn(q.shape, dtype=torch.float32).to(device, dtype)
 
     def results(rows=slice(None)):
-        out = flexvar_ext.scale_attention(q[rows], k[rows], v[rows], lengths)
+        out = flexvar_ext.scale_attention(q[rows], k[rows], v[rows], lengths, q_scale=q_scale)
         grads = torch.autograd.grad(out, (q, k, v), grad_out[rows])
         return [out, *(grad[rows] for grad in grads)]
 
@@ -285,6 +407,7 @@ def test_instruction_sets(monkeypatch, isa, dtype):
             strict=True,
         ):
             assert_as_accurate_as_torch(native_grad, same_grad, exact_grad, factor=GRADIENT_FACTOR)
+    test_q_scale(torch.device("cpu"), lengths, 32, dtype)
 
 
 CONTRACT_CASES = [
@@ -305,30 +428,42 @@ def test_gradcheck(device, batch, lengths, heads, dim, scale):
     torch.autograd.gradcheck(
         lambda q, k, v: flexvar_ext.scale_attention(q, k, v, lengths, softmax_scale=scale), (q, k, v), fast_mode=True
     )
+    torch.autograd.gradcheck(
+        lambda q, k, v, q_scale: flexvar_ext.scale_attention(q, k, v, lengths, softmax_scale=scale, q_scale=q_scale),
+        (q, k, v, *leaves(make_q_scale(heads, torch.float64, device))),
+        fast_mode=True,
+    )
 
 
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize(("batch", "lengths", "heads", "dim", "scale"), CONTRACT_CASES)
-def test_opcheck(device, batch, lengths, heads, dim, scale):
+def test_opcheck(device, batch, lengths, heads, dim, scale, normalized):
     tokens, scale = sum(lengths), scale or 0.2
     q, k, v = (
         torch.clone(t, memory_format=torch.contiguous_format)
         for t in make_qkv(batch, tokens, heads, dim, torch.float32, device)
     )
-    torch.library.opcheck(torch.ops.flexvar.scale_attention.default, (*leaves(q, k, v), lengths, scale))
-    out, logsumexp = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale)
+    q_scale = make_q_scale(heads, torch.float32, device) if normalized else None
+    q_scale_leaf = leaves(q_scale)[0] if normalized else None
+    torch.library.opcheck(torch.ops.flexvar.scale_attention.default, (*leaves(q, k, v), lengths, scale, q_scale_leaf))
+    out, logsumexp, inverse_lengths = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, q_scale)
     torch.library.opcheck(
         torch.ops.flexvar.scale_attention_backward.default,
-        (torch.ones_like(out), q, k, v, out, logsumexp, lengths, scale),
+        (torch.ones_like(out), q, k, v, out, logsumexp, lengths, scale, q_scale, inverse_lengths),
     )
-    torch.library.opcheck(torch.ops.flexvar.scale_attention_step.default, (q, k, v, tokens, scale))
+    torch.library.opcheck(torch.ops.flexvar.scale_attention_step.default, (q, k, v, tokens, scale, q_scale))
 
 
 @pytest.mark.slow
 def test_compile(device):
     q, k, v = leaves(*make_qkv(2, 35, 2, 32, torch.float32, device))
 
+    q_scale = torch.ones(2, device=device)
+
     def attend(q, k, v):
-        return flexvar_ext.scale_attention(q, k, v, [1, 4, 30]) * 2
+        return flexvar_ext.scale_attention(q, k, v, [1, 4, 30]) * flexvar_ext.scale_attention(
+            q, k, v, [1, 4, 30], q_scale=q_scale
+        )
 
     def step(q, k, v):
         return flexvar_ext.scale_attention_step(q[:, :4], k, v, 5) * 2
@@ -361,6 +496,12 @@ def test_autocast(device, dtype):
             step = flexvar_ext.scale_attention_step(q, k, v, 5)
     assert out.dtype == step.dtype == dtype
     assert torch.equal(out, flexvar_ext.scale_attention(q.to(dtype), k.to(dtype), v.to(dtype), [1, 4]))
+    (q_scale,) = leaves(torch.tensor([1.234567, 3.0], device=device))
+    with torch.autocast(device.type, dtype=dtype):
+        normalized = flexvar_ext.scale_attention(q, k, v, [1, 4], q_scale=q_scale)
+    expected = flexvar_ext.scale_attention(q.to(dtype), k.to(dtype), v.to(dtype), [1, 4], q_scale=q_scale)
+    assert torch.equal(normalized, expected)  # q_scale is not rounded
+    assert torch.autograd.grad(normalized.float().square().sum(), q_scale)[0].dtype == torch.float32
     out.float().sum().backward()
     assert q.grad.dtype == torch.float32
 
@@ -393,6 +534,15 @@ BAD = qkv_of(1, 5, 2, 32)
         ((BAD, BAD, BAD, [1, 3]), {}, ValueError, r"scale_lengths must sum to L = 5, got \[1, 3\], which sum to 4"),
         ((BAD, BAD, BAD, [5]), {"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number or None, got str"),
         ((BAD, BAD, BAD, [5]), {"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be finite, got nan"),
+        ((BAD, BAD, BAD, [5]), {"q_scale": 4.0}, TypeError, r"q_scale must be a torch.Tensor, got float"),
+        ((BAD, BAD, BAD, [5]), {"q_scale": torch.ones(1)}, ValueError, r"q_scale .* \[H\] with H = 2, got \(1,\)"),
+        ((BAD, BAD, BAD, [5]), {"q_scale": torch.ones(2).int()}, TypeError, r"q_scale must have dtype .* got int32"),
+        (
+            (BAD, BAD, BAD, [5]),
+            {"q_scale": torch.ones(2, device="meta")},
+            ValueError,
+            r"all tensors must be on one device, got q on cpu, q_scale on meta",
+        ),
     ],
 )
 def test_bad_input(arguments, options, error, message):
@@ -421,6 +571,13 @@ def test_bad_input_of_step(arguments, error, message):
         flexvar_ext.scale_attention_step(*arguments)
 
 
+def test_bad_logit_bound():
+    with pytest.raises(ValueError, match=r"step: logit_bound must have shape \[H\] with H = 2, got \(3,\)"):
+        flexvar_ext.scale_attention_step(BAD, BAD, BAD, 5, logit_bound=torch.ones(3))
+    with pytest.raises(TypeError, match=r"step: logit_bound must be a torch.Tensor, got float"):
+        flexvar_ext.scale_attention_step(BAD, BAD, BAD, 5, logit_bound=3.0)
+
+
 class TestPlan:
     @pytest.mark.parametrize("lengths", [[], [0, 0], [1], [64], [65, 0, 200], PAPER_LENGTHS])
     @pytest.mark.parametrize("rows", [16, 64, 128])
@@ -440,6 +597,18 @@ class TestPlan:
             by_key[query_begin:, key_begin:key_end] += 1
         assert torch.equal(by_query, visible)
         assert torch.equal(by_key, visible)
+
+    @pytest.mark.parametrize("columns", [16, 64])
+    def test_parts_of_keys(self, columns):
+        for tiles, keys in itertools.product((1, 16, 33, 66, 67, 1000), (1, 255, 511, 512, 680, 1037, 100_000)):
+            part = _host.keys_per_part(tiles, keys, columns, 132)
+            if tiles > 66 or keys < 512:
+                assert part == keys
+                continue
+            assert part % columns == 0
+            parts = -(-keys // part)
+            assert parts * tiles <= 132
+            assert part >= 256
 
     def test_longest_first(self):
         keys = [key_end for _, _, key_end in _host.query_tiles(PAPER_LENGTHS, 64)]

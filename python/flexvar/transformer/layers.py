@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar._backend import ops
@@ -21,8 +20,8 @@ class Modulation(NamedTuple):
     """What a block needs that does not depend on its tokens: computed once per image, used at every step.
 
     gamma, scale and shift are [B, 1, width] in float32 (or float64), index 1 for attention and 2 for the feed-forward
-    network; 1 is already added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads], or None without QK
-    normalisation.
+    network; 1 is already added to the scales. ``qkv_bias`` is [3 * width]; ``q_scale`` is [heads], in float32 (or
+    float64), too, or None without QK normalisation.
     """
 
     gamma1: Tensor
@@ -107,7 +106,7 @@ class SelfAttention(nn.Module):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if not self.qk_l2_norm:
             return bias, None
-        return bias, self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp().view(self.heads)
+        return bias, _wide(self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp().view(self.heads))
 
     def project(self, x: Tensor, modulation: Modulation) -> Tensor:
         """[B, l, width] -> queries, keys and values [B, l, 3, heads, head_dim]."""
@@ -119,11 +118,9 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All scales at once, x [B, L, width]: y = residual + gamma1 * attn(x), and LN(y) * scale2 + shift2."""
         q, k, v = self.project(x, modulation).unbind(2)
-        if modulation.q_scale is not None:
-            # Under autocast the norm runs in float32; the attention op takes one dtype.
-            q = (F.normalize(q, dim=-1) * modulation.q_scale[:, None]).to(v.dtype)
-            k = F.normalize(k, dim=-1).to(v.dtype)
-        out = ops(self.backend).scale_attention(q, k, v, schedule.lengths, softmax_scale=self.softmax_scale)
+        out = ops(self.backend).scale_attention(
+            q, k, v, schedule.lengths, softmax_scale=self.softmax_scale, q_scale=modulation.q_scale
+        )
         return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
 
     def step(
@@ -135,7 +132,12 @@ class SelfAttention(nn.Module):
             self.project(x, modulation), k_cache, v_cache, position, q_scale=modulation.q_scale
         )
         out = ops(self.backend).scale_attention_step(
-            q, k_cache, v_cache, position + x.shape[1], softmax_scale=self.softmax_scale
+            q,
+            k_cache,
+            v_cache,
+            position + x.shape[1],
+            softmax_scale=self.softmax_scale,
+            logit_bound=modulation.q_scale,  # rows of length 1 times q_scale, and softmax_scale is 1
         )
         return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
 
