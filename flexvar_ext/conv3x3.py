@@ -19,8 +19,9 @@ def conv3x3(
     """``residual + conv2d(x, weight, bias)`` with 3x3 taps, zeros around x, and perhaps a change of resolution.
 
     On CPUs with a tile unit (AMX), float32 and bfloat16 run on it, channels last. A float32 number is the sum of three
-    bfloat16 numbers there, and the products that count are summed in float32: the error is smaller than that of float32
-    arithmetic. Upsampling costs 4 products a pixel instead of 9, since sums of taps stand for taps on equal pixels.
+    bfloat16 numbers there, and the products that count are summed in float32: the error is about that of float32
+    arithmetic, smaller where the sums are long. Upsampling costs 4 products a pixel instead of 9, since sums of taps
+    stand for taps on equal pixels.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
     (:func:`conv3x3_is_native` tells), which are at the limit of other CPUs and of GPUs; and so it is in float16 and

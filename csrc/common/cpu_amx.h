@@ -1,11 +1,12 @@
 // Matrix products on the tile unit of x86 CPUs that have one (AMX), for csrc/<op>/cpu_amx.cpp.
 //
 // The unit multiplies bfloat16 and sums in float32. A float32 factor is the sum of three bfloat16
-// numbers, exactly; the six largest of the nine products of such sums leave out less than 2^-25 of
-// the product, so that float32 keeps its accuracy at three times the rate of float32 arithmetic.
+// numbers, exactly. Of the nine products of such sums the six largest are made; the others are at
+// most 2^-22 of the whole, of either sign and mostly far smaller, so that float32 keeps its
+// accuracy.
 //
 // A panel is a factor laid out in tiles: for each 16 of its rows, for each 32 of the depth, for
-// each part (most significant first) one tile of 1 KiB. kTileParts<T> parts make a number.
+// each of the kParts parts of a number (most significant first) one tile of 1 KiB.
 #pragma once
 
 #include "common/cpu_vector.h"
@@ -37,8 +38,8 @@ struct TileVectors {
   __m512i part[kParts];
 };
 
-// 32 numbers of the depth, those from `count` on zero, as one vector of bfloat16 a part. The order
-// within the 32 is that of the parts: the same for both factors.
+// 32 numbers of the depth as one vector of bfloat16 a part. Their order in the vector depends on
+// kParts alone, and so is the same for both factors.
 template <int kParts>
 static inline __attribute__((always_inline)) TileVectors<kParts> split(Vector<float> low,
                                                                        Vector<float> high) {

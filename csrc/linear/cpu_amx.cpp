@@ -51,15 +51,15 @@ void finish_tiles(const LinearParams& params, const LinearAmxBlock& block, const
       const int64_t columns = column_end - column;
       const Vector<float> bias = load_bias(params, column, columns);
       Vector<float> square[kTileRows];
-      Vector<float> product{};  // with zero: NaN where a sum is NaN or infinite
+      Vector<float> zeros{};  // NaN where a sum is NaN or infinite
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kTileRows; ++j) {
         square[j] = load(tile + j * kTileRows);
-        product += square[j] * 0.0f;
+        zeros += square[j] * 0.0f;
       }
       tile += row_tiles * 256;
       transpose<float>(square);
-      if (kPartsOf<X> > 1 && _mm512_cmp_ps_mask((__m512)product, (__m512)product, _CMP_UNORD_Q)) {
+      if (kPartsOf<X> > 1 && _mm512_cmp_ps_mask((__m512)zeros, (__m512)zeros, _CMP_UNORD_Q)) {
         for (int64_t j = 0; j < count; ++j) {
           square[j] = mend<X, W>(params, square[j], first + j, column);
         }
