@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from flexvar.training.checkpoint import INDEX_NAME, has_checkpoint, load_checkpo
 from flexvar.training.config import TrainingConfig
 from flexvar.training.loop import LOG_NAME, train
 from torch import nn
+from tqdm import tqdm
 
 CONFIG = TrainingConfig(steps=12, batch_size=4, warmup_steps=2, bfloat16=False, checkpoint_every=3, seed=3)
 AT_ONCE = 8
@@ -54,6 +56,8 @@ def start(folder: Path) -> int:
     process = os.fork()
     if process == 0:
         status = 1
+        # tqdm's own lock is a semaphore that all forks share: who is killed while holding it would stop all the others.
+        tqdm.set_lock(threading.RLock())
         try:
             run(folder)
             status = 0
@@ -140,5 +144,6 @@ def _checkpoint(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # no thread beside the one that forks
     what, folder, *kills = sys.argv[1:]
     print(json.dumps(kill(Path(folder), int(*kills)) if what == "kill" else full(Path(folder))))
