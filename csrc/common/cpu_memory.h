@@ -11,8 +11,9 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <iterator>
 #include <new>
+#include <utility>
 
 namespace flexvar {
 
@@ -38,34 +39,81 @@ inline torch::stable::Tensor contiguous_cpu(const torch::stable::Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// Blocks that a thread's calls were done with, for its next ones: memory fresh from the system costs
+// a page fault every 4 KiB, in small calls more than the arithmetic.
+class KeptBlocks {
+ public:
+  static KeptBlocks& of_thread() {
+    thread_local KeptBlocks blocks;
+    return blocks;
+  }
+  KeptBlocks() = default;
+  KeptBlocks(const KeptBlocks&) = delete;
+  KeptBlocks& operator=(const KeptBlocks&) = delete;
+  ~KeptBlocks() {
+    for (const Block& block : blocks_) std::free(block.memory);
+  }
+
+  // The smallest kept block that is large enough, or a new one; `bytes` becomes its size.
+  void* take(size_t& bytes) {
+    Block* best = nullptr;
+    for (Block& block : blocks_) {
+      if (block.bytes >= bytes && (best == nullptr || block.bytes < best->bytes)) best = &block;
+    }
+    if (best != nullptr) {
+      bytes = best->bytes;
+      best->bytes = 0;
+      return std::exchange(best->memory, nullptr);
+    }
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    void* memory = std::aligned_alloc(kAlignment, bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+  }
+  // Keeps the block in the place of the smallest, if that is smaller.
+  void give(void* memory, size_t bytes) {
+    Block& smallest = *std::min_element(
+        std::begin(blocks_), std::end(blocks_),
+        [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+    if (bytes <= kMostBytes && smallest.bytes < bytes) {
+      memory = std::exchange(smallest, {memory, bytes}).memory;
+    }
+    std::free(memory);
+  }
+
+  static constexpr size_t kAlignment = 64;
+
+ private:
+  static constexpr size_t kMostBytes = 4 << 20;  // of each
+  struct Block {
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+  Block blocks_[8];
+};
+
 // Uninitialised numbers, aligned for any vector; a few of them lie on the stack.
 template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) {
-    if (count > kFew) memory_.reset(allocate(count));
+    if (count <= kFew) return;
+    bytes_ = static_cast<size_t>(count) * sizeof(T);
+    memory_ = KeptBlocks::of_thread().take(bytes_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* data() { return memory_ ? memory_.get() : few_; }
+  ~Scratch() {
+    if (memory_ != nullptr) KeptBlocks::of_thread().give(memory_, bytes_);
+  }
+  T* data() { return memory_ != nullptr ? static_cast<T*>(memory_) : few_; }
 
  private:
-  static constexpr size_t kAlignment = 64;
   static constexpr int64_t kFew = 8192 / sizeof(T);
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
-  };
 
-  static T* allocate(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    void* memory =
-        std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-    if (memory == nullptr) throw std::bad_alloc();
-    return static_cast<T*>(memory);
-  }
-
-  std::unique_ptr<T[], Free> memory_;
-  alignas(kAlignment) T few_[kFew];
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+  alignas(KeptBlocks::kAlignment) T few_[kFew];
 };
 
 }  // namespace flexvar

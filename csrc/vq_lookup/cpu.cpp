@@ -90,7 +90,7 @@ void look_up_on_tiles(const VqLookupParams& params) {
   Scratch<char> codes(code_tiles * panel_bytes), queries(query_tiles * panel_bytes);
   Scratch<float> negative_half(code_tiles * amx::kVqTile),
       rows(query_tiles * amx::kVqTile * base.padded_dim());
-  Scratch<double> inverse_norms(base.num_codes), tile_norms(code_tiles),
+  Scratch<double> inverse_norms(code_tiles * amx::kVqTile), tile_norms(code_tiles),
       query_norms(query_tiles * amx::kVqTile);
   tiles.codes = codes.data();
   tiles.queries = queries.data();
@@ -112,7 +112,7 @@ void look_up_on_tiles(const VqLookupParams& params) {
       std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
   const int64_t at_a_time = std::min(query_tiles, amx::kVqQueryTiles);
   if (query_tiles >= 2 * workers) {  // each worker looks up queries of its own
-    const int64_t size = code_tiles * at_a_time * amx::kVqTile;
+    const int64_t size = at_a_time * amx::kVqTile * tiles.groups();
     Scratch<float> group_max(workers * size);
     float* const memory = group_max.data();
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -122,7 +122,7 @@ void look_up_on_tiles(const VqLookupParams& params) {
         const int64_t last = query_tiles * (worker + 1) / workers;
         for (int64_t tile = query_tiles * worker / workers; tile < last; tile += at_a_time) {
           const int64_t tile_end = std::min(tile + at_a_time, last);
-          amx::vq_tiles_score(part, tile, tile_end, 0, code_tiles);
+          amx::vq_tiles_score(part, tile, tile_end, 0, tiles.code_blocks());
           amx::vq_tiles_resolve(part, tile, tile_end);
         }
       }
@@ -130,12 +130,11 @@ void look_up_on_tiles(const VqLookupParams& params) {
     return;
   }
   // With few queries, each worker scores all of them against codes of its own.
-  Scratch<float> group_max(code_tiles * query_tiles * amx::kVqTile);
+  Scratch<float> group_max(query_tiles * amx::kVqTile * tiles.groups());
   tiles.group_max = group_max.data();
-  const int64_t pairs = code_tiles / 2;
+  const int64_t blocks = tiles.code_blocks();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    amx::vq_tiles_score(tiles, 0, query_tiles, pairs * begin / workers * 2,
-                        pairs * end / workers * 2);
+    amx::vq_tiles_score(tiles, 0, query_tiles, blocks * begin / workers, blocks * end / workers);
   });
   amx::vq_tiles_resolve(tiles, 0, query_tiles);
 }

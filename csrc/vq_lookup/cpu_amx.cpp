@@ -7,63 +7,195 @@ namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 constexpr int64_t kMostSteps = 16;
+constexpr int64_t kMostDepth = kMostSteps * kTileDepth;
 // Of each rounding of a float32 sum, relative; a sum of squares has fewer than its terms, and 16.
 constexpr double kSumError = 0x1p-23;
 
-// (xh, xm, xh) for queries, (eh, eh, em) for codes: [3 * dim] of the depth. Returns |row|², summed
-// in float32.
-float split_row(const float* row, int64_t dim, bool is_code, Bfloat16* parts) {
-  Vector<float> squares{};
+typedef uint16_t BfloatLanes __attribute__((vector_size(32)));
+
+BfloatLanes to_bfloat(Vector<float> v) {
+  return (BfloatLanes)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)v);
+}
+Vector<float> to_float(BfloatLanes v) {
+  return (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v) << 16);
+}
+Vector<double> half_to_double(Vector<float> v, int half) {
+  const __m256 part = half == 0 ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0)
+                                : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, part);
+}
+Vector<float> to_float(const Vector<double> (&halves)[2]) {
+  const __m256 low = _mm512_maskz_cvtpd_ps(0xff, (__m512d)halves[0]);
+  return (Vector<float>)_mm512_mask_broadcast_f32x8(
+      _mm512_castps256_ps512(low), 0xff00, _mm512_maskz_cvtpd_ps(0xff, (__m512d)halves[1]));
+}
+
+float largest_lane(Vector<float> v) {
+  float lanes[kFloatLanes], largest = -kInfinity;
+  store(lanes, v);
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+// Component c of 16 rows, from `count` rows on zero, as columns[c]: a row to a lane.
+void load_columns(const float* rows, int64_t count, int64_t dim, Vector<float>* columns) {
+  for (int64_t c = 0; c < dim; c += kFloatLanes) {
+    const int64_t left = dim - c;
+    const __mmask16 mask = left >= kFloatLanes ? 0xffff : (1u << left) - 1;
+    Vector<float> square[kTileRows];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      square[i] =
+          (Vector<float>)_mm512_maskz_loadu_ps(i < count ? mask : 0, rows + i * dim + c);
+    }
+    transpose<float>(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kTileRows; ++i) columns[c + i] = square[i];
+  }
+}
+
+// The factors of 16 rows as row_scale gives them, a row to a lane.
+void row_scales(const Vector<float>* columns, int64_t dim, bool normalize,
+                Vector<double> (&scales)[2]) {
+  Vector<double> sums[8][2] = {};
+  for (int64_t first = 0; first < dim; first += 8) {  // behind the last column are zeros
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < 8; ++c) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const Vector<double> x = half_to_double(columns[first + c], half);
+        sums[c][half] += x * x;
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const auto pair = [&](int c) { return sums[c][half] + sums[c + 4][half]; };
+    const Vector<double> squared = (pair(0) + pair(2)) + (pair(1) + pair(3));
+    Vector<double> scale = Vector<double>{} + 1.0;
+    if (normalize) {
+      const Vector<double> norm = (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)squared);
+      scale = 1.0 / (norm > 1e-12 ? norm : 1e-12);
+    }
+    scales[half] = squared < static_cast<double>(__builtin_inf()) ? scale : 0.0;
+  }
+}
+
+// (xh, xm, xh) of a query: [3 * dim] of the depth.
+void split_query(const float* row, int64_t dim, Bfloat16* parts) {
   for (int64_t c = 0; c < dim; c += kFloatLanes) {
     const int64_t count = dim - c;
-    const Vector<float> x = load_first(row + c, count);
-    squares += x * x;
-    const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)x);
-    const Vector<float> left =
-        x - (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, high) << 16);
-    const __m256i middle = (__m256i)_mm512_cvtneps_pbh((__m512)left);
     const __mmask16 mask = count >= kFloatLanes ? 0xffff : (1u << count) - 1;
-    _mm256_mask_storeu_epi16(parts + c, mask, high);
-    _mm256_mask_storeu_epi16(parts + dim + c, mask, is_code ? high : middle);
-    _mm256_mask_storeu_epi16(parts + 2 * dim + c, mask, is_code ? middle : high);
+    const Vector<float> x = (Vector<float>)_mm512_maskz_loadu_ps(mask, row + c);
+    const BfloatLanes high = to_bfloat(x);
+    _mm256_mask_storeu_epi16(parts + c, mask, (__m256i)high);
+    _mm256_mask_storeu_epi16(parts + dim + c, mask, (__m256i)to_bfloat(x - to_float(high)));
+    _mm256_mask_storeu_epi16(parts + 2 * dim + c, mask, (__m256i)high);
   }
-  const auto eight = __builtin_shufflevector(squares, squares, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(squares, squares, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-// The factors of 8 rows as row_scale gives them, a row to a lane.
-Vector<double> row_scales(const float* rows, int64_t dim, bool normalize) {
-  const __m256i index = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                           _mm256_set1_epi32(static_cast<int>(dim)));
-  Vector<double> sums[8] = {};
-  for (int64_t c = 0; c < dim; ++c) {
-    const Vector<double> x = (Vector<double>)_mm512_maskz_cvtps_pd(
-        0xff, _mm256_i32gather_ps(rows + c, index, sizeof(float)));
-    sums[c % 8] += x * x;
+// Scores of two tiles of queries with a block of codes: [query tile][code tile][query, code].
+using BlockSums = float[2][kVqBlockTiles][256];
+
+void multiply_block(const VqTiles& tiles, const char* const (&queries)[2], const char* codes,
+                    BlockSums& sums) {
+  const int64_t steps = tiles.steps(), panel_bytes = steps * kTileBytes;
+  if (steps > 1) {
+    const LeftTiles left{{queries[0], queries[1]}, kPanelSteps<1>};
+    for (int64_t t = 0; t < kVqBlockTiles; t += 2) {
+      const char* const right[2] = {codes + t * panel_bytes, codes + (t + 1) * panel_bytes};
+      float* const out[2][2] = {{sums[0][t], sums[0][t + 1]}, {sums[1][t], sums[1][t + 1]}};
+      multiply_tiles<1, 2>(left, right, out, steps, false);
+    }
+    return;
   }
-  const Vector<double> squared =
-      ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-  Vector<double> scale = Vector<double>{} + 1.0;
-  if (normalize) {
-    const Vector<double> norm = (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)squared);
-    scale = 1.0 / (norm > 1e-12 ? norm : 1e-12);
+  asm volatile("" ::: "memory");  // the tile instructions do not tell the compiler what they read
+  _tile_loadd(4, queries[0], 64);
+  _tile_loadd(5, queries[1], 64);
+  for (int64_t t = 0; t < kVqBlockTiles; t += 2) {
+    _tile_loadd(6, codes + t * kTileBytes, 64);
+    _tile_loadd(7, codes + (t + 1) * kTileBytes, 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_stored(0, sums[0][t], 64);
+    _tile_stored(1, sums[0][t + 1], 64);
+    _tile_stored(2, sums[1][t], 64);
+    _tile_stored(3, sums[1][t + 1], 64);
   }
-  return squared < static_cast<double>(__builtin_inf()) ? scale : 0.0;
+  asm volatile("" ::: "memory");
 }
 
-// A tile of sums [code, query] to the maxima over the codes.
-inline __attribute__((always_inline)) Vector<float> maximum_of(const float* sums,
-                                                               const float* negative_half) {
-  Vector<float> best[2] = {load(sums) + negative_half[0], load(sums + 16) + negative_half[1]};
-#pragma GCC unroll 14
-  for (int i = 2; i < 16; ++i) {
-    const Vector<float> score = load(sums + 16 * i) + negative_half[i];
-    best[i % 2] = score > best[i % 2] ? score : best[i % 2];
+// The maxima over each group of a tile of queries, to rows `stride` apart.
+template <bool kAddsHalf>
+void reduce_tile(const float (&sums)[kVqBlockTiles][256], const float* negative_half, float* out,
+                 int64_t stride) {
+  Vector<float> half[kVqBlockTiles];
+  if (kAddsHalf) {
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < kVqBlockTiles; ++t) half[t] = load(negative_half + t * kVqTile);
   }
-  return best[0] > best[1] ? best[0] : best[1];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kVqTile; ++i) {
+    Vector<float> score[kVqBlockTiles];
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < kVqBlockTiles; ++t) {
+      score[t] = load(sums[t] + i * kVqTile);
+      if (kAddsHalf) score[t] += half[t];
+    }
+#pragma GCC unroll 3
+    for (int64_t some = kVqBlockTiles / 2; some > 0; some /= 2) {
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < some; ++t) {
+        score[t] = score[t] > score[t + some] ? score[t] : score[t + some];
+      }
+    }
+    store(out + i * stride, score[0]);
+  }
+}
+
+// What the queries of a tile have in common in pass 2: the error bound of pass 1.
+class ScoreError {
+ public:
+  // |score - exact score| <= what the parts leave out: 2^-18 |x||e| for xm em, as much for each
+  // rest, and less than a hundredth of that for products of those; n u / (1 - n u) of n roundings
+  // on the way of a term, u = 2^-24 (its products, the sum |e|²/2 and its parts, the threshold
+  // below); and what is flushed to zero, factors included.
+  ScoreError(int64_t dim, double most)
+      : most_(most), roundings_((3 * dim + 28) * 0x1p-24), flushed_((4 * dim + 16) * 0x1p-126) {
+    roundings_ /= 1 - roundings_;
+  }
+  double bound(double norm) const { return roundings_ * magnitude(norm) + left_out(norm); }
+  // Beyond these an infinite bound makes every group a candidate, whatever overflowed.
+  bool is_bounded(double norm) const {
+    return magnitude(norm) < 1e37 && norm < 1e37 && most_ < 1e37;
+  }
+
+ private:
+  double magnitude(double norm) const { return 1.02 * most_ * (norm + 0.5 * most_); }
+  double left_out(double norm) const {
+    return 3.1 * 0x1p-18 * norm * most_ + flushed_ * (norm + most_ + 1);
+  }
+  double most_, roundings_, flushed_;
+};
+
+float maximum_of(const float* p, int64_t count) {
+  Vector<float> best[2] = {load(p), load(p)};
+  int64_t i = 0;
+  for (; i + 2 * kFloatLanes <= count; i += 2 * kFloatLanes) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Vector<float> other = load(p + i + j * kFloatLanes);
+      best[j] = other > best[j] ? other : best[j];
+    }
+  }
+  if (i < count) best[0] = load(p + i) > best[0] ? load(p + i) : best[0];
+  return largest_lane(best[0] > best[1] ? best[0] : best[1]);
 }
 
 }  // namespace
@@ -71,147 +203,124 @@ inline __attribute__((always_inline)) Vector<float> maximum_of(const float* sums
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
   const VqLookupParams& params = tiles.base;
   const int64_t dim = params.dim, steps = tiles.steps();
-  alignas(64) Bfloat16 rows[kVqTile][kMostSteps * kTileDepth] = {};
-  float code[kMostSteps * kTileDepth];
+  Vector<float> columns[(kVqMaxTileDim + 15) / 16 * 16];
+  BfloatLanes parts[kMostDepth] = {};  // (eh, eh, em), the parts of -|e|²/2, zeros
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    float largest = 0;
-    double scales[kVqTile] = {};
-    for (int64_t i = 0; i < kVqTile; i += 8) {
-      const int64_t first = tile * kVqTile + i;
-      if (first + 8 <= params.num_codes) {
-        store(scales + i, row_scales(params.codebook + first * dim, dim, params.normalize));
-      } else {
-        for (int64_t v = first; v < params.num_codes; ++v) {
-          scales[v - tile * kVqTile] = row_scale(params.codebook + v * dim, dim, params.normalize);
-        }
+    const int64_t first = tile * kVqTile, count = params.num_codes - first;
+    load_columns(params.codebook + first * dim, count, dim, columns);
+    Vector<double> scales[2];
+    row_scales(columns, dim, params.normalize, scales);
+    Vector<float> squares{};
+    const __mmask16 known = (_mm512_cmp_pd_mask((__m512d)scales[0], __m512d{}, _CMP_NEQ_UQ) |
+                             _mm512_cmp_pd_mask((__m512d)scales[1], __m512d{}, _CMP_NEQ_UQ) << 8) &
+                            (count >= kVqTile ? 0xffff : count > 0 ? (1u << count) - 1 : 0);
+    for (int64_t c = 0; c < dim; ++c) {
+      const Vector<double> halves[2] = {half_to_double(columns[c], 0) * scales[0],
+                                        half_to_double(columns[c], 1) * scales[1]};
+      const Vector<float> e = (Vector<float>)_mm512_maskz_mov_ps(known, (__m512)to_float(halves));
+      squares += e * e;
+      const BfloatLanes high = to_bfloat(e);
+      parts[c] = parts[dim + c] = high;
+      parts[2 * dim + c] = to_bfloat(e - to_float(high));
+    }
+    Vector<float> half = (Vector<float>)_mm512_mask_mov_ps((__m512)(Vector<float>{} - kInfinity),
+                                                           known, (__m512)(-0.5f * squares));
+    store(tiles.negative_half + first, half);
+    if (tiles.multiplies_half()) {
+      for (int part = 0; part < 3; ++part) {
+        const BfloatLanes rounded = to_bfloat(half);
+        parts[3 * dim + part] = rounded;
+        half = half > -kInfinity ? half - to_float(rounded) : 0.0f;
       }
     }
-    for (int64_t i = 0; i < kVqTile; ++i) {
-      const int64_t v = tile * kVqTile + i;
-      const double scale = scales[i];
-      if (v < params.num_codes) params.inverse_norms[v] = scale;
-      float squared = 0;
-      if (scale == 0.0) {
-        for (int64_t c = 0; c < 3 * dim; ++c) rows[i][c] = {};
-      } else {
-        for (int64_t c = 0; c < dim; c += 8) {
-          typedef float Float8 __attribute__((vector_size(32)));
-          const Float8 e = __builtin_convertvector(
-              load_scaled(params.codebook + v * dim + c, dim - c, scale), Float8);
-          __builtin_memcpy(code + c, &e, sizeof(e));
-        }
-        squared = split_row(code, dim, true, rows[i]);
-      }
-      tiles.negative_half[v] = scale == 0.0 ? -kInfinity : -0.5f * squared;
-      largest = squared > largest ? squared : largest;
+    for (int i = 0; i < 2; ++i) store(params.inverse_norms + first + 8 * i, scales[i]);
+    params.block_norms[tile] =  // the squares of what is no code are zero
+        __builtin_sqrt(static_cast<double>(largest_lane(squares))) * (1 + kSumError * (dim + 16));
+    char* panel = tiles.codes + tile * steps * kTileBytes;
+    for (int64_t k = 0; k < steps * kTileDepth; k += 2, panel += 64) {
+      const __m512i even = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)parts[k]);
+      const __m512i odd = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)parts[k + 1]);
+      _mm512_store_si512(panel, (__m512i)((Bits32)even | (Bits32)odd << 16));
     }
-    params.block_norms[tile] =
-        __builtin_sqrt(static_cast<double>(largest)) * (1 + kSumError * (dim + 16));
-    pack_left_panel<1>(tiles.codes + tile * steps * kTileBytes, rows[0], kMostSteps * kTileDepth,
-                       kVqTile, steps * kTileDepth, 0);
   }
 }
 
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
   const VqLookupParams& params = tiles.base;
-  alignas(64) Bfloat16 rows[kVqTile][kMostSteps * kTileDepth] = {};
+  alignas(64) Bfloat16 rows[kVqTile][kMostDepth] = {};
+  if (tiles.multiplies_half()) {
+    for (auto& row : rows) {
+      for (int64_t part = 0; part < 3; ++part) row[3 * params.dim + part] = from_float<Bfloat16>(1.0f);
+    }
+  }
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     for (int64_t i = 0; i < kVqTile; ++i) {
       prepare_latent(params, tile * kVqTile + i);
-      split_row(params.queries + (tile * kVqTile + i) * params.padded_dim(), params.dim, false,
-                rows[i]);
+      split_query(params.queries + (tile * kVqTile + i) * params.padded_dim(), params.dim, rows[i]);
     }
-    pack_right_panel<1>(tiles.queries + tile * tiles.steps() * kTileBytes, rows[0],
-                        kMostSteps * kTileDepth, kVqTile, tiles.steps() * kTileDepth);
+    pack_left_panel<1>(tiles.queries + tile * tiles.steps() * kTileBytes, rows[0], kMostDepth,
+                       kVqTile, tiles.steps() * kTileDepth, 0);
   }
 }
 
 void vq_tiles_score(const VqTiles& tiles, int64_t query_begin, int64_t query_end,
-                    int64_t code_begin, int64_t code_end) {
+                    int64_t block_begin, int64_t block_end) {
   const TileScope scope;
-  const int64_t panel_bytes = tiles.steps() * kTileBytes;
-  const int64_t stride = (query_end - query_begin) * kVqTile;
-  alignas(64) float sums[2][2][2][256];  // two turns: one is read while the unit makes the other
-  int64_t turn = 0, code_before = 0, query_before = 0;
-  bool is_first = true;
-  const auto reduce = [&](const float (&of)[2][2][256]) __attribute__((always_inline)) {
-    for (int i = 0; i < 2; ++i) {
-      for (int j = 0; j < 2 && query_before + j < query_end; ++j) {
-        store(tiles.group_max + (code_before + i) * stride +
-                  (query_before + j - query_begin) * kVqTile,
-              maximum_of(of[i][j], tiles.negative_half + (code_before + i) * kVqTile));
-      }
+  const int64_t panel_bytes = tiles.steps() * kTileBytes, groups = tiles.groups();
+  const auto reduce = tiles.multiplies_half() ? reduce_tile<false> : reduce_tile<true>;
+  alignas(64) BlockSums sums[2];  // two turns: one is read while the unit makes the other
+  int64_t turn = 0, block_before = 0, query_before = query_end;
+  const auto reduce_before = [&] {
+    for (int64_t j = 0; j < 2 && query_before + j < query_end; ++j) {
+      reduce(sums[1 - turn][j], tiles.negative_half + block_before * kVqBlockTiles * kVqTile,
+             tiles.group_max + (query_before + j - query_begin) * kVqTile * groups +
+                 block_before * kVqTile,
+             groups);
     }
   };
-  for (int64_t code = code_begin; code < code_end; code += 2) {
-    const char* const tile = tiles.codes + code * panel_bytes;
-    const LeftTiles left{{tile, tile + panel_bytes}, kPanelSteps<1>};
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const char* const codes = tiles.codes + block * kVqBlockTiles * panel_bytes;
     for (int64_t query = query_begin; query < query_end; query += 2) {
-      const char* const panel = tiles.queries + query * panel_bytes;
-      const char* const right[2] = {panel, panel + panel_bytes};
-      float* const out[2][2] = {{sums[turn][0][0], sums[turn][0][1]},
-                                {sums[turn][1][0], sums[turn][1][1]}};
-      if (query + 1 < query_end) {
-        multiply_tiles<1, 2>(left, right, out, tiles.steps(), false);
-      } else {
-        multiply_tiles<1, 1>(left, right, out, tiles.steps(), false);
-      }
+      // Behind the last tile the last one again, for sums that nobody reads.
+      const char* const first = tiles.queries + query * panel_bytes;
+      multiply_block(tiles, {first, query + 1 < query_end ? first + panel_bytes : first}, codes,
+                     sums[turn]);
+      reduce_before();
       turn = 1 - turn;
-      if (!is_first) reduce(sums[turn]);
-      is_first = false;
-      code_before = code;
+      block_before = block;
       query_before = query;
     }
   }
-  if (!is_first) reduce(sums[1 - turn]);
+  reduce_before();
 }
 
 void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_end) {
   const VqLookupParams& params = tiles.base;
-  const int64_t stride = (query_end - query_begin) * kVqTile, codes = tiles.code_tiles();
-  const double dim = static_cast<double>(params.dim), most = params.max_code_norm;
-  // |score - exact score| <= what the parts leave out: 2^-18 |x||e| for xm em, as much for each
-  // rest, and less than a hundredth of that for products of those; n u / (1 - n u) of n roundings
-  // on the way of a term, u = 2^-24 (its products, the sum |e|²/2, the threshold below); and what
-  // is flushed to zero, factors included.
-  const double roundings = (3 * dim + 24) * 0x1p-24, left_out = 3.1 * 0x1p-18;
-  for (int64_t tile = query_begin; tile < query_end; ++tile) {
-    const float* const group_max = tiles.group_max + (tile - query_begin) * kVqTile;
-    Vector<float> largest = load(group_max);
-    for (int64_t g = 1; g < codes; ++g) {
-      const Vector<float> other = load(group_max + g * stride);
-      largest = other > largest ? other : largest;
-    }
-    Best best[kVqTile];
-    unsigned known = 0;
-    Vector<float> threshold{};
-    for (int64_t i = 0; i < kVqTile && tile * kVqTile + i < params.num_latents; ++i) {
-      const int64_t n = tile * kVqTile + i;
-      params.indices[n] = 0;
-      const double norm = params.query_norms[n];
-      if (norm != norm) continue;
-      known |= 1u << i;
-      const double magnitude = 1.02 * most * (norm + 0.5 * most);
-      const double bound = roundings / (1 - roundings) * magnitude + left_out * norm * most +
-                           (4 * dim + 8) * 0x1p-126 * (norm + most + 1);
-      // Beyond these an infinite bound makes every group a candidate, whatever overflowed.
-      const bool is_bounded = magnitude < 1e37 && norm < 1e37 && most < 1e37;
-      threshold[i] = is_bounded ? static_cast<float>(largest[i] - 2 * bound) : -kInfinity;
-    }
-    for (int64_t g = 0; g < codes; ++g) {
+  const int64_t groups = tiles.groups();
+  const ScoreError error(params.dim, params.max_code_norm);
+  const int64_t begin = query_begin * kVqTile, end = query_end * kVqTile;
+  for (int64_t n = begin; n < end && n < params.num_latents; ++n) {
+    params.indices[n] = 0;
+    const double norm = params.query_norms[n];
+    if (norm != norm) continue;
+    const float* const group_max = tiles.group_max + (n - begin) * groups;
+    const float threshold =
+        error.is_bounded(norm)
+            ? static_cast<float>(maximum_of(group_max, groups) - 2 * error.bound(norm))
+            : -kInfinity;
+    Best best;
+    for (int64_t g = 0; g < groups; g += kVqTile) {
       // NaN counts as a candidate.
-      unsigned candidates = known & _mm512_cmp_ps_mask((__m512)load(group_max + g * stride),
-                                                       (__m512)threshold, _CMP_NLT_UQ);
+      unsigned candidates =
+          _mm512_cmp_ps_mask((__m512)load(group_max + g), (__m512)(Vector<float>{} + threshold),
+                             _CMP_NLT_UQ);
       for (; candidates != 0; candidates &= candidates - 1) {
-        const int64_t i = __builtin_ctz(candidates);
-        find_best(params, params.queries + (tile * kVqTile + i) * params.padded_dim(), g * kVqTile,
-                  (g + 1) * kVqTile, 1, best[i]);
+        const int64_t first = g * kVqBlockTiles + __builtin_ctz(candidates);
+        find_best(params, params.queries + n * params.padded_dim(), first,
+                  first + kVqBlockTiles * kVqTile, kVqTile, best);
       }
     }
-    for (; known != 0; known &= known - 1) {
-      const int64_t i = __builtin_ctz(known);
-      params.indices[tile * kVqTile + i] = best[i].code;
-    }
+    params.indices[n] = best.code;
   }
 }
 

@@ -9,30 +9,37 @@
 
 namespace flexvar::amx {
 
-constexpr int64_t kVqTile = 16;       // codes of a group and of a tile; queries of a tile
+constexpr int64_t kVqTile = 16;       // codes of a tile; queries of a tile
+constexpr int64_t kVqBlockTiles = 8;  // tiles of a block of codes; a group is a column of it
 constexpr int64_t kVqQueryTiles = 8;  // whose group maxima a worker holds at a time
 
 struct VqTiles {
   // The parts of `base` that pass 2 reads are made here, too: inverse_norms and block_norms, of
-  // code tiles, and queries and query_norms. queries has rows for whole tiles.
+  // code tiles, and queries and query_norms. All have room for whole tiles.
   VqLookupParams base;
-  char* codes;           // left tiles [pairs of tiles of codes * 2][steps]
-  char* queries;         // right panels [tiles of queries][steps]
-  float* negative_half;  // [codes in whole pairs of tiles]: -|e|²/2; -inf where there is no code
-  float* group_max;      // [tiles of codes][queries of a call of vq_tiles_score, in whole tiles]
+  char* codes;           // right panels [tiles of codes][steps]
+  char* queries;         // left panels [tiles of queries][steps]
+  float* negative_half;  // [codes in whole tiles]: -|e|²/2; -inf where there is no code
+  float* group_max;      // [queries of a call of vq_tiles_score, in whole tiles][groups]
 
-  int64_t code_tiles() const { return (base.num_codes + 2 * kVqTile - 1) / (2 * kVqTile) * 2; }
+  int64_t code_blocks() const {
+    return (base.num_codes + kVqBlockTiles * kVqTile - 1) / (kVqBlockTiles * kVqTile);
+  }
+  int64_t code_tiles() const { return code_blocks() * kVqBlockTiles; }
+  int64_t groups() const { return code_blocks() * kVqTile; }
   int64_t query_tiles() const { return (base.num_latents + kVqTile - 1) / kVqTile; }
   int64_t steps() const { return (3 * base.dim + 31) / 32; }
+  // Where the depth has room, -|e|²/2 is three more products, with 1.
+  bool multiplies_half() const { return 3 * base.dim + 3 <= 32 * steps(); }
 };
 // Longer codes have more tiles than a product takes.
 constexpr int64_t kVqMaxTileDim = 16 * 32 / 3;
 
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
-// Pass 1; code tiles go in pairs.
+// Pass 1, of tiles of queries and blocks of codes.
 void vq_tiles_score(const VqTiles& tiles, int64_t query_begin, int64_t query_end,
-                    int64_t code_begin, int64_t code_end);
+                    int64_t block_begin, int64_t block_end);
 // Pass 2 of the same tiles of queries.
 void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_end);
 
