@@ -112,7 +112,7 @@ void look_up_on_tiles(const VqLookupParams& params) {
       std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
   const int64_t at_a_time = std::min(query_tiles, amx::kVqQueryTiles);
   if (query_tiles >= 2 * workers) {  // each worker looks up queries of its own
-    const int64_t size = at_a_time * amx::kVqTile * tiles.groups();
+    const int64_t size = at_a_time * amx::kVqTile * tiles.group_stride();
     Scratch<float> group_max(workers * size);
     float* const memory = group_max.data();
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -130,7 +130,7 @@ void look_up_on_tiles(const VqLookupParams& params) {
     return;
   }
   // With few queries, each worker scores all of them against codes of its own.
-  Scratch<float> group_max(query_tiles * amx::kVqTile * tiles.groups());
+  Scratch<float> group_max(query_tiles * amx::kVqTile * tiles.group_stride());
   tiles.group_max = group_max.data();
   const int64_t blocks = tiles.code_blocks();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

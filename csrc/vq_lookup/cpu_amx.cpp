@@ -112,22 +112,29 @@ void multiply_block(const VqTiles& tiles, const char* const (&queries)[2], const
   asm volatile("" ::: "memory");  // the tile instructions do not tell the compiler what they read
   _tile_loadd(4, queries[0], 64);
   _tile_loadd(5, queries[1], 64);
-  for (int64_t t = 0; t < kVqBlockTiles; t += 2) {
+  // Sums are stored only when their tile is needed anew: the unit takes some 50 cycles to make them.
+  const auto multiply = [&](int64_t t, bool stores) __attribute__((always_inline)) {
     _tile_loadd(6, codes + t * kTileBytes, 64);
     _tile_loadd(7, codes + (t + 1) * kTileBytes, 64);
+    if (stores) _tile_stored(0, sums[0][t - 2], 64);
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
+    if (stores) _tile_stored(1, sums[1][t - 2], 64);
+    _tile_zero(1);
+    _tile_dpbf16ps(1, 5, 6);
+    if (stores) _tile_stored(2, sums[0][t - 1], 64);
+    _tile_zero(2);
+    _tile_dpbf16ps(2, 4, 7);
+    if (stores) _tile_stored(3, sums[1][t - 1], 64);
+    _tile_zero(3);
     _tile_dpbf16ps(3, 5, 7);
-    _tile_stored(0, sums[0][t], 64);
-    _tile_stored(1, sums[0][t + 1], 64);
-    _tile_stored(2, sums[1][t], 64);
-    _tile_stored(3, sums[1][t + 1], 64);
-  }
+  };
+  multiply(0, false);
+  for (int64_t t = 2; t < kVqBlockTiles; t += 2) multiply(t, true);
+  _tile_stored(0, sums[0][kVqBlockTiles - 2], 64);
+  _tile_stored(1, sums[1][kVqBlockTiles - 2], 64);
+  _tile_stored(2, sums[0][kVqBlockTiles - 1], 64);
+  _tile_stored(3, sums[1][kVqBlockTiles - 1], 64);
   asm volatile("" ::: "memory");
 }
 
@@ -148,9 +155,9 @@ void reduce_tile(const float (&sums)[kVqBlockTiles][256], const float* negative_
       score[t] = load(sums[t] + i * kVqTile);
       if (kAddsHalf) score[t] += half[t];
     }
-#pragma GCC unroll 3
-    for (int64_t some = kVqBlockTiles / 2; some > 0; some /= 2) {
 #pragma GCC unroll 4
+    for (int64_t some = kVqBlockTiles / 2; some > 0; some /= 2) {
+#pragma GCC unroll 8
       for (int64_t t = 0; t < some; ++t) {
         score[t] = score[t] > score[t + some] ? score[t] : score[t + some];
       }
@@ -183,6 +190,39 @@ class ScoreError {
   }
   double most_, roundings_, flushed_;
 };
+
+// find_best over a group, its eight codes side by side; columns are summed as exact_score does.
+void find_best_of_group(const VqLookupParams& params, const float* x, int64_t first, Best& best) {
+  static_assert(kVqBlockTiles == 8);
+  Vector<double> dots[8] = {}, squares[8] = {};
+  double scales[8];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < 8; ++i) {
+    const int64_t v = first + i * kVqTile;
+    scales[i] = params.inverse_norms[v];
+    const float* const row = params.codebook + (scales[i] != 0.0 ? v : 0) * params.dim;
+    for (int64_t c = 0; c < params.dim; c += 8) {
+      const Double8 e = load_scaled(row + c, params.dim - c, scales[i]);
+      const auto& eight = *reinterpret_cast<const UnalignedFloat8*>(x + c);
+      dots[i] += e * __builtin_convertvector(eight, Double8);
+      squares[i] += e * e;
+    }
+  }
+  transpose<double>(dots);
+  transpose<double>(squares);
+  const auto sum = [](const Vector<double> (&s)[8]) {
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  };
+  double scores[8];
+  store(scores, sum(dots) - 0.5 * sum(squares));
+  for (int64_t i = 0; i < 8; ++i) {
+    const int64_t v = first + i * kVqTile;
+    if (scales[i] == 0.0) continue;
+    if (scores[i] > best.score || (scores[i] == best.score && v < best.code)) {
+      best = {scores[i], v};
+    }
+  }
+}
 
 float maximum_of(const float* p, int64_t count) {
   Vector<float> best[2] = {load(p), load(p)};
@@ -233,7 +273,10 @@ void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t ti
         half = half > -kInfinity ? half - to_float(rounded) : 0.0f;
       }
     }
-    for (int i = 0; i < 2; ++i) store(params.inverse_norms + first + 8 * i, scales[i]);
+    for (int i = 0; i < 2; ++i) {  // zero where there is no code
+      const __m512d scale = _mm512_maskz_mov_pd(known >> 8 * i, (__m512d)scales[i]);
+      store(params.inverse_norms + first + 8 * i, (Vector<double>)scale);
+    }
     params.block_norms[tile] =  // the squares of what is no code are zero
         __builtin_sqrt(static_cast<double>(largest_lane(squares))) * (1 + kSumError * (dim + 16));
     char* panel = tiles.codes + tile * steps * kTileBytes;
@@ -266,32 +309,23 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
 void vq_tiles_score(const VqTiles& tiles, int64_t query_begin, int64_t query_end,
                     int64_t block_begin, int64_t block_end) {
   const TileScope scope;
-  const int64_t panel_bytes = tiles.steps() * kTileBytes, groups = tiles.groups();
+  const int64_t panel_bytes = tiles.steps() * kTileBytes, stride = tiles.group_stride();
   const auto reduce = tiles.multiplies_half() ? reduce_tile<false> : reduce_tile<true>;
-  alignas(64) BlockSums sums[2];  // two turns: one is read while the unit makes the other
-  int64_t turn = 0, block_before = 0, query_before = query_end;
-  const auto reduce_before = [&] {
-    for (int64_t j = 0; j < 2 && query_before + j < query_end; ++j) {
-      reduce(sums[1 - turn][j], tiles.negative_half + block_before * kVqBlockTiles * kVqTile,
-             tiles.group_max + (query_before + j - query_begin) * kVqTile * groups +
-                 block_before * kVqTile,
-             groups);
-    }
-  };
+  alignas(64) BlockSums sums;
   for (int64_t block = block_begin; block < block_end; ++block) {
     const char* const codes = tiles.codes + block * kVqBlockTiles * panel_bytes;
     for (int64_t query = query_begin; query < query_end; query += 2) {
       // Behind the last tile the last one again, for sums that nobody reads.
+      const bool is_pair = query + 1 < query_end;
       const char* const first = tiles.queries + query * panel_bytes;
-      multiply_block(tiles, {first, query + 1 < query_end ? first + panel_bytes : first}, codes,
-                     sums[turn]);
-      reduce_before();
-      turn = 1 - turn;
-      block_before = block;
-      query_before = query;
+      multiply_block(tiles, {first, is_pair ? first + panel_bytes : first}, codes, sums);
+      for (int64_t j = 0; j < 1 + is_pair; ++j) {
+        reduce(sums[j], tiles.negative_half + block * kVqBlockTiles * kVqTile,
+               tiles.group_max + (query + j - query_begin) * kVqTile * stride + block * kVqTile,
+               stride);
+      }
     }
   }
-  reduce_before();
 }
 
 void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_end) {
@@ -303,7 +337,7 @@ void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_e
     params.indices[n] = 0;
     const double norm = params.query_norms[n];
     if (norm != norm) continue;
-    const float* const group_max = tiles.group_max + (n - begin) * groups;
+    const float* const group_max = tiles.group_max + (n - begin) * tiles.group_stride();
     const float threshold =
         error.is_bounded(norm)
             ? static_cast<float>(maximum_of(group_max, groups) - 2 * error.bound(norm))
@@ -315,9 +349,8 @@ void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_e
           _mm512_cmp_ps_mask((__m512)load(group_max + g), (__m512)(Vector<float>{} + threshold),
                              _CMP_NLT_UQ);
       for (; candidates != 0; candidates &= candidates - 1) {
-        const int64_t first = g * kVqBlockTiles + __builtin_ctz(candidates);
-        find_best(params, params.queries + n * params.padded_dim(), first,
-                  first + kVqBlockTiles * kVqTile, kVqTile, best);
+        find_best_of_group(params, params.queries + n * params.padded_dim(),
+                           g * kVqBlockTiles + __builtin_ctz(candidates), best);
       }
     }
     params.indices[n] = best.code;

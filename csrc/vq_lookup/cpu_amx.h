@@ -11,7 +11,7 @@ namespace flexvar::amx {
 
 constexpr int64_t kVqTile = 16;       // codes of a tile; queries of a tile
 constexpr int64_t kVqBlockTiles = 8;  // tiles of a block of codes; a group is a column of it
-constexpr int64_t kVqQueryTiles = 8;  // whose group maxima a worker holds at a time
+constexpr int64_t kVqQueryTiles = 4;  // whose group maxima a worker holds at a time
 
 struct VqTiles {
   // The parts of `base` that pass 2 reads are made here, too: inverse_norms and block_norms, of
@@ -20,13 +20,15 @@ struct VqTiles {
   char* codes;           // right panels [tiles of codes][steps]
   char* queries;         // left panels [tiles of queries][steps]
   float* negative_half;  // [codes in whole tiles]: -|e|²/2; -inf where there is no code
-  float* group_max;      // [queries of a call of vq_tiles_score, in whole tiles][groups]
+  float* group_max;      // [queries of a call of vq_tiles_score, in whole tiles][group_stride]
 
   int64_t code_blocks() const {
     return (base.num_codes + kVqBlockTiles * kVqTile - 1) / (kVqBlockTiles * kVqTile);
   }
   int64_t code_tiles() const { return code_blocks() * kVqBlockTiles; }
   int64_t groups() const { return code_blocks() * kVqTile; }
+  // Rows of a power of two bytes would share their cache lines' places.
+  int64_t group_stride() const { return groups() + kVqTile; }
   int64_t query_tiles() const { return (base.num_latents + kVqTile - 1) / kVqTile; }
   int64_t steps() const { return (3 * base.dim + 31) / 32; }
   // Where the depth has room, -|e|²/2 is three more products, with 1.
