@@ -39,8 +39,8 @@ inline torch::stable::Tensor contiguous_cpu(const torch::stable::Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// Blocks that a thread's calls were done with, for its next ones: memory fresh from the system costs
-// a page fault every 4 KiB, in small calls more than the arithmetic.
+// Blocks that a thread's calls were done with, for its next ones: memory fresh from the system
+// costs a page fault every 4 KiB, in small calls more than the arithmetic.
 class KeptBlocks {
  public:
   static KeptBlocks& of_thread() {
@@ -72,9 +72,9 @@ class KeptBlocks {
   }
   // Keeps the block in the place of the smallest, if that is smaller.
   void give(void* memory, size_t bytes) {
-    Block& smallest = *std::min_element(
-        std::begin(blocks_), std::end(blocks_),
-        [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+    Block& smallest =
+        *std::min_element(std::begin(blocks_), std::end(blocks_),
+                          [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
     if (bytes <= kMostBytes && smallest.bytes < bytes) {
       memory = std::exchange(smallest, {memory, bytes}).memory;
     }

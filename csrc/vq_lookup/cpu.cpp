@@ -83,7 +83,7 @@ void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
 
 #ifdef FLEXVAR_X86
 void look_up_on_tiles(const VqLookupParams& params) {
-  amx::VqTiles tiles{params, nullptr, nullptr, nullptr, nullptr};
+  amx::VqTiles tiles{params, nullptr, nullptr, nullptr, nullptr, nullptr};
   VqLookupParams& base = tiles.base;
   const int64_t code_tiles = tiles.code_tiles(), query_tiles = tiles.query_tiles();
   const int64_t panel_bytes = tiles.steps() * 1024;
@@ -110,33 +110,27 @@ void look_up_on_tiles(const VqLookupParams& params) {
   const int64_t products = query_tiles * code_tiles * amx::kVqTile * amx::kVqTile * base.dim;
   const int64_t workers =
       std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
-  const int64_t at_a_time = std::min(query_tiles, amx::kVqQueryTiles);
-  if (query_tiles >= 2 * workers) {  // each worker looks up queries of its own
-    const int64_t size = at_a_time * amx::kVqTile * tiles.group_stride();
-    Scratch<float> group_max(workers * size);
-    float* const memory = group_max.data();
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        amx::VqTiles part = tiles;
-        part.group_max = memory + worker * size;
-        const int64_t last = query_tiles * (worker + 1) / workers;
-        for (int64_t tile = query_tiles * worker / workers; tile < last; tile += at_a_time) {
-          const int64_t tile_end = std::min(tile + at_a_time, last);
-          amx::vq_tiles_score(part, tile, tile_end, 0, tiles.code_blocks());
-          amx::vq_tiles_resolve(part, tile, tile_end);
-        }
-      }
-    });
-    return;
-  }
-  // With few queries, each worker scores all of them against codes of its own.
-  Scratch<float> group_max(query_tiles * amx::kVqTile * tiles.group_stride());
-  tiles.group_max = group_max.data();
-  const int64_t blocks = tiles.code_blocks();
+  // Each worker has queries of its own; if there are few, all of them, with codes of its own.
+  const bool splits_queries = query_tiles >= 2 * workers;
+  const int64_t shares = splits_queries ? 1 : workers, blocks = tiles.code_blocks();
+  Scratch<float> thresholds(shares * tiles.queries_of_tiles());
+  Scratch<amx::VqCandidates> candidates(shares * tiles.queries_of_tiles());
+  tiles.thresholds = thresholds.data();
+  tiles.candidates = candidates.data();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    amx::vq_tiles_score(tiles, 0, query_tiles, blocks * begin / workers, blocks * end / workers);
+    for (int64_t worker = begin; worker < end; ++worker) {
+      const int64_t first = query_tiles * worker / workers;
+      const int64_t last = query_tiles * (worker + 1) / workers;
+      if (splits_queries) {
+        amx::vq_tiles_score(tiles, 0, first, last, 0, blocks);
+        amx::vq_tiles_resolve(tiles, shares, first, last);
+      } else {
+        amx::vq_tiles_score(tiles, worker, 0, query_tiles, blocks * worker / workers,
+                            blocks * (worker + 1) / workers);
+      }
+    }
   });
-  amx::vq_tiles_resolve(tiles, 0, query_tiles);
+  if (!splits_queries) amx::vq_tiles_resolve(tiles, shares, 0, query_tiles);
 }
 #endif
 

@@ -31,10 +31,17 @@ Vector<float> to_float(const Vector<double> (&halves)[2]) {
 }
 
 float largest_lane(Vector<float> v) {
-  float lanes[kFloatLanes], largest = -kInfinity;
-  store(lanes, v);
-  for (float lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
+  const auto max = [](auto a, auto b) { return a > b ? a : b; };
+  const auto eight = max(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const auto four = max(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                        __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  return max(max(four[0], four[1]), max(four[2], four[3]));
+}
+
+// The lanes that reach the threshold; NaN, on either side, does.
+unsigned reaching(Vector<float> v, float threshold) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
 }
 
 // Component c of 16 rows, from `count` rows on zero, as columns[c]: a row to a lane.
@@ -45,8 +52,7 @@ void load_columns(const float* rows, int64_t count, int64_t dim, Vector<float>* 
     Vector<float> square[kTileRows];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kTileRows; ++i) {
-      square[i] =
-          (Vector<float>)_mm512_maskz_loadu_ps(i < count ? mask : 0, rows + i * dim + c);
+      square[i] = (Vector<float>)_mm512_maskz_loadu_ps(i < count ? mask : 0, rows + i * dim + c);
     }
     transpose<float>(square);
 #pragma GCC unroll 16
@@ -112,7 +118,8 @@ void multiply_block(const VqTiles& tiles, const char* const (&queries)[2], const
   asm volatile("" ::: "memory");  // the tile instructions do not tell the compiler what they read
   _tile_loadd(4, queries[0], 64);
   _tile_loadd(5, queries[1], 64);
-  // Sums are stored only when their tile is needed anew: the unit takes some 50 cycles to make them.
+  // Sums are stored only when their tile is needed anew: the unit takes some 50 cycles to make
+  // them.
   const auto multiply = [&](int64_t t, bool stores) __attribute__((always_inline)) {
     _tile_loadd(6, codes + t * kTileBytes, 64);
     _tile_loadd(7, codes + (t + 1) * kTileBytes, 64);
@@ -138,49 +145,22 @@ void multiply_block(const VqTiles& tiles, const char* const (&queries)[2], const
   asm volatile("" ::: "memory");
 }
 
-// The maxima over each group of a tile of queries, to rows `stride` apart.
-template <bool kAddsHalf>
-void reduce_tile(const float (&sums)[kVqBlockTiles][256], const float* negative_half, float* out,
-                 int64_t stride) {
-  Vector<float> half[kVqBlockTiles];
-  if (kAddsHalf) {
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < kVqBlockTiles; ++t) half[t] = load(negative_half + t * kVqTile);
-  }
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < kVqTile; ++i) {
-    Vector<float> score[kVqBlockTiles];
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < kVqBlockTiles; ++t) {
-      score[t] = load(sums[t] + i * kVqTile);
-      if (kAddsHalf) score[t] += half[t];
-    }
-#pragma GCC unroll 4
-    for (int64_t some = kVqBlockTiles / 2; some > 0; some /= 2) {
-#pragma GCC unroll 8
-      for (int64_t t = 0; t < some; ++t) {
-        score[t] = score[t] > score[t + some] ? score[t] : score[t + some];
-      }
-    }
-    store(out + i * stride, score[0]);
-  }
-}
-
-// What the queries of a tile have in common in pass 2: the error bound of pass 1.
+// The error of pass 1.
 class ScoreError {
  public:
   // |score - exact score| <= what the parts leave out: 2^-18 |x||e| for xm em, as much for each
   // rest, and less than a hundredth of that for products of those; n u / (1 - n u) of n roundings
-  // on the way of a term, u = 2^-24 (its products, the sum |e|²/2 and its parts, the threshold
-  // below); and what is flushed to zero, factors included.
+  // on the way of a term, u = 2^-24 (its products, the sum |e|²/2 and its parts, the threshold);
+  // and what is flushed to zero, factors included.
   ScoreError(int64_t dim, double most)
       : most_(most), roundings_((3 * dim + 28) * 0x1p-24), flushed_((4 * dim + 16) * 0x1p-126) {
     roundings_ /= 1 - roundings_;
   }
-  double bound(double norm) const { return roundings_ * magnitude(norm) + left_out(norm); }
-  // Beyond these an infinite bound makes every group a candidate, whatever overflowed.
-  bool is_bounded(double norm) const {
-    return magnitude(norm) < 1e37 && norm < 1e37 && most_ < 1e37;
+  double bound(double norm) const {
+    // Beyond these an infinite bound makes every group a candidate, whatever overflowed.
+    const bool is_bounded = magnitude(norm) < 1e37 && norm < 1e37 && most_ < 1e37;
+    return is_bounded ? roundings_ * magnitude(norm) + left_out(norm)
+                      : static_cast<double>(kInfinity);
   }
 
  private:
@@ -210,7 +190,7 @@ void find_best_of_group(const VqLookupParams& params, const float* x, int64_t fi
   }
   transpose<double>(dots);
   transpose<double>(squares);
-  const auto sum = [](const Vector<double> (&s)[8]) {
+  const auto sum = [](const Vector<double>(&s)[8]) {
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
   };
   double scores[8];
@@ -224,18 +204,75 @@ void find_best_of_group(const VqLookupParams& params, const float* x, int64_t fi
   }
 }
 
-float maximum_of(const float* p, int64_t count) {
-  Vector<float> best[2] = {load(p), load(p)};
-  int64_t i = 0;
-  for (; i + 2 * kFloatLanes <= count; i += 2 * kFloatLanes) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const Vector<float> other = load(p + i + j * kFloatLanes);
-      best[j] = other > best[j] ? other : best[j];
+// The candidates that are still some to the best of them all.
+void settle(const VqLookupParams& params, int64_t n, float threshold, VqCandidates& of) {
+  Best best{of.best_score, of.best_code};
+  for (int64_t i = 0; i < of.count; ++i) {
+    if (of.groups[i].score < threshold) continue;
+    const int64_t group = of.groups[i].group;
+    find_best_of_group(params, params.queries + n * params.padded_dim(),
+                       group / kVqTile * kVqBlockTiles * kVqTile + group % kVqTile, best);
+  }
+  of.best_score = best.score;
+  of.best_code = best.code;
+  of.count = 0;
+}
+
+// Adds those of a block's groups, with these scores, that reach the threshold, which rises to the
+// best of them less the slack. What is NaN is a candidate, and a NaN the threshold of all.
+__attribute__((noinline)) void add_candidates(const VqLookupParams& params, int64_t n,
+                                              int64_t block, Vector<float> scores, float& threshold,
+                                              VqCandidates& of) {
+  const float rises = static_cast<float>(largest_lane(scores) - of.slack);
+  if (!(rises <= threshold)) threshold = rises;
+  float lanes[kFloatLanes];
+  store(lanes, scores);
+  for (unsigned mask = reaching(scores, threshold); mask != 0; mask &= mask - 1) {
+    const int64_t lane = __builtin_ctz(mask);
+    if (of.count == VqCandidates::kMost) settle(params, n, threshold, of);
+    of.groups[of.count++] = {lanes[lane], block * kVqTile + lane};
+  }
+}
+
+// The maxima over each group of a block for a tile of queries, and what they are candidates for.
+template <bool kAddsHalf>
+void reduce_tile(const VqTiles& tiles, const float (&sums)[kVqBlockTiles][256], int64_t block,
+                 int64_t tile, float* thresholds, VqCandidates* candidates) {
+  Vector<float> half[kVqBlockTiles];
+  if (kAddsHalf) {
+    const float* const place = tiles.negative_half + block * kVqBlockTiles * kVqTile;
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < kVqBlockTiles; ++t) half[t] = load(place + t * kVqTile);
+  }
+  constexpr int64_t kRows = 4;  // with one branch, which is hardly ever taken
+  for (int64_t first = 0; first < kVqTile; first += kRows) {
+    Vector<float> best[kRows];
+    unsigned reached = 0;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kRows; ++i) {
+      Vector<float> score[kVqBlockTiles];
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < kVqBlockTiles; ++t) {
+        score[t] = load(sums[t] + (first + i) * kVqTile);
+        if (kAddsHalf) score[t] += half[t];
+      }
+#pragma GCC unroll 4
+      for (int64_t some = kVqBlockTiles / 2; some > 0; some /= 2) {
+#pragma GCC unroll 8
+        for (int64_t t = 0; t < some; ++t) {
+          score[t] = score[t] > score[t + some] ? score[t] : score[t + some];
+        }
+      }
+      best[i] = score[0];
+      reached |= reaching(best[i], thresholds[first + i]);
+    }
+    if (__builtin_expect(reached == 0, 1)) continue;
+    for (int64_t i = first; i < first + kRows; ++i) {
+      if (reaching(best[i - first], thresholds[i]) == 0) continue;
+      add_candidates(tiles.base, tile * kVqTile + i, block, best[i - first], thresholds[i],
+                     candidates[i]);
     }
   }
-  if (i < count) best[0] = load(p + i) > best[0] ? load(p + i) : best[0];
-  return largest_lane(best[0] > best[1] ? best[0] : best[1]);
 }
 
 }  // namespace
@@ -253,7 +290,9 @@ void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t ti
     Vector<float> squares{};
     const __mmask16 known = (_mm512_cmp_pd_mask((__m512d)scales[0], __m512d{}, _CMP_NEQ_UQ) |
                              _mm512_cmp_pd_mask((__m512d)scales[1], __m512d{}, _CMP_NEQ_UQ) << 8) &
-                            (count >= kVqTile ? 0xffff : count > 0 ? (1u << count) - 1 : 0);
+                            (count >= kVqTile ? 0xffff
+                             : count > 0      ? (1u << count) - 1
+                                              : 0);
     for (int64_t c = 0; c < dim; ++c) {
       const Vector<double> halves[2] = {half_to_double(columns[c], 0) * scales[0],
                                         half_to_double(columns[c], 1) * scales[1]};
@@ -293,7 +332,8 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
   alignas(64) Bfloat16 rows[kVqTile][kMostDepth] = {};
   if (tiles.multiplies_half()) {
     for (auto& row : rows) {
-      for (int64_t part = 0; part < 3; ++part) row[3 * params.dim + part] = from_float<Bfloat16>(1.0f);
+      for (int64_t part = 0; part < 3; ++part)
+        row[3 * params.dim + part] = from_float<Bfloat16>(1.0f);
     }
   }
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
@@ -306,51 +346,61 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
   }
 }
 
-void vq_tiles_score(const VqTiles& tiles, int64_t query_begin, int64_t query_end,
+void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
                     int64_t block_begin, int64_t block_end) {
+  constexpr int64_t kQueryTiles = 16;  // that stay in the L1 cache
+  const VqLookupParams& params = tiles.base;
+  float* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
+  VqCandidates* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
+  const ScoreError error(params.dim, params.max_code_norm);
+  for (int64_t n = query_begin * kVqTile; n < query_end * kVqTile; ++n) {
+    const double norm = n < params.num_latents ? params.query_norms[n] : __builtin_nan("");
+    thresholds[n] = norm == norm ? -kInfinity : kInfinity;
+    const Best none;
+    candidates[n].slack = 2 * error.bound(norm);
+    candidates[n].best_score = none.score;
+    candidates[n].best_code = none.code;
+    candidates[n].count = 0;
+  }
+
   const TileScope scope;
-  const int64_t panel_bytes = tiles.steps() * kTileBytes, stride = tiles.group_stride();
+  const int64_t panel_bytes = tiles.steps() * kTileBytes;
   const auto reduce = tiles.multiplies_half() ? reduce_tile<false> : reduce_tile<true>;
   alignas(64) BlockSums sums;
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    const char* const codes = tiles.codes + block * kVqBlockTiles * panel_bytes;
-    for (int64_t query = query_begin; query < query_end; query += 2) {
-      // Behind the last tile the last one again, for sums that nobody reads.
-      const bool is_pair = query + 1 < query_end;
-      const char* const first = tiles.queries + query * panel_bytes;
-      multiply_block(tiles, {first, is_pair ? first + panel_bytes : first}, codes, sums);
-      for (int64_t j = 0; j < 1 + is_pair; ++j) {
-        reduce(sums[j], tiles.negative_half + block * kVqBlockTiles * kVqTile,
-               tiles.group_max + (query + j - query_begin) * kVqTile * stride + block * kVqTile,
-               stride);
+  for (int64_t first = query_begin; first < query_end; first += kQueryTiles) {
+    const int64_t end = first + kQueryTiles < query_end ? first + kQueryTiles : query_end;
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const char* const codes = tiles.codes + block * kVqBlockTiles * panel_bytes;
+      for (int64_t query = first; query < end; query += 2) {
+        // Behind the last tile the last one again, for sums that nobody reads.
+        const bool is_pair = query + 1 < end;
+        const char* const panel = tiles.queries + query * panel_bytes;
+        multiply_block(tiles, {panel, is_pair ? panel + panel_bytes : panel}, codes, sums);
+        for (int64_t tile = query; tile < query + 1 + is_pair; ++tile) {
+          reduce(tiles, sums[tile - query], block, tile, thresholds + tile * kVqTile,
+                 candidates + tile * kVqTile);
+        }
       }
     }
   }
 }
 
-void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_end) {
+void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin,
+                      int64_t query_end) {
   const VqLookupParams& params = tiles.base;
-  const int64_t groups = tiles.groups();
-  const ScoreError error(params.dim, params.max_code_norm);
-  const int64_t begin = query_begin * kVqTile, end = query_end * kVqTile;
-  for (int64_t n = begin; n < end && n < params.num_latents; ++n) {
-    params.indices[n] = 0;
-    const double norm = params.query_norms[n];
-    if (norm != norm) continue;
-    const float* const group_max = tiles.group_max + (n - begin) * tiles.group_stride();
-    const float threshold =
-        error.is_bounded(norm)
-            ? static_cast<float>(maximum_of(group_max, groups) - 2 * error.bound(norm))
-            : -kInfinity;
+  const int64_t queries = tiles.queries_of_tiles(), end = query_end * kVqTile;
+  for (int64_t n = query_begin * kVqTile; n < end && n < params.num_latents; ++n) {
+    float threshold = tiles.thresholds[n];
+    for (int64_t share = 1; share < shares; ++share) {
+      const float other = tiles.thresholds[share * queries + n];
+      if (!(other <= threshold)) threshold = other;
+    }
     Best best;
-    for (int64_t g = 0; g < groups; g += kVqTile) {
-      // NaN counts as a candidate.
-      unsigned candidates =
-          _mm512_cmp_ps_mask((__m512)load(group_max + g), (__m512)(Vector<float>{} + threshold),
-                             _CMP_NLT_UQ);
-      for (; candidates != 0; candidates &= candidates - 1) {
-        find_best_of_group(params, params.queries + n * params.padded_dim(),
-                           g * kVqBlockTiles + __builtin_ctz(candidates), best);
+    for (int64_t share = 0; share < shares; ++share) {
+      VqCandidates& of = tiles.candidates[share * queries + n];
+      settle(params, n, threshold, of);
+      if (of.best_score > best.score || (of.best_score == best.score && of.best_code < best.code)) {
+        best = {of.best_score, of.best_code};
       }
     }
     params.indices[n] = best.code;

@@ -11,7 +11,20 @@ namespace flexvar::amx {
 
 constexpr int64_t kVqTile = 16;       // codes of a tile; queries of a tile
 constexpr int64_t kVqBlockTiles = 8;  // tiles of a block of codes; a group is a column of it
-constexpr int64_t kVqQueryTiles = 4;  // whose group maxima a worker holds at a time
+
+// What pass 1 keeps of a query: the groups of codes that may hold the nearest.
+struct VqCandidates {
+  static constexpr int64_t kMost = 12;
+
+  double slack;       // twice the error bound
+  double best_score;  // the best of the groups that pass 2 has had, because the list was full
+  int64_t best_code;
+  int64_t count;
+  struct {
+    float score;
+    int64_t group;
+  } groups[kMost];
+};
 
 struct VqTiles {
   // The parts of `base` that pass 2 reads are made here, too: inverse_norms and block_norms, of
@@ -20,16 +33,16 @@ struct VqTiles {
   char* codes;           // right panels [tiles of codes][steps]
   char* queries;         // left panels [tiles of queries][steps]
   float* negative_half;  // [codes in whole tiles]: -|e|²/2; -inf where there is no code
-  float* group_max;      // [queries of a call of vq_tiles_score, in whole tiles][group_stride]
+  // [shares of the codes][queries in whole tiles]: what a group needs to be a candidate; those.
+  float* thresholds;
+  VqCandidates* candidates;
 
   int64_t code_blocks() const {
     return (base.num_codes + kVqBlockTiles * kVqTile - 1) / (kVqBlockTiles * kVqTile);
   }
   int64_t code_tiles() const { return code_blocks() * kVqBlockTiles; }
-  int64_t groups() const { return code_blocks() * kVqTile; }
-  // Rows of a power of two bytes would share their cache lines' places.
-  int64_t group_stride() const { return groups() + kVqTile; }
   int64_t query_tiles() const { return (base.num_latents + kVqTile - 1) / kVqTile; }
+  int64_t queries_of_tiles() const { return query_tiles() * kVqTile; }
   int64_t steps() const { return (3 * base.dim + 31) / 32; }
   // Where the depth has room, -|e|²/2 is three more products, with 1.
   bool multiplies_half() const { return 3 * base.dim + 3 <= 32 * steps(); }
@@ -39,10 +52,10 @@ constexpr int64_t kVqMaxTileDim = 16 * 32 / 3;
 
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
-// Pass 1, of tiles of queries and blocks of codes.
-void vq_tiles_score(const VqTiles& tiles, int64_t query_begin, int64_t query_end,
+// Pass 1, of tiles of queries and blocks of codes: a share of them, all if there is but one.
+void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
                     int64_t block_begin, int64_t block_end);
-// Pass 2 of the same tiles of queries.
-void vq_tiles_resolve(const VqTiles& tiles, int64_t query_begin, int64_t query_end);
+// Pass 2, over all shares.
+void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end);
 
 }  // namespace flexvar::amx
