@@ -55,7 +55,7 @@ class CompiledGeneration:
             for layer, block in enumerate(model.blocks):
                 k_cache, v_cache = state.cache.k[layer], state.cache.v[layer]
                 x = self._block(x, state.modulations[layer], _weights(block), k_cache, v_cache, begin)
-            scale, shift = state.head_modulation
+            scale, shift, _ = state.head_modulation
             hidden = mix_guidance(_norm(x, scale, shift), weight)
             pyramid.append(sorted_multinomial(model.head(hidden).float(), top_k, top_p).unflatten(1, size))
             grid = F.embedding(pyramid[-1], codebook).permute(0, 3, 1, 2)

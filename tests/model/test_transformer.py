@@ -8,7 +8,7 @@ import pytest
 import torch
 from flexvar import FlexVARTransformer, KVCache, ScaleSchedule, TransformerConfig, next_scale_inputs
 from flexvar._backend import ops
-from flexvar.transformer.layers import Linear
+from flexvar.transformer.layers import Linear, Norm
 from torch import Tensor
 
 from tests.golden.recipe import fill
@@ -118,7 +118,7 @@ def test_a_failing_step_leaves_no_trace(step: int, backend: str, monkeypatch: py
     for index, part in enumerate(step_inputs(schedule, inputs)):
         if index == step:
             with monkeypatch.context() as patch:
-                patch.setattr(model.blocks[1].ffn, "forward", lambda x, **rest: 1 / 0)
+                patch.setattr(model.blocks[1].ffn, "forward", lambda *rest: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     model.step(state, part)
             assert state.next_step == step
@@ -456,7 +456,7 @@ def test_gate_residual_and_norm_behind_a_linear_layer(autocast: torch.dtype | No
     x, residual, vectors = randn(2, 5, 24), randn(2, 5, 32), [randn(2, 1, 32) for _ in range(3)]
     gate, scale, shift = vectors
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        found = linear.add_and_norm(x, gate, residual, scale, shift)
+        found = linear.add_and_norm(x, gate, residual, Norm(scale, shift))
         expected = ops(backend).residual_layer_norm_modulate(residual, linear(x), *vectors)
     tolerance = 1e-5 if autocast is None else 3e-2
     for one, other in zip(found, expected, strict=True):

@@ -16,6 +16,18 @@ from flexvar.transformer.kv_cache import KVCache
 _MAX_LOG_SCALE = math.log(100)  # bound of the learned log scale of normalised queries
 
 
+class Norm(NamedTuple):
+    """LN(x) * scale + shift: what AdaLN makes of x [B, l, width] on its way to the next linear layer."""
+
+    scale: Tensor
+    shift: Tensor
+    dtype: torch.dtype | None = None  #: of the result: that of x, or autocast's, unless given
+
+    def __call__(self, x: Tensor, backend: str) -> Tensor:
+        normed: Tensor = ops(backend).layer_norm_modulate(x, self.scale, self.shift, dtype=self.dtype)
+        return normed
+
+
 class Modulation(NamedTuple):
     """What a block needs that does not depend on its tokens: computed once per image, used at every step.
 
@@ -32,6 +44,14 @@ class Modulation(NamedTuple):
     shift2: Tensor
     qkv_bias: Tensor
     q_scale: Tensor | None
+
+    @property
+    def norm1(self) -> Norm:
+        return Norm(self.scale1, self.shift1)
+
+    @property
+    def norm2(self) -> Norm:
+        return Norm(self.scale2, self.shift2)
 
 
 def _wide(vectors: Tensor) -> Tensor:
@@ -55,16 +75,16 @@ class Linear(nn.Linear):
         )
         return out
 
-    def add_and_norm(
-        self, input: Tensor, gate: Tensor, residual: Tensor, scale: Tensor, shift: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """x = residual + gate * linear(input), and LN(x) * scale + shift, in the fewest passes over memory."""
+    def add_and_norm(self, input: Tensor, gate: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """x = residual + gate * linear(input), and the norm of x, in the fewest passes over memory."""
         op = ops(self.backend)
         if input.device.type == "cuda":  # the product is torch's: all that follows is one pass behind it
-            x, normed = op.residual_layer_norm_modulate(residual, self(input), gate, scale, shift)
+            x, normed = op.residual_layer_norm_modulate(
+                residual, self(input), gate, norm.scale, norm.shift, dtype=norm.dtype
+            )
             return x, normed
         x = self(input, gate=gate, residual=residual)  # gate and residual belong to the product
-        return x, op.layer_norm_modulate(x, scale, shift)
+        return x, norm(x, self.backend)
 
     def weight_for(self, input: Tensor) -> Tensor:
         """The weight as a product with ``input`` takes it: under autocast cast once, until its values change.
@@ -116,12 +136,12 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All scales at once, x [B, L, width]: y = residual + gamma1 * attn(x), and LN(y) * scale2 + shift2."""
+        """All scales at once, x [B, L, width]: y = residual + gamma1 * attn(x), and norm2 of y."""
         q, k, v = self.project(x, modulation).unbind(2)
         out = ops(self.backend).scale_attention(
             q, k, v, schedule.lengths, softmax_scale=self.softmax_scale, q_scale=modulation.q_scale
         )
-        return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
+        return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.norm2)
 
     def step(
         self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int, residual: Tensor
@@ -139,7 +159,7 @@ class SelfAttention(nn.Module):
             softmax_scale=self.softmax_scale,
             logit_bound=modulation.q_scale,  # rows of length 1 times q_scale, and softmax_scale is 1
         )
-        return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.scale2, modulation.shift2)
+        return self.proj.add_and_norm(out.flatten(2), modulation.gamma1, residual, modulation.norm2)
 
 
 class FeedForward(nn.Module):
@@ -150,9 +170,9 @@ class FeedForward(nn.Module):
         self.fc1 = Linear(config.width, config.width * config.mlp_ratio, backend)
         self.fc2 = Linear(config.width * config.mlp_ratio, config.width, backend)
 
-    def forward(self, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-        """residual + gate * ffn(x): x and residual [B, L, width], gate [B, 1, width]."""
-        return self.fc2(self.fc1(x, activation="gelu_tanh"), gate=gate, residual=residual)
+    def forward(self, x: Tensor, gate: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """y = residual + gate * ffn(x), and the norm of y: x and residual [B, L, width], gate [B, 1, width]."""
+        return self.fc2.add_and_norm(self.fc1(x, activation="gelu_tanh"), gate, residual, norm)
 
 
 class Block(nn.Module):
@@ -196,19 +216,20 @@ class Block(nn.Module):
         shape = (like.shape[0], 1, 1)
         return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator).div_(keep)
 
-    def forward(self, x: Tensor, modulation: Modulation, schedule: ScaleSchedule) -> Tensor:
-        """All scales at once: [B, L, width] -> [B, L, width]."""
-        m = modulation
-        normed = ops(self.backend).layer_norm_modulate(x, m.scale1, m.shift1)
-        x, normed = self.attn(normed, m, schedule, residual=x)
-        return self.ffn(normed, gate=m.gamma2, residual=x)
+    # Both take and return x, [B, L, width], together with its norm: this block's norm1, and `norm` of what follows.
+    def forward(
+        self, x: Tensor, normed: Tensor, modulation: Modulation, schedule: ScaleSchedule, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """All scales at once."""
+        x, normed = self.attn(normed, modulation, schedule, residual=x)
+        return self.ffn(normed, modulation.gamma2, x, norm)
 
-    def step(self, x: Tensor, modulation: Modulation, cache: KVCache, layer: int) -> Tensor:
-        """One scale, [B, l, width], behind those in the cache."""
-        m = modulation
-        normed = ops(self.backend).layer_norm_modulate(x, m.scale1, m.shift1)
-        x, normed = self.attn.step(normed, m, cache, layer, residual=x)
-        return self.ffn(normed, gate=m.gamma2, residual=x)
+    def step(
+        self, x: Tensor, normed: Tensor, modulation: Modulation, cache: KVCache, layer: int, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """One scale behind those in the cache."""
+        x, normed = self.attn.step(normed, modulation, cache, layer, residual=x)
+        return self.ffn(normed, modulation.gamma2, x, norm)
 
 
 class HeadNorm(nn.Module):
@@ -219,10 +240,10 @@ class HeadNorm(nn.Module):
         self.width = config.width
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width, backend))
 
-    def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Class embeddings [B, width] -> 1 + scale and shift, [B, 1, width] each."""
+    def modulation(self, condition: Tensor) -> Norm:
+        """For class embeddings [B, width]: vectors [B, 1, width]."""
         scale, shift = _wide(self.ada_lin(condition)).view(-1, 1, 2, self.width).unbind(2)
-        return scale + 1, shift
+        return Norm(scale + 1, shift)
 
 
 class SharedAdaLN(nn.Sequential):

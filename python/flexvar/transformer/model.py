@@ -9,13 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flexvar._backend import check_backend, ops
+from flexvar._backend import check_backend
 from flexvar._checks import check_float, check_schedule, describe
 from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.initialization import initialize
 from flexvar.transformer.kv_cache import KVCache
-from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, SharedAdaLN
+from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, Norm, SharedAdaLN
 from flexvar.transformer.positions import PositionCache
 
 
@@ -32,7 +32,7 @@ class GenerationState:
         start: [N, 1, width], class embedding plus ``pos_start``: the first step's input but for positions.
         positions: [1, L, width], position embeddings of all steps.
         modulations: one per block.
-        head_modulation: scale and shift before the head, [N, 1, width] each.
+        head_modulation: of the norm before the head, [N, 1, width].
     """
 
     schedule: ScaleSchedule
@@ -41,7 +41,7 @@ class GenerationState:
     start: Tensor
     positions: Tensor
     modulations: list[Modulation]
-    head_modulation: tuple[Tensor, Tensor]
+    head_modulation: Norm
 
 
 class FlexVARTransformer(nn.Module):
@@ -121,9 +121,12 @@ class FlexVARTransformer(nn.Module):
         x = torch.cat((start, self.word_embed(inputs)), dim=1)
         x = x + self._positions.get(self.pos_1LC, schedule, self.backend)
         shared = self.shared_ada_lin(condition)
-        for block in self._typed_blocks:
-            x = block(x, block.modulation(shared, generator), schedule)
-        return self.head(ops(self.backend).layer_norm_modulate(x, *self.head_nm.modulation(condition)))
+        modulations = [block.modulation(shared, generator) for block in self._typed_blocks]
+        norms = [*(modulation.norm1 for modulation in modulations), self.head_nm.modulation(condition)]
+        normed = norms[0](x, self.backend)
+        for block, modulation, norm in zip(self._typed_blocks, modulations, norms[1:], strict=True):
+            x, normed = block(x, normed, modulation, schedule, norm)
+        return self.head(normed)
 
     @torch.inference_mode()
     def begin(
@@ -190,13 +193,15 @@ class FlexVARTransformer(nn.Module):
             self._check_inputs("step", inputs, [n for n in range(1, rows + 1) if rows % n == 0], length)
             x = self.word_embed(inputs) + positions
             x = x.repeat(rows // x.shape[0], 1, 1)
-        for layer, (block, modulation) in enumerate(zip(self._typed_blocks, state.modulations, strict=True)):
-            x = block.step(x, modulation, state.cache, layer)
-        # Guidance mixes hidden states: in the residual's dtype, not in autocast's.
-        hidden: Tensor = ops(self.backend).layer_norm_modulate(x, *state.head_modulation, dtype=x.dtype)
+        # Guidance mixes what comes out of the last norm: in the residual's dtype, not in autocast's.
+        last = state.head_modulation._replace(dtype=x.dtype)
+        norms = [*(modulation.norm1 for modulation in state.modulations), last]
+        normed = norms[0](x, self.backend)
+        for layer, (block, norm) in enumerate(zip(self._typed_blocks, norms[1:], strict=True)):
+            x, normed = block.step(x, normed, state.modulations[layer], state.cache, layer, norm)
         state.cache.advance(length)
         state.next_step += 1
-        return hidden
+        return normed
 
     @torch.inference_mode()
     def head_logits(self, hidden: Tensor) -> Tensor:
