@@ -82,11 +82,11 @@ static inline void store_tile_vectors(char* place, const TileVectors<kParts>& ve
 }
 
 // The left factor's panel: row i of a tile is a row, 32 numbers of the depth. `rows` of the 16 are
-// there; the others repeat the last. Row i stands at p + i * stride; what lies `ahead` numbers
-// behind it is asked for on the way.
+// there; the others repeat the last. Row i stands at p + i * stride; with `ahead`, what lies so
+// many numbers behind it is asked for on the way.
 template <int kParts, typename T>
 static void pack_left_panel(char* panel, const T* p, int64_t stride, int64_t rows, int64_t depth,
-                            int64_t ahead) {
+                            int64_t ahead = 0) {
   constexpr int64_t kNumbersInLine = 64 / sizeof(T);
   const int64_t whole = depth / kTileDepth * kTileDepth;
   for (int64_t i = 0; i < kTileRows; ++i) {
@@ -94,7 +94,7 @@ static void pack_left_panel(char* panel, const T* p, int64_t stride, int64_t row
     char* place = panel + i * 64;
     for (int64_t k = 0; k < whole; k += kTileDepth, place += kParts * kTileBytes) {
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < kTileDepth; j += kNumbersInLine) {
+      for (int64_t j = 0; j < kTileDepth && ahead != 0; j += kNumbersInLine) {
         __builtin_prefetch(row + ahead + k + j, 0, 2);
       }
       store_tile_vectors(place, load_tile_vectors<kParts>(row + k));
@@ -134,6 +134,33 @@ static void pack_right_panel(char* panel, const T* p, int64_t stride, int64_t ro
     }
   }
 }
+
+// What a later panel is made of, on its way from memory while the unit computes: rows `stride`
+// bytes apart, asked for in `shares` equal shares.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const void* rows, int64_t stride, int64_t count, int64_t bytes, int64_t shares)
+      : row_(static_cast<const char*>(rows)),
+        stride_(stride),
+        bytes_((bytes + 63) / 64 * 64),
+        rows_left_(count),
+        share_((count * (bytes_ / 64) + shares - 1) / shares) {}
+  void ask() {
+    for (int64_t i = 0; i < share_ && rows_left_ > 0; ++i) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      --rows_left_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_left_ = 0, share_ = 0, at_ = 0;
+};
 
 // Two left factors by tiles, wherever they stand: part p of tile s of the depth of factor i begins
 // at tile[i] + step[s] + p * part, its rows `row` bytes apart.
@@ -180,10 +207,15 @@ static inline void store_result(T* p, Vector<float> v, int64_t count) {
   _tile_loadd(6, right[0] + k + (p) * kTileBytes, 64); \
   if constexpr (kColumns == 2) _tile_loadd(7, right[1] + k + (p) * kTileBytes, 64);
 #define FLEXVAR_MULTIPLY                                \
+  if (ahead) ahead->ask();                              \
   _tile_dpbf16ps(0, 4, 6);                              \
   _tile_dpbf16ps(2, 5, 6);                              \
   if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7); \
   if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+
+// Products of parts that a step of the depth takes; rows ahead are asked for at each.
+template <int kParts>
+constexpr int64_t kProductsOfStep = kParts == 1 ? 1 : 6;
 
 // Tiles of the depth that a linear layer takes at a time: two panels of so many stay in the L1
 // cache. In float32 it also bounds the length of a chain of sums. They are added up outside of the
@@ -197,7 +229,7 @@ template <int kParts, int kColumns>
 static __attribute__((noinline)) void multiply_tiles(const LeftTiles& left,
                                                      const char* const (&right)[2],
                                                      float* const (&sums)[2][2], int64_t steps,
-                                                     bool accumulate) {
+                                                     bool accumulate, RowsAhead* ahead = nullptr) {
   constexpr bool kAddsOutside = kParts > 1;
   alignas(64) float chain[2][2][256];
   asm volatile("" ::: "memory");  // the tile instructions do not tell the compiler what they read

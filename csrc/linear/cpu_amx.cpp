@@ -99,9 +99,20 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
         // Behind the last column the last one again: sums that nobody reads.
         const int64_t last = params.columns - 1;
         const int64_t begin = column + half * kTileRows < last ? column + half * kTileRows : last;
+        // What single products leave no time for comes while the panel is packed.
         pack_left_panel<parts>(weight_panel + half * panel_bytes, weights + begin * depth + k,
-                               depth, params.columns - begin, some, 2 * kTileRows * depth);
+                               depth, params.columns - begin, some,
+                               parts == 1 ? 2 * kTileRows * depth : 0);
       }
+      // The next panel: of the next columns, of the first ones further on in the depth, or of the
+      // next block.
+      const int64_t next_column = column + 2 * kTileRows;
+      const int64_t next_depth = k + some < depth ? k + some : 0;
+      RowsAhead ahead(weights + (next_column < block.column_end ? next_column * depth + k
+                                 : next_depth > 0 ? block.column_begin * depth + next_depth
+                                                  : next_column * depth),
+                      depth * sizeof(W), 2 * kTileRows, some * sizeof(W),
+                      (row_tiles + 1) / 2 * steps * kProductsOfStep<parts>);
       const int64_t tile = (column - block.column_begin) / kTileRows;
       const LeftTiles left{{weight_panel, weight_panel + panel_bytes}, kPanelSteps<parts>};
       for (int64_t i = 0; i < row_tiles; i += 2) {
@@ -110,9 +121,9 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
         float* const out[2][2] = {{sums_of(tile, i), sums_of(tile, i + 1)},
                                   {sums_of(tile + 1, i), sums_of(tile + 1, i + 1)}};
         if (i + 1 < row_tiles) {
-          multiply_tiles<parts, 2>(left, right, out, steps, k > 0);
+          multiply_tiles<parts, 2>(left, right, out, steps, k > 0, parts == 1 ? nullptr : &ahead);
         } else {
-          multiply_tiles<parts, 1>(left, right, out, steps, k > 0);
+          multiply_tiles<parts, 1>(left, right, out, steps, k > 0, parts == 1 ? nullptr : &ahead);
         }
       }
     }

@@ -64,7 +64,7 @@ class TileForward {
     // Tiles that were not full may be now.
     for (int64_t t = packed_keys_ / kTileDepth * kTileDepth; t < end; t += kTileRows) {
       pack_left_panel<1>(keys_ + t / kTileRows * steps_ * kTileBytes, keys.data + t * keys.stride,
-                         keys.stride, end - t, shape_.dim, 0);
+                         keys.stride, end - t, shape_.dim);
     }
     for (int64_t t = packed_keys_ / kTileDepth * kTileDepth; t < end; t += kTileDepth) {
       for (int64_t d = 0; d < shape_.dim; d += kTileRows) {

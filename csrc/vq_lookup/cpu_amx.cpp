@@ -342,7 +342,7 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
       split_query(params.queries + (tile * kVqTile + i) * params.padded_dim(), params.dim, rows[i]);
     }
     pack_left_panel<1>(tiles.queries + tile * tiles.steps() * kTileBytes, rows[0], kMostDepth,
-                       kVqTile, tiles.steps() * kTileDepth, 0);
+                       kVqTile, tiles.steps() * kTileDepth);
   }
 }
 
