@@ -19,12 +19,6 @@ constexpr int64_t kRowsAtATime = 64;
 // Multiply-adds below which another thread is not worth waking.
 constexpr int64_t kMinProducts = 1 << 20;
 
-template <class T>
-T* allocate(Tensor& owner, int64_t elements) {
-  owner = torch::stable::empty({elements * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte);
-  return reinterpret_cast<T*>(owner.mutable_data_ptr());
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Everything that the scores need, in one parallel region: a unit is a block of codes or as many
@@ -48,8 +42,8 @@ void split_rows(const VqLookupParams& params, int64_t padded_rows, int64_t worke
   const auto resolve = FLEXVAR_SELECT_CPU_KERNEL(vq_resolve);
   const int64_t units = padded_rows / kVqRowMultiple;
   const int64_t scratch_size = kRowsAtATime * params.blocks() * kVqMaxLanes;
-  Tensor owner;
-  float* scratch = allocate<float>(owner, workers * scratch_size);
+  Scratch<float> group_max(workers * scratch_size);
+  float* const scratch = group_max.data();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       VqLookupParams part = params;
@@ -71,9 +65,9 @@ void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
   const auto score = FLEXVAR_SELECT_CPU_KERNEL(vq_score);
   const auto resolve = FLEXVAR_SELECT_CPU_KERNEL(vq_resolve);
   const int64_t blocks = params.blocks();
-  Tensor owner;
+  Scratch<float> group_max(padded_rows * blocks * kVqMaxLanes);
   params.first_row = 0;
-  params.group_max = allocate<float>(owner, padded_rows * blocks * kVqMaxLanes);
+  params.group_max = group_max.data();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     score(params, 0, padded_rows, blocks * begin / workers, blocks * end / workers);
   });
@@ -158,13 +152,16 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
 #endif
   const int64_t blocks = params.blocks();
   const int64_t padded_rows = divide_up(n, kVqRowMultiple) * kVqRowMultiple;
-  Tensor owners[6];
-  params.packed_codes = allocate<float>(owners[0], blocks * kVqBlockCodes * params.dim);
-  params.negative_half = allocate<float>(owners[1], blocks * kVqBlockCodes);
-  params.inverse_norms = allocate<double>(owners[2], params.num_codes);
-  params.block_norms = allocate<double>(owners[3], blocks);
-  params.queries = allocate<float>(owners[4], padded_rows * params.padded_dim());
-  params.query_norms = allocate<double>(owners[5], n);
+  const int64_t padded_codes = blocks * kVqBlockCodes;
+  Scratch<float> packed_codes(padded_codes * params.dim), negative_half(padded_codes),
+      queries(padded_rows * params.padded_dim());
+  Scratch<double> inverse_norms(padded_codes), block_norms(blocks), query_norms(n);
+  params.packed_codes = packed_codes.data();
+  params.negative_half = negative_half.data();
+  params.inverse_norms = inverse_norms.data();
+  params.block_norms = block_norms.data();
+  params.queries = queries.data();
+  params.query_norms = query_norms.data();
   prepare(params, padded_rows);
   const int64_t products = padded_rows * blocks * kVqBlockCodes * params.dim;
   const int64_t threads = torch::stable::get_num_threads();

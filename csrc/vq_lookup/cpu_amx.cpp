@@ -1,15 +1,13 @@
 #include "vq_lookup/cpu_amx.h"
 
 #include "common/cpu_amx.h"
-#include "vq_lookup/cpu_exact.h"
+#include "vq_lookup/cpu_codes.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 constexpr int64_t kMostSteps = 16;
 constexpr int64_t kMostDepth = kMostSteps * kTileDepth;
-// Of each rounding of a float32 sum, relative; a sum of squares has fewer than its terms, and 16.
-constexpr double kSumError = 0x1p-23;
 
 typedef uint16_t BfloatLanes __attribute__((vector_size(32)));
 
@@ -19,17 +17,6 @@ BfloatLanes to_bfloat(Vector<float> v) {
 Vector<float> to_float(BfloatLanes v) {
   return (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v) << 16);
 }
-Vector<double> half_to_double(Vector<float> v, int half) {
-  const __m256 part = half == 0 ? _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0)
-                                : _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
-  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, part);
-}
-Vector<float> to_float(const Vector<double> (&halves)[2]) {
-  const __m256 low = _mm512_maskz_cvtpd_ps(0xff, (__m512d)halves[0]);
-  return (Vector<float>)_mm512_mask_broadcast_f32x8(
-      _mm512_castps256_ps512(low), 0xff00, _mm512_maskz_cvtpd_ps(0xff, (__m512d)halves[1]));
-}
-
 float largest_lane(Vector<float> v) {
   const auto max = [](auto a, auto b) { return a > b ? a : b; };
   const auto eight = max(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
@@ -42,49 +29,6 @@ float largest_lane(Vector<float> v) {
 // The lanes that reach the threshold; NaN, on either side, does.
 unsigned reaching(Vector<float> v, float threshold) {
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
-}
-
-// Component c of 16 rows, from `count` rows on zero, as columns[c]: a row to a lane.
-void load_columns(const float* rows, int64_t count, int64_t dim, Vector<float>* columns) {
-  for (int64_t c = 0; c < dim; c += kFloatLanes) {
-    const int64_t left = dim - c;
-    const __mmask16 mask = left >= kFloatLanes ? 0xffff : (1u << left) - 1;
-    Vector<float> square[kTileRows];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      square[i] = (Vector<float>)_mm512_maskz_loadu_ps(i < count ? mask : 0, rows + i * dim + c);
-    }
-    transpose<float>(square);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kTileRows; ++i) columns[c + i] = square[i];
-  }
-}
-
-// The factors of 16 rows as row_scale gives them, a row to a lane.
-void row_scales(const Vector<float>* columns, int64_t dim, bool normalize,
-                Vector<double> (&scales)[2]) {
-  Vector<double> sums[8][2] = {};
-  for (int64_t first = 0; first < dim; first += 8) {  // behind the last column are zeros
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < 8; ++c) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const Vector<double> x = half_to_double(columns[first + c], half);
-        sums[c][half] += x * x;
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const auto pair = [&](int c) { return sums[c][half] + sums[c + 4][half]; };
-    const Vector<double> squared = (pair(0) + pair(2)) + (pair(1) + pair(3));
-    Vector<double> scale = Vector<double>{} + 1.0;
-    if (normalize) {
-      const Vector<double> norm = (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)squared);
-      scale = 1.0 / (norm > 1e-12 ? norm : 1e-12);
-    }
-    scales[half] = squared < static_cast<double>(__builtin_inf()) ? scale : 0.0;
-  }
 }
 
 // (xh, xm, xh) of a query: [3 * dim] of the depth.
@@ -171,47 +115,15 @@ class ScoreError {
   double most_, roundings_, flushed_;
 };
 
-// find_best over a group, its eight codes side by side; columns are summed as exact_score does.
-void find_best_of_group(const VqLookupParams& params, const float* x, int64_t first, Best& best) {
-  static_assert(kVqBlockTiles == 8);
-  Vector<double> dots[8] = {}, squares[8] = {};
-  double scales[8];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < 8; ++i) {
-    const int64_t v = first + i * kVqTile;
-    scales[i] = params.inverse_norms[v];
-    const float* const row = params.codebook + (scales[i] != 0.0 ? v : 0) * params.dim;
-    for (int64_t c = 0; c < params.dim; c += 8) {
-      const Double8 e = load_scaled(row + c, params.dim - c, scales[i]);
-      const auto& eight = *reinterpret_cast<const UnalignedFloat8*>(x + c);
-      dots[i] += e * __builtin_convertvector(eight, Double8);
-      squares[i] += e * e;
-    }
-  }
-  transpose<double>(dots);
-  transpose<double>(squares);
-  const auto sum = [](const Vector<double>(&s)[8]) {
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-  };
-  double scores[8];
-  store(scores, sum(dots) - 0.5 * sum(squares));
-  for (int64_t i = 0; i < 8; ++i) {
-    const int64_t v = first + i * kVqTile;
-    if (scales[i] == 0.0) continue;
-    if (scores[i] > best.score || (scores[i] == best.score && v < best.code)) {
-      best = {scores[i], v};
-    }
-  }
-}
-
 // The candidates that are still some to the best of them all.
 void settle(const VqLookupParams& params, int64_t n, float threshold, VqCandidates& of) {
   Best best{of.best_score, of.best_code};
   for (int64_t i = 0; i < of.count; ++i) {
     if (of.groups[i].score < threshold) continue;
     const int64_t group = of.groups[i].group;
-    find_best_of_group(params, params.queries + n * params.padded_dim(),
-                       group / kVqTile * kVqBlockTiles * kVqTile + group % kVqTile, best);
+    find_best(params, params.queries + n * params.padded_dim(),
+              group / kVqTile * kVqBlockTiles * kVqTile + group % kVqTile, kVqTile, kVqBlockTiles,
+              best);
   }
   of.best_score = best.score;
   of.best_code = best.code;
@@ -280,44 +192,31 @@ void reduce_tile(const VqTiles& tiles, const float (&sums)[kVqBlockTiles][256], 
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
   const VqLookupParams& params = tiles.base;
   const int64_t dim = params.dim, steps = tiles.steps();
-  Vector<float> columns[(kVqMaxTileDim + 15) / 16 * 16];
+  alignas(64) float columns[kVqMaxTileDim * kVqTile];
   BfloatLanes parts[kMostDepth] = {};  // (eh, eh, em), the parts of -|e|²/2, zeros
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t first = tile * kVqTile, count = params.num_codes - first;
-    load_columns(params.codebook + first * dim, count, dim, columns);
-    Vector<double> scales[2];
-    row_scales(columns, dim, params.normalize, scales);
-    Vector<float> squares{};
-    const __mmask16 known = (_mm512_cmp_pd_mask((__m512d)scales[0], __m512d{}, _CMP_NEQ_UQ) |
-                             _mm512_cmp_pd_mask((__m512d)scales[1], __m512d{}, _CMP_NEQ_UQ) << 8) &
-                            (count >= kVqTile ? 0xffff
-                             : count > 0      ? (1u << count) - 1
-                                              : 0);
+    const int64_t first = tile * kVqTile;
+    double squares[kVqTile], largest = 0;
+    double* const scales = params.inverse_norms + first;
+    make_codes(params, first, columns, scales, squares);
     for (int64_t c = 0; c < dim; ++c) {
-      const Vector<double> halves[2] = {half_to_double(columns[c], 0) * scales[0],
-                                        half_to_double(columns[c], 1) * scales[1]};
-      const Vector<float> e = (Vector<float>)_mm512_maskz_mov_ps(known, (__m512)to_float(halves));
-      squares += e * e;
+      const Vector<float> e = load(columns + c * kVqTile);
       const BfloatLanes high = to_bfloat(e);
       parts[c] = parts[dim + c] = high;
       parts[2 * dim + c] = to_bfloat(e - to_float(high));
     }
-    Vector<float> half = (Vector<float>)_mm512_mask_mov_ps((__m512)(Vector<float>{} - kInfinity),
-                                                           known, (__m512)(-0.5f * squares));
-    store(tiles.negative_half + first, half);
-    if (tiles.multiplies_half()) {
-      for (int part = 0; part < 3; ++part) {
-        const BfloatLanes rounded = to_bfloat(half);
-        parts[3 * dim + part] = rounded;
-        half = half > -kInfinity ? half - to_float(rounded) : 0.0f;
-      }
+    float* const negative_half = tiles.negative_half + first;
+    for (int64_t i = 0; i < kVqTile; ++i) {
+      negative_half[i] = scales[i] != 0.0 ? static_cast<float>(-0.5 * squares[i]) : -kInfinity;
+      largest = squares[i] > largest ? squares[i] : largest;
     }
-    for (int i = 0; i < 2; ++i) {  // zero where there is no code
-      const __m512d scale = _mm512_maskz_mov_pd(known >> 8 * i, (__m512d)scales[i]);
-      store(params.inverse_norms + first + 8 * i, (Vector<double>)scale);
+    params.block_norms[tile] = __builtin_sqrt(largest);
+    Vector<float> half = load(negative_half);
+    for (int part = 0; part < 3 && tiles.multiplies_half(); ++part) {
+      const BfloatLanes rounded = to_bfloat(half);
+      parts[3 * dim + part] = rounded;
+      half = half > -kInfinity ? half - to_float(rounded) : 0.0f;
     }
-    params.block_norms[tile] =  // the squares of what is no code are zero
-        __builtin_sqrt(static_cast<double>(largest_lane(squares))) * (1 + kSumError * (dim + 16));
     char* panel = tiles.codes + tile * steps * kTileBytes;
     for (int64_t k = 0; k < steps * kTileDepth; k += 2, panel += 64) {
       const __m512i even = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)parts[k]);

@@ -4,10 +4,11 @@
 // added as ((0+4)+(2+6)) + ((1+5)+(3+7)).
 #pragma once
 
-#include "vq_lookup/cpu_kernel.h"
-
 // Vectors wider than the instruction set's registers are passed between inlined functions only.
 #pragma GCC diagnostic ignored "-Wpsabi"
+
+#include "common/cpu_vector.h"
+#include "vq_lookup/cpu_kernel.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
@@ -53,15 +54,40 @@ inline double row_scale(const float* row, int64_t dim, bool normalize) {
   return 1.0 / (norm > 1e-12 ? norm : 1e-12);
 }
 
-// x·e - |e|²/2 of a code given by its codebook row and factor; x is padded with zeros.
-inline double exact_score(const float* x, const float* row, int64_t dim, double scale) {
-  Double8 dots = {}, squares = {};
-  for (int64_t c = 0; c < dim; c += 8) {
-    const Double8 e = load_scaled(row + c, dim - c, scale);
-    dots += e * __builtin_convertvector(*reinterpret_cast<const UnalignedFloat8*>(x + c), Double8);
-    squares += e * e;
+inline void transpose_eight(Double8 (&rows)[8]) {
+#pragma GCC unroll 3
+  for (int stage = 0; stage < 3; ++stage) {
+    Double8 shuffled[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      shuffled[2 * i] = interleave_low(rows[i], rows[i + 4]);
+      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + 4]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) rows[i] = shuffled[i];
   }
-  return sum(dots) - 0.5 * sum(squares);
+}
+
+// x·e - |e|²/2 of eight codes given by their codebook rows and factors, a code to a lane; x is
+// padded with zeros.
+inline Double8 exact_scores(const float* x, const float* const (&rows)[8],
+                            const double (&scales)[8], int64_t dim) {
+  Double8 dots[8] = {}, squares[8] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    for (int64_t c = 0; c < dim; c += 8) {
+      const Double8 e = load_scaled(rows[i] + c, dim - c, scales[i]);
+      const auto& eight = *reinterpret_cast<const UnalignedFloat8*>(x + c);
+      dots[i] += e * __builtin_convertvector(eight, Double8);
+      squares[i] += e * e;
+    }
+  }
+  transpose_eight(dots);
+  transpose_eight(squares);
+  const auto sum_columns = [](const Double8(&s)[8]) {
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  };
+  return sum_columns(dots) - 0.5 * sum_columns(squares);
 }
 
 // Row n of the resampled latents, summed in double and rounded once.
@@ -90,19 +116,30 @@ void resample_row(const VqLookupParams& params, int64_t n, float* out) {
   }
 }
 
-// The code among `num` from `first` on, every `step`-th, whose exact score with the query x beats
-// that of `best`; of equal ones the lowest.
+// The code among those from `first` on, every `step`-th, `count` in eights, whose exact score with
+// the query x beats that of `best`; of equal ones the lowest.
 struct Best {
   double score = -static_cast<double>(kInfinity);
   int64_t code = 0;
 };
-inline void find_best(const VqLookupParams& params, const float* x, int64_t first, int64_t last,
-                      int64_t step, Best& best) {
-  for (int64_t v = first; v < last && v < params.num_codes; v += step) {
-    const double scale = params.inverse_norms[v];
-    if (scale == 0.0) continue;
-    const double score = exact_score(x, params.codebook + v * params.dim, params.dim, scale);
-    if (score > best.score || (score == best.score && v < best.code)) best = {score, v};
+inline void find_best(const VqLookupParams& params, const float* x, int64_t first, int64_t step,
+                      int64_t count, Best& best) {
+  for (; count > 0; count -= 8, first += 8 * step) {
+    const float* rows[8];
+    double scales[8];
+    for (int64_t i = 0; i < 8; ++i) {
+      const int64_t v = first + i * step;
+      scales[i] = params.inverse_norms[v];
+      rows[i] = params.codebook + (scales[i] != 0.0 ? v : 0) * params.dim;
+    }
+    const Double8 scores = exact_scores(x, rows, scales, params.dim);
+    for (int64_t i = 0; i < 8; ++i) {
+      const int64_t v = first + i * step;
+      if (scales[i] == 0.0) continue;
+      if (scores[i] > best.score || (scores[i] == best.score && v < best.code)) {
+        best = {scores[i], v};
+      }
+    }
   }
 }
 

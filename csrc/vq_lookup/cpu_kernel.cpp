@@ -4,36 +4,32 @@
 #include <immintrin.h>
 #endif
 
-#include "vq_lookup/cpu_exact.h"
+#include "vq_lookup/cpu_codes.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 // kRows x kVectors accumulators, kRows running maxima, and the operands fill the register file.
 #ifdef __AVX512F__
-constexpr int kLanes = 16, kRows = 8, kVectors = 2;
+constexpr int kRows = 8, kVectors = 2;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 4, kVectors = 2;
+constexpr int kRows = 4, kVectors = 2;
 #else
-constexpr int kLanes = 4, kRows = 4, kVectors = 2;
+constexpr int kRows = 4, kVectors = 2;
 #endif
+constexpr int kLanes = kFloatLanes;
 static_assert(kVqRowMultiple % kRows == 0 && kLanes <= kVqMaxLanes);
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float UnalignedVec
-    __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+using Vec = Vector<float>;
 
 constexpr int kVectorsPerBlock = kVqBlockCodes / kLanes;
-
-inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
 // Bit i: !(v[i] < threshold), so that NaN (from an overflow) counts as a candidate.
 inline unsigned not_less(Vec v, float threshold) {
 #ifdef __AVX512F__
-  return _mm512_cmp_ps_mask(v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(threshold), _CMP_NLT_UQ));
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_NLT_UQ));
 #else
   unsigned mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= static_cast<unsigned>(!(v[i] < threshold)) << i;
@@ -88,21 +84,15 @@ void vq_prepare_codes(const VqLookupParams& params, int64_t block_begin, int64_t
   const int64_t dim = params.dim;
   for (int64_t b = block_begin; b < block_end; ++b) {
     double largest = 0;
-    for (int64_t i = 0; i < kVqBlockCodes; ++i) {
-      const int64_t v = b * kVqBlockCodes + i;
-      const float* row = params.codebook + v * dim;
-      float* out = params.packed_codes + (v / kLanes) * dim * kLanes + v % kLanes;
-      const double scale = v < params.num_codes ? row_scale(row, dim, params.normalize) : 0.0;
-      if (v < params.num_codes) params.inverse_norms[v] = scale;
-      if (scale == 0.0) {
-        params.negative_half[v] = -kInfinity;
-        for (int64_t c = 0; c < dim; ++c) out[c * kLanes] = 0;
-        continue;
+    for (int64_t v = b * kVqBlockCodes; v < (b + 1) * kVqBlockCodes; v += kLanes) {
+      double squares[kLanes];
+      double* const scales = params.inverse_norms + v;
+      make_codes(params, v, params.packed_codes + v * dim, scales, squares);
+      for (int i = 0; i < kLanes; ++i) {
+        params.negative_half[v + i] =
+            scales[i] != 0.0 ? static_cast<float>(-0.5 * squares[i]) : -kInfinity;
+        largest = squares[i] > largest ? squares[i] : largest;
       }
-      const double squared = squared_norm(row, dim, scale);
-      params.negative_half[v] = static_cast<float>(-0.5 * squared);
-      largest = squared > largest ? squared : largest;
-      for (int64_t c = 0; c < dim; ++c) out[c * kLanes] = static_cast<float>(row[c] * scale);
     }
     params.block_norms[b] = __builtin_sqrt(largest);
   }
@@ -159,8 +149,8 @@ void vq_resolve(const VqLookupParams& params, int64_t row_begin, int64_t row_end
       for (unsigned mask = not_less(load(group_max + b * kVqMaxLanes), threshold); mask != 0;
            mask &= mask - 1) {
         const int64_t first = b * kVqBlockCodes + __builtin_ctz(mask);
-        find_best(params, params.queries + n * params.padded_dim(), first, first + kVqBlockCodes,
-                  kLanes, best);
+        find_best(params, params.queries + n * params.padded_dim(), first, kLanes,
+                  kVqBlockCodes / kLanes, best);
       }
     }
     params.indices[n] = best.code;

@@ -43,8 +43,9 @@ struct VqLookupParams {
   // Made by vq_prepare_codes:
   float* packed_codes;   // [blocks][vectors of a block][C][lanes]
   float* negative_half;  // [blocks * kVqBlockCodes]: -|e|²/2; -inf for padding and non-finite codes
-  double* inverse_norms;  // [V]: factor from codebook row to code; 0 for a non-finite code
-  double* block_norms;    // [blocks]: the largest |e| of a block
+  // [blocks * kVqBlockCodes]: factor from codebook row to code; 0 for padding and non-finite codes
+  double* inverse_norms;
+  double* block_norms;  // [blocks]: the largest |e| of a block
   // Made by vq_prepare_latents:
   float* queries;       // [N rounded up][padded_dim]
   double* query_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity

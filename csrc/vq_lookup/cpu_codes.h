@@ -1,0 +1,133 @@
+// Codes from the rows of the codebook, a vector of them at a time, with the arithmetic of
+// cpu_exact.h: to the bit what that makes of each.
+#pragma once
+
+#include "vq_lookup/cpu_exact.h"
+
+namespace flexvar::FLEXVAR_ISA {
+namespace {
+
+// As doubles, the lower half of the lanes first.
+struct DoubleLanes {
+  Vector<double> half[2];
+};
+
+inline DoubleLanes to_doubles(Vector<float> v) {
+#if FLEXVAR_VECTOR_BYTES == 64  // what GCC makes of the shuffles below goes through memory
+  const __m256 low = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
+  const __m256 high = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+  return {{(Vector<double>)_mm512_maskz_cvtps_pd(0xff, low),
+           (Vector<double>)_mm512_maskz_cvtps_pd(0xff, high)}};
+#else
+  typedef float Half __attribute__((vector_size(FLEXVAR_VECTOR_BYTES / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return {{__builtin_convertvector(halves[0], Vector<double>),
+           __builtin_convertvector(halves[1], Vector<double>)}};
+#endif
+}
+
+inline Vector<float> to_floats(const DoubleLanes& lanes) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  const __m256 low = _mm512_maskz_cvtpd_ps(0xff, (__m512d)lanes.half[0]);
+  return (Vector<float>)_mm512_mask_broadcast_f32x8(
+      _mm512_castps256_ps512(low), 0xff00, _mm512_maskz_cvtpd_ps(0xff, (__m512d)lanes.half[1]));
+#else
+  typedef float Half __attribute__((vector_size(FLEXVAR_VECTOR_BYTES / 2)));
+  const Half halves[2] = {__builtin_convertvector(lanes.half[0], Half),
+                          __builtin_convertvector(lanes.half[1], Half)};
+  Vector<float> v;
+  __builtin_memcpy(&v, halves, sizeof(v));
+  return v;
+#endif
+}
+
+inline Vector<double> square_roots(Vector<double> v) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  return (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < VectorOf<double>::lanes; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
+// row_scale of rows with these squared norms.
+inline Vector<double> row_scales(Vector<double> squared, bool normalize) {
+  Vector<double> scales = Vector<double>{} + 1.0;
+  if (normalize) {
+    const Vector<double> norms = square_roots(squared);
+    scales = 1.0 / (norms > 1e-12 ? norms : 1e-12);
+  }
+  return squared < static_cast<double>(__builtin_inf()) ? scales : 0.0;
+}
+
+// The first `count` numbers, the rest zero.
+inline Vector<float> load_some(const float* p, int64_t count) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_maskz_loadu_ps(count >= 16 ? 0xffff : (1u << count) - 1, p);
+#else
+  return load_first(p, count);
+#endif
+}
+
+// The sum over the columns of their squares, in the order of cpu_exact.h.
+inline DoubleLanes sum_squares(const float* columns, int64_t dim) {
+  DoubleLanes sums[8] = {};
+  for (int64_t first = 0; first < dim; first += 8) {
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < 8; ++c) {
+      if (first + c >= dim) break;
+      const DoubleLanes x = to_doubles(load(columns + (first + c) * kFloatLanes));
+      for (int half = 0; half < 2; ++half) sums[c].half[half] += x.half[half] * x.half[half];
+    }
+  }
+  DoubleLanes total;
+  for (int half = 0; half < 2; ++half) {
+    const auto pair = [&](int c) { return sums[c].half[half] + sums[c + 4].half[half]; };
+    total.half[half] = (pair(0) + pair(2)) + (pair(1) + pair(3));
+  }
+  return total;
+}
+
+// Codes `first` and on, as many as a vector has lanes: component c of each at columns + c * lanes.
+// Also the factors from row to code, 0 where there is no finite row, and |e|².
+inline void make_codes(const VqLookupParams& params, int64_t first, float* columns, double* scales,
+                       double* squares) {
+  constexpr int64_t lanes = kFloatLanes;
+  const int64_t dim = params.dim, count = params.num_codes - first;
+  const float* const rows = params.codebook + first * dim;
+  for (int64_t c = 0; c < dim; c += lanes) {
+    Vector<float> square[lanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) {
+      square[i] = i < count ? load_some(rows + i * dim + c, dim - c) : Vector<float>{};
+    }
+    transpose<float>(square);
+    for (int64_t i = 0; i < lanes && c + i < dim; ++i) store(columns + (c + i) * lanes, square[i]);
+  }
+  DoubleLanes squared = sum_squares(columns, dim), scale;
+  bool are_codes = count >= lanes;
+  for (int half = 0; half < 2; ++half) {
+    scale.half[half] = row_scales(squared.half[half], params.normalize);
+    store(scales + half * lanes / 2, scale.half[half]);
+  }
+  for (int64_t i = 0; i < lanes; ++i) are_codes = are_codes && scales[i] != 0.0;
+  if (!are_codes) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (i >= count) scales[i] = 0.0;
+      for (int64_t c = 0; c < dim && scales[i] == 0.0; ++c) columns[c * lanes + i] = 0;  // not NaN
+    }
+  }
+  for (int64_t c = 0; c < dim; ++c) {
+    DoubleLanes x = to_doubles(load(columns + c * lanes));
+    for (int half = 0; half < 2; ++half) x.half[half] *= scale.half[half];
+    store(columns + c * lanes, to_floats(x));
+  }
+  squared = sum_squares(columns, dim);
+  for (int half = 0; half < 2; ++half) store(squares + half * lanes / 2, squared.half[half]);
+}
+
+}  // namespace
+}  // namespace flexvar::FLEXVAR_ISA
