@@ -23,7 +23,7 @@ unsigned grid_size(int64_t blocks) {
 
 // Offsets are of 64 bits; the pixels of an image and the depth of its sums are counted in 32.
 void check_size(const Conv3x3Shape& shape) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
+  constexpr int64_t kLimit = int64_t{1} << 29;
   STD_TORCH_CHECK(shape.height <= kLimit / shape.width, kConv3x3, ": x has too many pixels, got ",
                   shape.height, " x ", shape.width);
   STD_TORCH_CHECK(shape.in_channels < kLimit / 16 && shape.out_channels < kLimit, kConv3x3,

@@ -145,7 +145,7 @@ struct ConvReader {
     const Conv3x3Plan& plan = params.plan;
     const int thread = static_cast<int>(threadIdx.x), first_row = thread / kConvChunks;
     const int place = conv_place(first_row, thread % kConvChunks);  // in all of the rows
-    const int64_t tap = (int64_t{tap_row} * plan.width + tap_column) * plan.in_channels + channel;
+    const int64_t tap = int64_t{tap_row * plan.width + tap_column} * plan.in_channels + channel;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool valid = (visible[i] >> tap_row & visible[i] >> (4 + tap_column) & 1) != 0;
@@ -184,19 +184,21 @@ __device__ __forceinline__ void conv_multiply(float (&sums)[kRowFragments][kColu
                                               const T (&weight)[Tile::kColumns][kConvDepth],
                                               int warp_row, int warp_column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = warp_row + lane % 16, column = warp_column + lane / 16 * 8 + lane % 8;
 #pragma unroll
   for (int chunk = 0; chunk < kConvChunks; chunk += 2) {
+    // The same place in rows 16 apart.
+    const int left_place = conv_place(row, chunk + lane / 16);
+    const int right_place = conv_place(column, chunk + lane / 8 % 2);
     uint32_t left[kRowFragments][4];
 #pragma unroll
     for (int m = 0; m < kRowFragments; ++m) {
-      const int row = warp_row + m * 16 + lane % 16;
-      ptx::ldmatrix_x4(left[m], &pixels[row][conv_place(row, chunk + lane / 16)]);
+      ptx::ldmatrix_x4(left[m], &pixels[row + m * 16][left_place]);
     }
 #pragma unroll
     for (int n = 0; n < kColumnFragments; n += 2) {
-      const int row = warp_column + n * 8 + lane / 16 * 8 + lane % 8;
       uint32_t right[4];
-      ptx::ldmatrix_x4(right, &weight[row][conv_place(row, chunk + lane / 8 % 2)]);
+      ptx::ldmatrix_x4(right, &weight[column + n * 8][right_place]);
       const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
 #pragma unroll
       for (int m = 0; m < kRowFragments; ++m) {

@@ -40,7 +40,7 @@ template <class From, class T>
 __global__ void __launch_bounds__(kConvPackThreads)
     conv3x3_pack_kernel(Conv3x3PackParams<From, T> params) {
   const Conv3x3Plan& plan = params.plan;
-  const int tile_columns = conv_tile_shape(plan.tile).columns;
+  const int tile_columns = plan.tile_columns;
   const int64_t thread = blockIdx.x * int64_t{kConvPackThreads} + static_cast<int>(threadIdx.x);
   const int column = static_cast<int>(thread / plan.padded_channels);
   const int channel = static_cast<int>(thread % plan.padded_channels);

@@ -31,12 +31,12 @@ struct Conv3x3Plan {
   int padded_channels;          // in_channels to a multiple of 8, the elements of 16 bytes
   int depth_steps;              // of kConvDepth
   ConvTileSize tile;
-  int column_tiles;
+  int tile_columns, column_tiles;
   int64_t row_tiles;
 
   int phases() const { return parities * parities; }
   int64_t blocks() const { return row_tiles * column_tiles * phases(); }
-  int64_t padded_columns() const { return int64_t{column_tiles} * conv_tile_shape(tile).columns; }
+  int64_t padded_columns() const { return int64_t{column_tiles} * tile_columns; }
   // Of the packed weight: [phases][column_tiles][depth_steps][columns of a tile][kConvDepth].
   int64_t weight_elements() const { return phases() * padded_columns() * depth_steps * kConvDepth; }
 };
@@ -63,9 +63,11 @@ inline Conv3x3Plan plan_conv3x3(int64_t batch, int64_t in_channels, int64_t heig
       divide_up(int64_t{plan.side} * plan.side * plan.padded_channels, kConvDepth));
   const int64_t rows = batch * plan.grid_height * plan.grid_width;
   const auto choose = [&](ConvTileSize size) {
+    const ConvTileShape shape = conv_tile_shape(size);
     plan.tile = size;
-    plan.row_tiles = divide_up(rows, conv_tile_shape(size).rows);
-    plan.column_tiles = static_cast<int>(divide_up(out_channels, conv_tile_shape(size).columns));
+    plan.tile_columns = shape.columns;
+    plan.column_tiles = static_cast<int>(divide_up(out_channels, shape.columns));
+    plan.row_tiles = divide_up(rows, shape.rows);
   };
   choose(out_channels <= 32 ? ConvTileSize::narrow : ConvTileSize::large);
   const bool is_half_empty = plan.tile == ConvTileSize::large && out_channels <= 64;

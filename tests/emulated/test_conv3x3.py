@@ -1,5 +1,7 @@
 """The CUDA kernels of conv3x3, run on the CPU against float64."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,10 @@ def assert_exact(out: Tensor, tensors: dict[str, Tensor], resize: str) -> None:
     assert ((out.double() - expected).abs() <= bound).all()
 
 
+def once(emulated) -> Callable[..., tuple[np.ndarray, ...]]:
+    return lambda kernel, *arguments, **options: (kernel(*arguments, emulated.Options(**options)),)
+
+
 def check(call, kernel, shape, resize, dtype, *, left_out=(), multiprocessors=1, **options) -> Tensor:
     tensors = {name: tensor for name, tensor in arguments(shape, resize, dtype).items() if name not in left_out}
     out = run(call, kernel, tensors, resize, multiprocessors, **options)
@@ -117,3 +123,70 @@ def test_misaligned(run_in_every_order, emulated, resize):
     """Pointers that allow no copies of 16 bytes, for all the numbers of channels do."""
     check(run_in_every_order, emulated.conv3x3, (1, 32, 16, 5, 3), resize, torch.bfloat16, misalignment=1)
     check(run_in_every_order, emulated.conv3x3, (1, 3, 130, 3, 2), resize, torch.float16, misalignment=1)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_float32_weight_and_bias(run_in_every_order, emulated, resize):
+    """Taps are summed before they are rounded; the bias is not rounded at all."""
+    tensors = arguments((1, 24, 40, 4, 3), resize, torch.bfloat16)
+    tensors["weight"] = tensors["weight"].float() + 1e-4 * draw(40, 24, 3, 3, seed=8)
+    tensors["bias"] = tensors["bias"].float() + 1e-4 * draw(40, seed=9)
+    assert_exact(run(run_in_every_order, emulated.conv3x3, tensors, resize), tensors, resize)
+
+
+# B, C, N, H, W: more than one tile of rows and of columns, tiles that end inside of an image and behind the last.
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "tile"),
+    [
+        ((2, 40, 3, 19, 13), 1, "narrow"),
+        ((2, 40, 72, 11, 10), MANY, "small"),
+        ((2, 40, 64, 11, 10), 1, "small"),
+        ((3, 40, 136, 11, 10), 1, "large"),
+    ],
+)
+def test_tiles(emulated, shape, multiprocessors, tile, resize):
+    batch, channels, out_channels, height, width = shape
+    found = emulated.conv3x3_tile(batch, channels, height, width, out_channels, RESIZES.index(resize), multiprocessors)
+    assert found == tile
+    check(once(emulated), emulated.conv3x3, shape, resize, torch.float16, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_neither_batch_nor_tile_changes_a_bit(emulated, resize):
+    tensors = arguments((3, 40, 72, 7, 9), resize, torch.bfloat16)
+    call = once(emulated)
+    together = run(call, emulated.conv3x3, tensors, resize)
+    assert torch.equal(run(call, emulated.conv3x3, tensors, resize, MANY), together)
+    for i in range(3):
+        alone = dict(tensors, x=tensors["x"][i : i + 1], residual=tensors["residual"][i : i + 1])
+        assert torch.equal(run(call, emulated.conv3x3, alone, resize), together[i : i + 1])
+    few = dict(tensors, weight=tensors["weight"][:20], bias=tensors["bias"][:20], residual=tensors["residual"][:, :20])
+    assert torch.equal(run(call, emulated.conv3x3, few, resize), together[:, :20])
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_stay_where_they_are_seen(emulated, value, channels, resize):
+    tensors = arguments((2, channels, 12, 5, 6), resize, torch.float16)
+    plain = run(once(emulated), emulated.conv3x3, tensors, resize)
+    tensors["x"][1, 2, 3, 2] = value
+    out = run(once(emulated), emulated.conv3x3, tensors, resize)
+    seen = (
+        reference.conv3x3(
+            tensors["x"].double().isfinite().logical_not().double(),
+            torch.ones(12, channels, 3, 3).double(),
+            resize=resize,
+        )
+        != 0
+    )
+    assert not out[seen].isfinite().any()
+    assert torch.equal(out[~seen], plain[~seen])
+
+
+def test_results_beyond_the_range_become_infinite(emulated):
+    tensors = arguments((1, 8, 16, 3, 3), "up", torch.float16)
+    tensors["residual"].fill_(6e4)
+    tensors["bias"].fill_(6e4)
+    assert (run(once(emulated), emulated.conv3x3, tensors, "up") == float("inf")).all()
