@@ -140,7 +140,7 @@ def test_what_runs_natively_on_cuda():
 
 
 # Tiles of every kind: few output channels, many of a small and of a large map.
-CUDA_SHAPES = [*SHAPES, (2, 8, 16, 1, 7), (1, 512, 512, 16, 16), (2, 128, 128, 128, 128), (1, 128, 3, 256, 256)]
+CUDA_SHAPES = [*SHAPES, (1, 512, 512, 16, 16), (2, 128, 128, 128, 128), (1, 128, 3, 256, 256)]
 
 
 @pytest.mark.cuda
@@ -148,8 +148,6 @@ CUDA_SHAPES = [*SHAPES, (2, 8, 16, 1, 7), (1, 512, 512, 16, 16), (2, 128, 128, 1
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("shape", CUDA_SHAPES)
 def test_cuda_kernels_are_as_accurate_as_torch(shape, resize, dtype):
-    if resize == "down" and min(shape[3:]) < 2:
-        pytest.skip("one pixel cannot be halved")
     tensors = arguments(shape, resize, dtype, "cuda")
     exact = reference.conv3x3(**doubled(tensors), resize=resize)
     expected = reference.conv3x3(**tensors, resize=resize)
