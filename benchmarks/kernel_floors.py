@@ -170,7 +170,7 @@ def works() -> list[Work]:
              exponentials=2 * maps, launches=3),
         Work("group_norm_silu_backward", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 5 * maps,
              exponentials=4 * maps, launches=4),
-        *(conv3x3_up(batch, *map_) for batch in (1, 64) for map_ in ((512, 16), (256, 64), (128, 128))),
+        *(conv3x3_up(batch, *level) for batch in (1, 64) for level in ((512, 16), (256, 64), (128, 128))),
         # Keys are compared about 14 times while a threshold is bisected, and weighed by an exponential.
         Work("guided_sample", "16,384 × 8,912, float32", bytes=16384 * 8912 * 4, exponentials=16384 * 8912,
              instructions=16384 * 8912 * 30),
