@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from flexvar.tokenizer.upsampling import fold_nearest
 from torch import Tensor
 
 import flexvar_ext
@@ -27,6 +28,7 @@ def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype):
 
     x = randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
     weight, bias = randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5, randn(out_channels)
+    folded = fold_nearest(weight).contiguous(memory_format=torch.channels_last)
     turned, planes = weight.contiguous(memory_format=torch.channels_last), x.contiguous()
 
     @torch.inference_mode()
@@ -41,6 +43,15 @@ def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype):
     def from_contiguous() -> Tensor:
         return F.conv2d(planes, weight, bias, padding=1)
 
+    @torch.inference_mode()
+    def transposed() -> Tensor:
+        return F.conv_transpose2d(x, folded, bias, stride=2, padding=1)
+
+    @torch.inference_mode()
+    def kernel() -> Tensor:
+        result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, None)
+        return result
+
     def check(name: str, result: Tensor, expected: Tensor) -> None:
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}")
@@ -48,6 +59,10 @@ def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype):
     implementations = {"native": native, "reference": plain}
     if resize == "none":
         implementations["contiguous"] = from_contiguous
+    if resize == "up":
+        implementations["transposed"] = transposed
+    if device.type == "cuda" and dtype == torch.bfloat16 and not flexvar_ext.conv3x3_is_native(x, resize=resize):
+        implementations["kernel"] = kernel  # this library's, to see whether torch's is rightly preferred
     compare(
         implementations,
         check=check,

@@ -122,6 +122,18 @@ def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int
     )
 
 
+def conv3x3_up(batch: int, channels: int, side: int) -> Work:
+    """bfloat16, as many channels out as in: four taps of each of the four phases. A launch packs the weight."""
+    pixels, weights = batch * side**2, channels**2
+    return Work(
+        "conv3x3",
+        f"up: batch {batch}, {channels} × {side}², bfloat16, channels last",
+        bytes=2 * (5 * pixels * channels + (9 + 2 * 16) * weights),
+        products=2 * 16 * pixels * weights,
+        launches=2,
+    )
+
+
 def works() -> list[Work]:
     schedule = ScaleSchedule.preset(steps=10)
     tokens, pairs = schedule.num_tokens, _pairs(schedule)
@@ -158,6 +170,7 @@ def works() -> list[Work]:
              exponentials=2 * maps, launches=3),
         Work("group_norm_silu_backward", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 5 * maps,
              exponentials=4 * maps, launches=4),
+        *(conv3x3_up(batch, *level) for batch in (1, 64) for level in ((512, 16), (256, 64), (128, 128))),
         # Keys are compared about 14 times while a threshold is bisected, and weighed by an exponential.
         Work("guided_sample", "16,384 × 8,912, float32", bytes=16384 * 8912 * 4, exponentials=16384 * 8912,
              instructions=16384 * 8912 * 30),

@@ -23,9 +23,13 @@ def conv3x3(
     arithmetic, smaller where the sums are long. Upsampling costs 4 products a pixel instead of 9, since sums of taps
     stand for taps on equal pixels.
 
+    On CUDA, upsampling runs on tensor cores in float16 and bfloat16, channels last, with the same 4 products. They are
+    summed in float32, bias and residual added to the sums, and the result is rounded once; so are the sums of taps.
+    The order of sums depends on C and resize alone: an image's result is the same in any batch, to the bit.
+
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
-    (:func:`conv3x3_is_native` tells), which are at the limit of other CPUs and of GPUs; and so it is in float16 and
-    float64, and wherever a gradient is needed.
+    (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without a tile unit, on CUDA in float32 or at
+    another change of resolution, and wherever a gradient is needed.
 
     Args:
         x: [B, C, H, W] in any layout, float32, float16, bfloat16 or float64; C >= 1.
@@ -70,20 +74,18 @@ def conv3x3(
     if residual is not None and residual.dtype != dtype:
         raise TypeError(f"{op}: residual must have the result's dtype {dtype}, got {residual.dtype}")
     needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
-    if needs_gradient or not conv3x3_is_native(x):
+    if needs_gradient or not conv3x3_is_native(x, resize=resize):
         return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
     result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
     return result
 
 
-def conv3x3_is_native(x: Tensor) -> bool:
+def conv3x3_is_native(x: Tensor, *, resize: str = "none") -> bool:
     """Whether :func:`conv3x3` of x runs on this library's kernel (where no gradient is needed), or on torch's."""
-    return (
-        x.device.type == "cpu"
-        and reference.result_dtype(x) in (torch.float32, torch.bfloat16)
-        and x.dtype != torch.float64
-        and _has_tile_unit()
-    )
+    dtype = reference.result_dtype(x)
+    if x.device.type == "cuda":  # cuDNN has the others until a card has measured both
+        return resize == "up" and dtype in (torch.float16, torch.bfloat16)
+    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_tile_unit()
 
 
 @torch.compiler.assume_constant_result

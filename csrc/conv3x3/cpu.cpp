@@ -7,7 +7,7 @@
 
 #include "common/cpu_isa.h"
 #include "common/cpu_memory.h"
-#include "common/tensor_checks.h"
+#include "conv3x3/arguments.h"
 #include "conv3x3/cpu_amx.h"
 
 #ifdef FLEXVAR_X86
@@ -16,30 +16,14 @@ namespace {
 
 using amx::Conv3x3Params;
 using amx::ConvElement;
-using amx::ConvResize;
-
-constexpr const char* kOp = "conv3x3";
 
 ConvElement element_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
-                  kOp, ": ", name, " must have dtype float32 or bfloat16");
+                  kConv3x3, ": ", name, " must have dtype float32 or bfloat16");
   return t.scalar_type() == ScalarType::Float ? ConvElement::float32 : ConvElement::bfloat16;
 }
 
-ConvResize parse_resize(const std::string& name) {
-  if (name == "down") return ConvResize::down;
-  if (name == "up") return ConvResize::up;
-  STD_TORCH_CHECK(name == "none", kOp, ": resize must be none, down or up, got ", name);
-  return ConvResize::none;
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// [B, C, H, W] to [B, H, W, C], copied where it does not lie so already.
-Tensor channels_last(const Tensor& t) {
-  return torch::stable::contiguous(
-      torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
-}
 
 bool has_channels_last(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.stride(3) &&
@@ -87,29 +71,19 @@ void run(Conv3x3Params& params) {
 
 Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,
                    std::string resize, std::optional<Tensor> residual_in) {
-  STD_TORCH_CHECK(selected_cpu_isa() == CpuIsa::amx, kOp, ": this CPU has no tile unit");
-  check_rank(x_in, 4, kOp, "x");
-  check_rank(weight_in, 4, kOp, "weight");
-  STD_TORCH_CHECK(weight_in.size(1) == x_in.size(1) && weight_in.size(1) > 0 &&
-                      weight_in.size(2) == 3 && weight_in.size(3) == 3,
-                  kOp, ": weight must be [N, C, 3, 3]");
+  STD_TORCH_CHECK(selected_cpu_isa() == CpuIsa::amx, kConv3x3, ": this CPU has no tile unit");
+  const Conv3x3Shape shape = check_conv3x3(x_in, weight_in, bias_in, resize, residual_in);
   Conv3x3Params params{};
-  params.resize = parse_resize(resize);
+  params.resize = shape.resize;
   params.element = element_of(x_in, "x");
   params.weight_element = element_of(weight_in, "weight");
-  STD_TORCH_CHECK(
-      params.weight_element == params.element || params.weight_element == ConvElement::float32, kOp,
-      ": weight must have the dtype of x, or float32");
-  params.batch = x_in.size(0);
-  params.in_channels = x_in.size(1);
-  params.height = x_in.size(2);
-  params.width = x_in.size(3);
-  params.out_channels = weight_in.size(0);
-  const bool down = params.resize == ConvResize::down, up = params.resize == ConvResize::up;
-  STD_TORCH_CHECK(!down || (params.height > 1 && params.width > 1), kOp,
-                  ": x must be at least 2 x 2 to be halved");
-  params.out_height = down ? params.height / 2 : up ? 2 * params.height : params.height;
-  params.out_width = down ? params.width / 2 : up ? 2 * params.width : params.width;
+  params.batch = shape.batch;
+  params.in_channels = shape.in_channels;
+  params.height = shape.height;
+  params.width = shape.width;
+  params.out_channels = shape.out_channels;
+  params.out_height = shape.out_height;
+  params.out_width = shape.out_width;
 
   const Tensor x = channels_last(x_in);
   const bool is_channels_last = has_channels_last(weight_in);
@@ -120,29 +94,18 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
   if (bias_in) {
     element_of(*bias_in, "bias");
     bias = torch::stable::contiguous(torch::stable::to(*bias_in, ScalarType::Float));
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == params.out_channels, kOp,
-                    ": bias must be [N]");
     params.bias = bias->const_data_ptr<float>();
   }
-  const std::vector<int64_t> shape{params.batch, params.out_height, params.out_width,
-                                   params.out_channels};
   if (residual_in) {
-    check_rank(*residual_in, 4, kOp, "residual");
     residual = channels_last(*residual_in);
-    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), kOp,
-                    ": residual must have the dtype of x");
-    for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(residual->size(i) == shape[i], kOp,
-                      ": residual must have the shape of the result");
-    }
     params.residual = residual->const_data_ptr();
   }
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = torch::stable::new_empty(x, shape.out_channels_last());
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.out = out.mutable_data_ptr();
   if (out.numel() > 0) run(params);
-  return torch::stable::transpose(torch::stable::transpose(out, 2, 3), 1, 2);
+  return channels_first_view(out);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_cpu)); }

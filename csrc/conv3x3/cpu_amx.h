@@ -7,10 +7,11 @@
 
 #include <stdint.h>
 
+#include "conv3x3/resize.h"
+
 namespace flexvar::amx {
 
 enum class ConvElement : int { float32, bfloat16 };
-enum class ConvResize : int { none, down, up };
 
 // out = residual + bias + conv(x). The feature maps are channels-last: [batch, height, width, C].
 struct Conv3x3Params {

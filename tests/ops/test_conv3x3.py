@@ -78,6 +78,7 @@ def test_what_runs_natively(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert flexvar_ext.conv3x3_is_native(x.half())
         assert not flexvar_ext.conv3x3_is_native(x.double())
+    assert all(flexvar_ext.conv3x3_is_native(x, resize=resize) for resize in RESIZES)
     monkeypatch.setenv("FLEXVAR_CPU_ISA", "baseline")
     assert not flexvar_ext.conv3x3_is_native(x)
     tensors = arguments((1, 3, 4, 5, 6), "up")
@@ -114,6 +115,128 @@ def test_numbers_near_zero(device):
     exact = reference.conv3x3(tensors["x"].double(), tensors["weight"].double())
     assert (out - exact).abs().max() < 1e-37
     assert_accurate(dict(tensors, x=tensors["x"] * 1e30), "none")
+
+
+# The kernels of CUDA. The op itself takes every change of resolution there, whoever conv3x3 gives it to.
+
+
+def call_op(tensors: dict[str, Tensor], resize: str) -> Tensor:
+    return torch.ops.flexvar.conv3x3(
+        tensors["x"], tensors["weight"], tensors.get("bias"), resize, tensors.get("residual")
+    )
+
+
+@pytest.mark.cuda
+def test_what_runs_natively_on_cuda():
+    x = randn(1, 2, 3, 4, device="cuda")
+    for resize in RESIZES:
+        for dtype in (torch.float16, torch.bfloat16):
+            assert flexvar_ext.conv3x3_is_native(x.to(dtype), resize=resize) == (resize == "up")
+            with torch.autocast("cuda", dtype=dtype):
+                assert flexvar_ext.conv3x3_is_native(x, resize=resize) == (resize == "up")
+                assert not flexvar_ext.conv3x3_is_native(x.double(), resize=resize)
+        assert not flexvar_ext.conv3x3_is_native(x, resize=resize)
+        assert not flexvar_ext.conv3x3_is_native(x.double(), resize=resize)
+
+
+# Tiles of every kind: few output channels, many of a small and of a large map.
+CUDA_SHAPES = [*SHAPES, (1, 512, 512, 16, 16), (2, 128, 128, 128, 128), (1, 128, 3, 256, 256)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_kernels_are_as_accurate_as_torch(shape, resize, dtype):
+    tensors = arguments(shape, resize, dtype, "cuda")
+    exact = reference.conv3x3(**doubled(tensors), resize=resize)
+    expected = reference.conv3x3(**tensors, resize=resize)
+    assert_as_accurate_as_torch(call_op(tensors, resize), expected, exact, factor=FORWARD_FACTOR)
+    wide = dict(tensors, weight=tensors["weight"].float(), bias=tensors["bias"].float())
+    assert torch.equal(call_op(wide, resize), call_op(tensors, resize))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("resize", RESIZES)
+def test_cuda_results_are_the_same_in_any_batch_and_every_time(resize):
+    tensors = arguments((9, 136, 136, 32, 48), resize, torch.bfloat16, "cuda")
+    together = call_op(tensors, resize)
+    for _ in range(20):
+        assert torch.equal(call_op(tensors, resize), together)
+    for i in range(9):
+        alone = dict(tensors, x=tensors["x"][i : i + 1], residual=tensors["residual"][i : i + 1])
+        assert torch.equal(call_op(alone, resize), together[i : i + 1])
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_cuda_graphs_and_streams():
+    tensors = arguments((2, 64, 96, 24, 20), "up", torch.float16, "cuda")
+    expected = call_op(tensors, "up")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(call_op(tensors, "up"), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+    x = tensors["x"].clone()
+    with torch.cuda.graph(graph):
+        out = call_op(dict(tensors, x=x), "up")
+    x.zero_()
+    graph.replay()
+    assert torch.equal(out, call_op(dict(tensors, x=torch.zeros_like(x)), "up"))
+    x.copy_(tensors["x"])
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_compiles_on_cuda():
+    @torch.compile(fullgraph=True)
+    def compiled(tensors):
+        return flexvar_ext.conv3x3(**tensors, resize="up")
+
+    tensors = arguments((2, 16, 24, 9, 5), "up", torch.bfloat16, "cuda")
+    assert torch.equal(compiled(tensors), flexvar_ext.conv3x3(**tensors, resize="up"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("left_out", [(), ("bias",), ("residual",)])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_opcheck_on_cuda(left_out, resize):
+    given = without(arguments((2, 3, 4, 5, 6), resize, torch.bfloat16, "cuda"), *left_out)
+    torch.library.opcheck(
+        torch.ops.flexvar.conv3x3.default,
+        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual")),
+    )
+
+
+@pytest.mark.cuda
+def test_more_than_2_31_elements():
+    needed = 2 * (2**29 + 2**31) + 2**31
+    if torch.cuda.get_device_properties(0).total_memory < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory")
+    x = torch.randn(9, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16) / 24
+    out = flexvar_ext.conv3x3(x, weight, resize="up")
+    assert torch.equal(out[8:], flexvar_ext.conv3x3(x[8:], weight, resize="up"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": torch.zeros(1, 3, 4, 6)},
+        {"weight": torch.zeros(5, 3, 3, 3, dtype=torch.bfloat16)},
+        {"bias": torch.zeros(5, dtype=torch.bfloat16)},
+        {"bias": torch.zeros(4)},
+        {"residual": torch.zeros(2, 5, 4, 6)},
+    ],
+)
+def test_bad_arguments_do_not_reach_the_cuda_kernel(changed):
+    tensors = {"x": torch.zeros(2, 3, 4, 6).half(), "weight": torch.zeros(5, 3, 3, 3).half(), **changed}
+    with pytest.raises(RuntimeError, match="conv3x3: "):
+        call_op({name: tensor.cuda() for name, tensor in tensors.items()}, "none")
 
 
 # Determinism
@@ -173,7 +296,7 @@ def test_autocast(device, resize, dtype):
 def test_layouts(device, resize, dtype):
     tensors = arguments((2, 24, 10, 6, 8), resize, dtype, device)
     expected = flexvar_ext.conv3x3(**tensors, resize=resize)
-    if device.type == "cpu" and flexvar_ext.conv3x3_is_native(tensors["x"]):
+    if flexvar_ext.conv3x3_is_native(tensors["x"], resize=resize):
         assert expected.is_contiguous(memory_format=torch.channels_last)
     for name, tensor in tensors.items():
         strided = torch.stack([tensor, -tensor], dim=-1)[..., 0]

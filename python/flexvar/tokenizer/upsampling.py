@@ -52,7 +52,8 @@ class Upsample(nn.Module):
         self._version = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv.backend == "reference" or torch.is_grad_enabled() or flexvar_ext.conv3x3_is_native(x):
+        is_native = flexvar_ext.conv3x3_is_native(x, resize="up")
+        if is_native or self.conv.backend == "reference" or torch.is_grad_enabled():
             out: Tensor = self.conv(x)
             return out
         return F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)

@@ -1,0 +1,190 @@
+"""The CUDA kernels of conv3x3, run on the CPU against float64."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flexvar.tokenizer.upsampling import fold_nearest
+from torch import Tensor
+
+from flexvar_ext import reference
+
+DTYPES = [torch.float16, torch.bfloat16]
+RESIZES = ("none", "down", "up")
+HALF_ULP = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+MANY = 10**9  # multiprocessors: tiles are made small
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def arguments(shape, resize: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    batch, channels, out_channels, height, width = shape
+    size = {"none": (height, width), "down": (height // 2, width // 2), "up": (2 * height, 2 * width)}[resize]
+    return {
+        "x": draw(batch, channels, height, width).to(dtype),
+        "weight": (draw(out_channels, channels, 3, 3, seed=1) / (9 * channels) ** 0.5).to(dtype),
+        "bias": draw(out_channels, seed=2).to(dtype),
+        "residual": draw(batch, out_channels, *size, seed=3).to(dtype),
+    }
+
+
+def run(call, kernel, tensors: dict[str, Tensor], resize: str, multiprocessors: int = 1, **options) -> Tensor:
+    """``call`` is run_in_every_order or runs once."""
+    bias, residual = tensors.get("bias"), tensors.get("residual")
+    (out,) = call(
+        kernel,
+        array(tensors["x"].permute(0, 2, 3, 1)),
+        array(tensors["weight"]),
+        None if bias is None else array(bias),
+        RESIZES.index(resize),
+        None if residual is None else array(residual.permute(0, 2, 3, 1)),
+        multiprocessors,
+        **options,
+    )
+    result = torch.from_numpy(out)
+    return (result.view(torch.bfloat16) if result.dtype == torch.uint16 else result).permute(0, 3, 1, 2)
+
+
+def exact(x: Tensor, weight: Tensor, resize: str, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """In float64, of the weight that the kernel uses: rounded to x's dtype, for ``up`` after folding."""
+    bias = None if bias is None else bias.double()
+    if resize == "up":
+        folded = fold_nearest(weight.float()).to(x.dtype).double()
+        out = F.conv_transpose2d(x.double(), folded, bias, stride=2, padding=1)
+        return out if residual is None else out + residual.double()
+    wide = weight.to(x.dtype).double()
+    return reference.conv3x3(
+        x.double(), wide, bias, resize=resize, residual=None if residual is None else residual.double()
+    )
+
+
+def assert_exact(out: Tensor, tensors: dict[str, Tensor], resize: str) -> None:
+    """Rounded once, after sums whose every addition may lose a unit of fp32 of what went into it."""
+    expected = exact(**tensors, resize=resize)
+    assert out.shape == expected.shape
+    sizes = exact(**{name: tensor.abs() for name, tensor in tensors.items()}, resize=resize)
+    depth = 9 * tensors["x"].shape[1]
+    summing = (depth / 8 + 3) * 2**-23 * sizes
+    smallest = 2**-25 if out.dtype == torch.float16 else 0.0  # half of its smallest subnormal number
+    bound = HALF_ULP[out.dtype] * (expected.abs() + summing) + summing + smallest
+    assert ((out.double() - expected).abs() <= bound).all()
+
+
+def once(emulated) -> Callable[..., tuple[np.ndarray, ...]]:
+    return lambda kernel, *arguments, **options: (kernel(*arguments, emulated.Options(**options)),)
+
+
+def check(call, kernel, shape, resize, dtype, *, left_out=(), multiprocessors=1, **options) -> Tensor:
+    tensors = {name: tensor for name, tensor in arguments(shape, resize, dtype).items() if name not in left_out}
+    out = run(call, kernel, tensors, resize, multiprocessors, **options)
+    assert_exact(out, tensors, resize)
+    return out
+
+
+SIZES = [(1, 1), (1, 7), (5, 3), (17, 9)]
+RESIZED = [(size, resize) for size in SIZES for resize in RESIZES if resize != "down" or min(size) > 1]
+# B, C, N, H, W
+CHANNELS = [(2, 3, 16, 5, 3), (2, 8, 3, 5, 3), (1, 20, 100, 5, 3), (1, 64, 130, 3, 5), (1, 130, 64, 3, 2)]
+
+
+@pytest.mark.parametrize(("size", "resize"), RESIZED)
+def test_sizes(run_in_every_order, emulated, size, resize):
+    for shape in ((2, 8, 16, *size), (2, 3, 3, *size)):
+        check(run_in_every_order, emulated.conv3x3, shape, resize, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("shape", CHANNELS)
+def test_channels(run_in_every_order, emulated, shape, resize, dtype):
+    check(run_in_every_order, emulated.conv3x3, shape, resize, dtype)
+
+
+@pytest.mark.parametrize("left_out", [("bias",), ("residual",), ("bias", "residual")])
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("shape", [(2, 8, 16, 5, 3), (1, 20, 35, 3, 3)])
+def test_left_out(run_in_every_order, emulated, shape, resize, left_out):
+    check(run_in_every_order, emulated.conv3x3, shape, resize, torch.float16, left_out=left_out)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_misaligned(run_in_every_order, emulated, resize):
+    """Pointers that allow no copies of 16 bytes, for all the numbers of channels do."""
+    check(run_in_every_order, emulated.conv3x3, (1, 32, 16, 5, 3), resize, torch.bfloat16, misalignment=1)
+    check(run_in_every_order, emulated.conv3x3, (1, 3, 130, 3, 2), resize, torch.float16, misalignment=1)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_float32_weight_and_bias(run_in_every_order, emulated, resize):
+    """Taps are summed before they are rounded; the bias is not rounded at all."""
+    tensors = arguments((1, 24, 40, 4, 3), resize, torch.bfloat16)
+    tensors["weight"] = tensors["weight"].float() + 1e-4 * draw(40, 24, 3, 3, seed=8)
+    tensors["bias"] = tensors["bias"].float() + 1e-4 * draw(40, seed=9)
+    assert_exact(run(run_in_every_order, emulated.conv3x3, tensors, resize), tensors, resize)
+
+
+# B, C, N, H, W: more than one tile of rows and of columns, tiles that end inside of an image and behind the last.
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "tile"),
+    [
+        ((2, 40, 3, 19, 13), 1, "narrow"),
+        ((2, 40, 72, 11, 10), MANY, "small"),
+        ((2, 40, 64, 11, 10), 1, "small"),
+        ((3, 40, 136, 11, 10), 1, "large"),
+    ],
+)
+def test_tiles(emulated, shape, multiprocessors, tile, resize):
+    batch, channels, out_channels, height, width = shape
+    found = emulated.conv3x3_tile(batch, channels, height, width, out_channels, RESIZES.index(resize), multiprocessors)
+    assert found == tile
+    check(once(emulated), emulated.conv3x3, shape, resize, torch.float16, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_neither_batch_nor_tile_changes_a_bit(emulated, resize):
+    tensors = arguments((3, 40, 72, 7, 9), resize, torch.bfloat16)
+    call = once(emulated)
+    together = run(call, emulated.conv3x3, tensors, resize)
+    assert torch.equal(run(call, emulated.conv3x3, tensors, resize, MANY), together)
+    for i in range(3):
+        alone = dict(tensors, x=tensors["x"][i : i + 1], residual=tensors["residual"][i : i + 1])
+        assert torch.equal(run(call, emulated.conv3x3, alone, resize), together[i : i + 1])
+    few = dict(tensors, weight=tensors["weight"][:20], bias=tensors["bias"][:20], residual=tensors["residual"][:, :20])
+    assert torch.equal(run(call, emulated.conv3x3, few, resize), together[:, :20])
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_stay_where_they_are_seen(emulated, value, channels, resize):
+    tensors = arguments((2, channels, 12, 5, 6), resize, torch.float16)
+    plain = run(once(emulated), emulated.conv3x3, tensors, resize)
+    tensors["x"][1, 2, 3, 2] = value
+    out = run(once(emulated), emulated.conv3x3, tensors, resize)
+    seen = (
+        reference.conv3x3(
+            tensors["x"].double().isfinite().logical_not().double(),
+            torch.ones(12, channels, 3, 3).double(),
+            resize=resize,
+        )
+        != 0
+    )
+    assert not out[seen].isfinite().any()
+    assert torch.equal(out[~seen], plain[~seen])
+
+
+def test_results_beyond_the_range_become_infinite(emulated):
+    tensors = arguments((1, 8, 16, 3, 3), "up", torch.float16)
+    tensors["residual"].fill_(6e4)
+    tensors["bias"].fill_(6e4)
+    assert (run(once(emulated), emulated.conv3x3, tensors, "up") == float("inf")).all()
