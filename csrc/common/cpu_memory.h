@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -39,31 +40,28 @@ inline torch::stable::Tensor contiguous_cpu(const torch::stable::Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// Blocks that a thread's calls were done with, for its next ones: memory fresh from the system
-// costs a page fault every 4 KiB, in small calls more than the arithmetic.
+// Blocks that calls were done with, for the next ones: memory fresh from the system costs a page
+// fault every 4 KiB, in small calls more than the arithmetic.
 class KeptBlocks {
  public:
-  static KeptBlocks& of_thread() {
-    thread_local KeptBlocks blocks;
+  static constexpr size_t kAlignment = 64;
+
+  static KeptBlocks& of_process() {
+    static KeptBlocks& blocks = *new KeptBlocks;  // never destroyed: threads may outlive main
     return blocks;
-  }
-  KeptBlocks() = default;
-  KeptBlocks(const KeptBlocks&) = delete;
-  KeptBlocks& operator=(const KeptBlocks&) = delete;
-  ~KeptBlocks() {
-    for (const Block& block : blocks_) std::free(block.memory);
   }
 
   // The smallest kept block that is large enough, or a new one; `bytes` becomes its size.
   void* take(size_t& bytes) {
-    Block* best = nullptr;
-    for (Block& block : blocks_) {
-      if (block.bytes >= bytes && (best == nullptr || block.bytes < best->bytes)) best = &block;
-    }
-    if (best != nullptr) {
-      bytes = best->bytes;
-      best->bytes = 0;
-      return std::exchange(best->memory, nullptr);
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      Block* best = nullptr;
+      for (Block& block : blocks_) {
+        if (block.bytes >= bytes && (best == nullptr || block.bytes < best->bytes)) best = &block;
+      }
+      if (best != nullptr) {
+        bytes = std::exchange(best->bytes, 0);
+        return std::exchange(best->memory, nullptr);
+      }
     }
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     void* memory = std::aligned_alloc(kAlignment, bytes);
@@ -72,16 +70,14 @@ class KeptBlocks {
   }
   // Keeps the block in the place of the smallest, if that is smaller.
   void give(void* memory, size_t bytes) {
-    Block& smallest =
-        *std::min_element(std::begin(blocks_), std::end(blocks_),
-                          [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
-    if (bytes <= kMostBytes && smallest.bytes < bytes) {
-      memory = std::exchange(smallest, {memory, bytes}).memory;
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && bytes <= kMostBytes) {
+      Block& smallest =
+          *std::min_element(std::begin(blocks_), std::end(blocks_),
+                            [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+      if (smallest.bytes < bytes) memory = std::exchange(smallest, {memory, bytes}).memory;
     }
     std::free(memory);
   }
-
-  static constexpr size_t kAlignment = 64;
 
  private:
   static constexpr size_t kMostBytes = 4 << 20;  // of each
@@ -89,6 +85,9 @@ class KeptBlocks {
     void* memory = nullptr;
     size_t bytes = 0;
   };
+
+  // Nobody waits for it: not a call beside another, not the child of a fork that it was held in.
+  std::mutex mutex_;
   Block blocks_[8];
 };
 
@@ -99,12 +98,12 @@ class Scratch {
   explicit Scratch(int64_t count) {
     if (count <= kFew) return;
     bytes_ = static_cast<size_t>(count) * sizeof(T);
-    memory_ = KeptBlocks::of_thread().take(bytes_);
+    memory_ = KeptBlocks::of_process().take(bytes_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
-    if (memory_ != nullptr) KeptBlocks::of_thread().give(memory_, bytes_);
+    if (memory_ != nullptr) KeptBlocks::of_process().give(memory_, bytes_);
   }
   T* data() { return memory_ != nullptr ? static_cast<T*>(memory_) : few_; }
 
