@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup ext emulated demo test bench gpu figures kernels lint format clean
+.PHONY: FORCE setup ext emulated demo test bench gpu figures kernels lint format clean
 
 # The virtual environment borrows the packages of the Python it starts from when that has a torch that fits, and installs
 # torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
@@ -27,7 +27,12 @@ $(VENV)/requirements: $(BIN)/python pyproject.toml
 	command -v cmake >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -q cmake
 	touch $@
 
-$(VENV)/installed-$(EXTRAS): $(VENV)/requirements CMakeLists.txt setup.py pyproject.toml $(SOURCES)
+# New when it says something else than at the last build.
+BUILD_SETTINGS = FLEXVAR_CUDA=$(FLEXVAR_CUDA) CUDAARCHS=$(CUDAARCHS) nvcc=$(shell command -v nvcc)
+$(VENV)/build-settings: $(BIN)/python FORCE
+	@echo "$(BUILD_SETTINGS)" | cmp -s - $@ || echo "$(BUILD_SETTINGS)" > $@
+
+$(VENV)/installed-$(EXTRAS): $(VENV)/requirements $(VENV)/build-settings CMakeLists.txt setup.py pyproject.toml $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
@@ -55,9 +60,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.report
 
 gpu: export FLEXVAR_CUDA = on
-gpu: setup
-	FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(BIN)/python -m benchmarks.report --require-cuda
+gpu: setup  # what fails in the tests keeps nobody from measuring
+	status=0; FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
+	$(BIN)/python -m benchmarks.report --require-cuda || status=$$?; exit $$status
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures

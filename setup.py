@@ -21,10 +21,9 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFLEXVAR_OUTPUT_DIR={output}"]
-        if "FLEXVAR_CUDA" in os.environ:  # otherwise a cached value would outlive the environment's
-            configure.append(f"-DFLEXVAR_CUDA={os.environ['FLEXVAR_CUDA']}")
-        else:
-            configure.append("-UFLEXVAR_CUDA")
+        # A cached value would outlive the environment's.
+        for variable, name in {"FLEXVAR_CUDA": "FLEXVAR_CUDA", "CUDAARCHS": "CMAKE_CUDA_ARCHITECTURES"}.items():
+            configure.append(f"-D{name}={os.environ[variable]}" if os.environ.get(variable) else f"-U{name}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 

@@ -5,7 +5,10 @@ Without a GPU a recorder stands in for CUDA graphs that computes anew, in place,
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -108,6 +111,26 @@ def test_two_streams_of_a_kind_at_once(pipe: FlexVARPipeline) -> None:
     found = [[step.indices for step in steps] for steps in zip(*streams, strict=True)]
     for stream in (0, 1):
         assert_equal([indices[stream] for indices in found], expected[stream])
+
+
+def test_eight_threads_draw_what_one_draws(pipe: FlexVARPipeline) -> None:
+    seeds = range(8)
+    expected = [pipe([1], seed=seed, **OPTIONS).pyramid for seed in seeds]
+
+    class Slow(Recomputing):
+        def record(self, function: Callable[[], torch.Tensor | None]) -> Any:
+            time.sleep(0.01)  # so that others come while this one records
+            return super().record(function)
+
+    pipe.cuda_graphs = GraphCache(2, Slow, "cpu")
+    pipe([1], seed=0, **OPTIONS)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda seed: pipe([1], seed=seed, **OPTIONS).pyramid, seeds))
+            for one, other in zip(found, expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert Recomputing.count > 0
+    assert len(copy.deepcopy(pipe.cuda_graphs)) == 0
 
 
 def test_an_abandoned_stream_gives_its_recording_back(pipe: FlexVARPipeline) -> None:

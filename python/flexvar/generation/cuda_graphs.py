@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import Protocol
 
 import torch
@@ -100,9 +101,10 @@ class GraphCache:
     """Recordings of the kinds of generation used last.
 
     The first generation of a kind is computed step by step; the second is recorded, and with it all others are
-    replayed. A recording serves one generation at a time: one that starts meanwhile is computed step by step, with the
-    same result. A recording holds addresses of the weights and what was derived from their values, so all are dropped
-    when a weight changes its place or value. That a module was exchanged for another goes unnoticed: :meth:`clear`.
+    replayed. A recording serves one generation at a time: one that starts meanwhile, in whatever thread, is computed
+    step by step, with the same result. A recording holds addresses of the weights and what was derived from their
+    values, so all are dropped when a weight changes its place or value. That a module was exchanged for another goes
+    unnoticed: :meth:`clear`.
 
     Args:
         capacity: kinds to remember; 0 records nothing. Each holds a KV cache and the activations of its largest step.
@@ -118,6 +120,7 @@ class GraphCache:
         self.capacity = check_integer("capacity", capacity, 0, op="GraphCache")
         self._make_recorder = make_recorder
         self._device_type = device_type
+        self._lock = RLock()  # of all below, and of what is in use
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._weights: list[Tensor] = []
         self._fingerprint: list[tuple[int, int]] = []
@@ -128,20 +131,29 @@ class GraphCache:
 
     def clear(self) -> None:
         """Forgets everything; a recording is freed once no generation uses it."""
-        self._kinds.clear()
-        self._weights, self._fingerprint = [], []
+        with self._lock:
+            self._kinds.clear()
+            self._weights, self._fingerprint = [], []
+
+    def __reduce__(self) -> tuple[type[GraphCache], tuple[object, ...]]:
+        """Copies start without recordings."""
+        return GraphCache, (self.capacity, self._make_recorder, self._device_type)
 
     @contextmanager
     def using(self, steps: Steps, batch: int, device: torch.device) -> Iterator[Steps | GraphedSteps]:
         """What computes a generation of ``batch`` images: a recording of ``steps``, or ``steps`` itself."""
-        kind = self._remember(steps, batch, device)
-        if kind is None or kind.in_use:
+        with self._lock:
+            kind = self._remember(steps, batch, device)
+            if kind is not None and kind.in_use:
+                kind = None
+            if kind is not None:
+                kind.in_use = True  # while it is recorded, too
+        if kind is None:
             yield steps
             return
-        if kind.recording is None:
-            kind.recording = GraphedSteps(steps, batch, device, self._make_recorder())
-        kind.in_use = True
         try:
+            if kind.recording is None:
+                kind.recording = GraphedSteps(steps, batch, device, self._make_recorder())
             yield kind.recording
         finally:
             kind.in_use = False
