@@ -32,6 +32,9 @@ Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int6
   const int64_t heads = qkv_in.size(3), dim = qkv_in.size(4);
   Tensor q = empty_cpu({batch, tokens, heads, dim}, k_cache.scalar_type());
   if (q.numel() == 0) return q;
+  for (Tensor* cache : {&k_cache, &v_cache}) {  // a new one, perhaps
+    if (position == 0 && cache->is_contiguous()) advise_large_pages(*cache);
+  }
   const Tensor qkv = contiguous_cpu(qkv_in);
   std::optional<Tensor> q_scale;
   if (q_scale_in) q_scale = contiguous_cpu(*q_scale_in);

@@ -4,12 +4,16 @@
 // what is as it should be.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <iterator>
 #include <mutex>
@@ -17,6 +21,21 @@
 #include <utility>
 
 namespace flexvar {
+
+// Large results are mostly fresh from the system, which then hands them out in pages of 2 MiB
+// instead of 4 KiB where it does so on request.
+inline void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096, kFewest = 4 << 20;
+  if (bytes < kFewest) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or it stays slow
+#endif
+}
+inline void advise_large_pages(torch::stable::Tensor& t) {
+  advise_large_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+}
 
 // Uninitialised and contiguous, on the CPU.
 template <size_t rank>
@@ -33,7 +52,9 @@ torch::stable::Tensor empty_cpu(const int64_t (&sizes)[rank], torch::headeronly:
       aoti_torch_device_type_cpu(), 0, &handle);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "can't allocate memory for a tensor of ", stride,
                   " elements");
-  return torch::stable::Tensor(handle);
+  torch::stable::Tensor t(handle);
+  advise_large_pages(t);
+  return t;
 }
 
 inline torch::stable::Tensor contiguous_cpu(const torch::stable::Tensor& t) {
@@ -66,6 +87,7 @@ class KeptBlocks {
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     void* memory = std::aligned_alloc(kAlignment, bytes);
     if (memory == nullptr) throw std::bad_alloc();
+    advise_large_pages(memory, bytes);
     return memory;
   }
   // Keeps the block in the place of the smallest, if that is smaller.

@@ -101,6 +101,7 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
     params.residual = residual->const_data_ptr();
   }
   Tensor out = torch::stable::new_empty(x, shape.out_channels_last());
+  advise_large_pages(out);
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.out = out.mutable_data_ptr();

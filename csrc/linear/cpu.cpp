@@ -155,6 +155,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
     params.residual = residual->const_data_ptr();
   }
   Tensor out = torch::stable::new_empty(residual ? *residual : x, shape);
+  advise_large_pages(out);
   params.out_element = element_of(out, "residual");
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
