@@ -25,13 +25,35 @@ class CudaScope {
   cudaStream_t stream_;
 };
 
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error),
-                  error == cudaErrorNoKernelImageForDevice
-                      ? " (this build has no code for this GPU; rebuild with CUDAARCHS set to it, "
-                        "see `flexvar doctor`)"
-                      : "");
+// `call` is what returned the error. Whichever call is the first to name a kernel notices that the
+// build has no code for the GPU, and CUDA has two errors for that.
+inline void check_cuda(cudaError_t error, const char* op, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // keeps errors until they are asked for: the next launch would report it
+  const bool no_code =
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  STD_TORCH_CHECK(false, op, ": ", call, " failed: ", cudaGetErrorString(error),
+                  no_code ? " (this build has no code for this GPU; rebuild with CUDAARCHS set to "
+                            "it, see `flexvar doctor`)"
+                          : "");
+}
+
+inline void check_launch(const char* op) { check_cuda(cudaGetLastError(), op, "CUDA launch"); }
+
+inline int device_attribute(cudaDeviceAttr which, const torch::stable::Tensor& tensor,
+                            const char* op) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, tensor.get_device_index()), op,
+             "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Dynamic shared memory beyond 48 KB needs leave, once for each kernel and device.
+template <class... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...), int64_t bytes, const char* op) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             op, "cudaFuncSetAttribute");
 }
 
 }  // namespace flexvar

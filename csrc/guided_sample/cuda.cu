@@ -10,36 +10,29 @@
 namespace flexvar {
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, which, device) == cudaSuccess,
-                  "guided_sample: cudaDeviceGetAttribute failed");
-  return value;
-}
+constexpr const char* kOp = "guided_sample";
 
 template <class T>
 void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
-  const int device = logits.get_device_index();
   const int64_t words = guided_sample_words(params.vocabulary, params.top_k);
   const int64_t bytes = words * static_cast<int64_t>(sizeof(int32_t));
   const auto all_rows = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
-  const int64_t shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
-                               static_cast<int64_t>(sizeof(SampleStorage));
+  const int64_t shared_limit =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp) -
+      static_cast<int64_t>(sizeof(SampleStorage));
   if (bytes <= shared_limit) {
     const auto kernel = guided_sample_kernel<T, true>;
-    STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(bytes)) == cudaSuccess,
-                    "guided_sample: cannot use ", bytes, " bytes of shared memory");
+    allow_shared_memory(kernel, bytes, kOp);
     kernel<<<all_rows, kSampleThreads, bytes, stream>>>(params);
   } else {
-    const auto blocks =
-        std::min<unsigned>(all_rows, 4u * attribute(cudaDevAttrMultiProcessorCount, device));
+    const auto blocks = std::min<unsigned>(
+        all_rows, 4u * device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp));
     const Tensor workspace = torch::stable::new_empty(logits, {blocks, words}, ScalarType::Int);
     params.workspace = workspace.mutable_data_ptr<int32_t>();
     guided_sample_kernel<T, false><<<blocks, kSampleThreads, 0, stream>>>(params);
   }
-  check_launch("guided_sample");
+  check_launch(kOp);
 }
 
 Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, const Tensor& seeds,

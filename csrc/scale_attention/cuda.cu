@@ -28,14 +28,6 @@ Tensor with_copyable_rows(const Tensor& t) {
   return copy;
 }
 
-int64_t multiprocessors(const Tensor& t) {
-  int count = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, "scale_attention: ", cudaGetErrorString(error));
-  return count;
-}
-
 // Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
 template <class T, class Run>
 void dispatch_dim(int64_t dim, const Run& run) {
@@ -69,11 +61,8 @@ template <class Params, class Tile>
 void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_bytes,
             const Params& params, const std::vector<Tile>& tiles, int64_t heads,
             cudaStream_t stream, int64_t parts = 1) {
-  // Asking for more than 48 KB needs leave, once for each kernel and device.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    STD_TORCH_CHECK(error == cudaSuccess, "scale_attention: ", cudaGetErrorString(error));
+    allow_shared_memory(kernel, static_cast<int64_t>(shared_bytes), "scale_attention");
   }
   for (size_t begin = 0; begin < tiles.size(); begin += kTilesPerLaunch) {
     const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
@@ -210,7 +199,8 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
     const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
     const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
     const int64_t keys =
-        keys_per_part(count, kv_length, Kernels::kForwardColumns, multiprocessors(q));
+        keys_per_part(count, kv_length, Kernels::kForwardColumns,
+                      device_attribute(cudaDevAttrMultiProcessorCount, q, "scale_attention_step"));
     const int64_t parts = (kv_length + keys - 1) / keys, rows = batch * heads * tokens;
     std::optional<Tensor> part_sums, part_softmax;
     if (parts > 1) {

@@ -38,9 +38,16 @@ std::vector<py::array> run(const py::array& qkv, const py::array& k_cache, const
 }  // namespace
 
 EMULATED_BINDINGS(append_qkv, module) {
+  // Every pair of dtypes, every head dim.
   module.def("append_qkv_float32_32", &run<float, float, float, 32>);
   module.def("append_qkv_float32_float16_96", &run<float, __half, float, 96>);
+  module.def("append_qkv_float32_bfloat16_128", &run<float, __nv_bfloat16, float, 128>);
+  module.def("append_qkv_float16_128", &run<__half, __half, float, 128>);
+  module.def("append_qkv_float16_float32_64", &run<__half, float, float, 64>);
+  module.def("append_qkv_float16_bfloat16_32", &run<__half, __nv_bfloat16, float, 32>);
   module.def("append_qkv_bfloat16_64", &run<__nv_bfloat16, __nv_bfloat16, float, 64>);
+  module.def("append_qkv_bfloat16_float32_96", &run<__nv_bfloat16, float, float, 96>);
+  module.def("append_qkv_bfloat16_float16_32", &run<__nv_bfloat16, __half, float, 32>);
   module.def("append_qkv_float64_128", &run<double, double, double, 128>);
 }
 

@@ -13,18 +13,22 @@ AttentionCudaTensor slice(const T* data, const py::array& array, int index) {
           dim};
 }
 
-template <class Tile>
-TileList<Tile> list_of(const std::vector<Tile>& tiles) {
-  TileList<Tile> list = {};
-  std::copy(tiles.begin(), tiles.end(), list.tiles);
-  return list;
-}
-
-template <class Tile>
-LaunchShape shape_of(int64_t heads, const std::vector<Tile>& tiles, int threads, size_t shared) {
-  return {{static_cast<unsigned>(heads), static_cast<unsigned>(tiles.size()), 1},
-          {static_cast<unsigned>(threads), 1, 1},
-          shared};
+// One launch for every kTilesPerLaunch tiles.
+template <class Params, class Tile>
+void launch(DeviceMemory& memory, void (*kernel)(Params, TileList<Tile>), int threads,
+            size_t shared_bytes, const Params& params, const std::vector<Tile>& tiles,
+            int64_t heads, int64_t parts = 1) {
+  for (size_t begin = 0; begin < tiles.size(); begin += kTilesPerLaunch) {
+    const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
+    TileList<Tile> list = {};
+    std::copy_n(tiles.begin() + begin, count, list.tiles);
+    memory.launch(
+        kernel,
+        {{static_cast<unsigned>(heads), static_cast<unsigned>(count), static_cast<unsigned>(parts)},
+         {static_cast<unsigned>(threads), 1, 1},
+         shared_bytes},
+        params, list);
+  }
 }
 
 // out, logsumexp and, with q_scale, the inverse lengths of q and k.
@@ -45,15 +49,12 @@ std::vector<py::array> forward(const py::array& qkv, const std::vector<int64_t>&
       part = memory.output<A>("inverse_lengths", {batch, heads, tokens});
     }
   }
-  const auto tiles = longest_first(query_tiles(scale_lengths, Kernels::kForwardRows));
-  memory.launch(
-      Kernels::kForward,
-      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared)),
-      AttentionForwardCuda{slice(data, qkv, 0), slice(data, qkv, 1), slice(data, qkv, 2), out,
-                           logsumexp, heads, tokens, softmax_scale,
-                           q_scale ? memory.input<A>("q_scale", *q_scale) : nullptr,
-                           inverse_lengths[0], inverse_lengths[1]},
-      list_of(tiles));
+  launch(memory, Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared),
+         AttentionForwardCuda{slice(data, qkv, 0), slice(data, qkv, 1), slice(data, qkv, 2), out,
+                              logsumexp, heads, tokens, softmax_scale,
+                              q_scale ? memory.input<A>("q_scale", *q_scale) : nullptr,
+                              inverse_lengths[0], inverse_lengths[1]},
+         longest_first(query_tiles(scale_lengths, Kernels::kForwardRows)), batch * heads);
   std::vector<py::array> results{memory.fetch(out), memory.fetch(logsumexp)};
   if (q_scale) {
     for (A* part : inverse_lengths) results.push_back(memory.fetch(part));
@@ -81,23 +82,21 @@ std::vector<py::array> step(const py::array& q, const py::array& cache, int64_t 
                               tokens,
                               softmax_scale};
   if (logit_bound) params.logit_bound = memory.input<A>("logit_bound", *logit_bound);
-  const auto tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
-  LaunchShape shape =
-      shape_of(batch * heads, tiles, Kernels::kThreads, sizeof(typename Kernels::ForwardShared));
   const int64_t rows = batch * heads * tokens;
+  int64_t parts = 1;
   if (keys_per_part) {
-    const int64_t parts = (kv_length + *keys_per_part - 1) / *keys_per_part;
-    shape.grid[2] = static_cast<unsigned>(parts);
+    parts = (kv_length + *keys_per_part - 1) / *keys_per_part;
     params.keys_per_part = *keys_per_part;
     params.part_sums = memory.workspace<A>("part_sums", {parts, rows, kDim});
     params.parts = memory.workspace<A>("parts", {parts, rows, 2});
   }
-  memory.launch(Kernels::kForward, shape, params, list_of(tiles));
+  launch(memory, Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared),
+         params, step_tiles(tokens, kv_length, Kernels::kForwardRows), batch * heads, parts);
   if (keys_per_part) {
     constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
     const auto blocks = static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock);
     memory.launch(attention_combine<T, kDim>, {{blocks, 1, 1}, {kCombineThreads, 1, 1}, 0}, params,
-                  rows, static_cast<int>(shape.grid[2]));
+                  rows, static_cast<int>(parts));
   }
   return {memory.fetch(out)};
 }
@@ -143,13 +142,11 @@ std::vector<py::array> backward(const py::array& grad_out, const py::array& qkv,
   memory.launch(&attention_delta<T, kDim>,
                 {{static_cast<unsigned>((all_tokens + 15) / 16), 1, 1}, {kPlainThreads, 1, 1}, 0},
                 params, all_tokens);
-  const auto by_query = longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows));
-  const auto by_key = longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows));
-  const size_t shared = sizeof(typename Kernels::BackwardShared);
-  memory.launch(Kernels::kGradQueries, shape_of(batch * heads, by_query, Kernels::kThreads, shared),
-                params, list_of(by_query));
-  memory.launch(Kernels::kGradKeys, shape_of(batch * heads, by_key, Kernels::kThreads, shared),
-                params, list_of(by_key));
+  constexpr size_t kShared = sizeof(typename Kernels::BackwardShared);
+  launch(memory, Kernels::kGradQueries, Kernels::kThreads, kShared, params,
+         longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads);
+  launch(memory, Kernels::kGradKeys, Kernels::kThreads, kShared, params,
+         longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads);
   std::vector<py::array> results;
   for (T* grad : grads) results.push_back(memory.fetch(grad));
   if (q_scale) {
@@ -202,8 +199,12 @@ EMULATED_BINDINGS(scale_attention, module) {
     return bytes;
   });
   bind<float, 32>(module, "float32");
+  bind<float, 64>(module, "float32");
+  bind<float, 128>(module, "float32");
   bind<double, 64>(module, "float64");
+  bind<__half, 64>(module, "float16");
   bind<__half, 96>(module, "float16");
+  bind<__nv_bfloat16, 32>(module, "bfloat16");
   bind<__nv_bfloat16, 64>(module, "bfloat16");
   bind<__nv_bfloat16, 128>(module, "bfloat16");
 }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "testing/arrays.h"
 #include "vq_lookup/kernel.cuh"
 
@@ -23,8 +25,14 @@ void launch_score(DeviceMemory& memory, const VqProblem& problem, const VqWorksp
   }
 }
 
-// The launcher's three steps.
-py::array look_up(DeviceMemory& memory, VqPrepareParams prepare) {
+void launch_prepare(DeviceMemory& memory, const VqPrepareParams& params) {
+  const dim3 grid = vq_prepare_grid(params.code_rows + params.latent_rows);
+  memory.launch(vq_prepare_kernel, {{grid.x, 1, 1}, {kVqPrepareThreads, 1, 1}, 0}, params);
+}
+
+// The launcher's three steps; `scales` is empty for a matrix of latents.
+py::array look_up(DeviceMemory& memory, VqPrepareParams prepare,
+                  const std::vector<VqScaleSize>& scales) {
   const VqProblem& problem = prepare.problem;
   const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
   VqWorkspace& workspace = prepare.workspace;
@@ -43,9 +51,21 @@ py::array look_up(DeviceMemory& memory, VqPrepareParams prepare) {
   auto* tops = memory.workspace<float>("tops", {problem.splits, rows, kVqSubgroups, 3});
   workspace.tops = reinterpret_cast<VqTop*>(tops);
   prepare.code_rows = codes;
-  prepare.latent_rows = rows;
-  const dim3 prepare_grid = vq_prepare_grid(prepare.code_rows + prepare.latent_rows);
-  memory.launch(vq_prepare_kernel, {{prepare_grid.x, 1, 1}, {kVqPrepareThreads, 1, 1}, 0}, prepare);
+  if (scales.empty()) {
+    prepare.latent_rows = rows;
+    launch_prepare(memory, prepare);
+  }
+  for (size_t first = 0; first < scales.size(); first += kVqMaxScales) {
+    const size_t end = std::min(scales.size(), first + kVqMaxScales);
+    VqLatentSource& part = prepare.source;
+    part.num_scales = static_cast<int>(end - first);
+    std::copy(scales.begin() + first, scales.begin() + end, part.scales);
+    part.first_token = scales[first].first_token;
+    part.end_token = end < scales.size() ? scales[end].first_token : part.tokens;
+    prepare.latent_rows = rows / part.tokens * (part.end_token - part.first_token);
+    launch_prepare(memory, prepare);
+    prepare.code_rows = 0;
+  }
   launch_score(memory, problem, workspace);
   auto* indices = memory.output<int64_t>("indices", {rows});
   memory.launch(vq_resolve_kernel,
@@ -68,13 +88,13 @@ EMULATED_BINDINGS(vq_lookup, module) {
                            normalize, multiprocessors);
         prepare.codebook = memory.input<float>("codebook", codebook);
         prepare.source.latents = memory.input<float>("latents", latents);
-        return look_up(memory, prepare);
+        return look_up(memory, prepare, {});
       },
       "[N, C], [V, C] float32 -> int64 [N], as planned for a GPU with `multiprocessors`.");
   module.def(
       "vq_lookup_multiscale",
       [](const py::array& latent, const py::array& codebook,
-         const std::vector<std::pair<int, int>>& scales, bool normalize, int mode,
+         const std::vector<std::pair<int, int>>& sizes, bool normalize, int mode,
          const EmulationOptions& options) {
         DeviceMemory memory(options);
         VqPrepareParams prepare{};
@@ -82,16 +102,16 @@ EMULATED_BINDINGS(vq_lookup, module) {
         source.mode = static_cast<ResampleMode>(mode);
         source.height = static_cast<int>(latent.shape(2));
         source.width = static_cast<int>(latent.shape(3));
-        for (const auto& [height, width] : scales) {
-          source.scales[source.num_scales++] = {source.tokens, height, width};
+        std::vector<VqScaleSize> scales;
+        for (const auto& [height, width] : sizes) {
+          scales.push_back({source.tokens, height, width});
           source.tokens += static_cast<int64_t>(height) * width;
         }
-        source.end_token = source.tokens;
         prepare.problem = plan_vq_lookup(latent.shape(0) * source.tokens, codebook.shape(0),
                                          static_cast<int>(codebook.shape(1)), normalize, 1);
         prepare.codebook = memory.input<float>("codebook", codebook);
         source.latents = memory.input<float>("latent", latent);
-        return look_up(memory, prepare);
+        return look_up(memory, prepare, scales);
       },
       "[B, C, H, W], [V, C] float32 -> int64 [B * L]; `mode` counts csrc/resample's ResampleMode.");
 }

@@ -10,7 +10,13 @@ from flexvar_ext import reference
 KERNELS = [
     ("append_qkv_float32_32", torch.float32, torch.float32, 32, 2e-6),
     ("append_qkv_float32_float16_96", torch.float32, torch.float16, 96, 2e-3),
+    ("append_qkv_float32_bfloat16_128", torch.float32, torch.bfloat16, 128, 2e-2),
+    ("append_qkv_float16_128", torch.float16, torch.float16, 128, 2e-3),
+    ("append_qkv_float16_float32_64", torch.float16, torch.float32, 64, 2e-6),
+    ("append_qkv_float16_bfloat16_32", torch.float16, torch.bfloat16, 32, 2e-2),
     ("append_qkv_bfloat16_64", torch.bfloat16, torch.bfloat16, 64, 2e-2),
+    ("append_qkv_bfloat16_float32_96", torch.bfloat16, torch.float32, 96, 2e-6),
+    ("append_qkv_bfloat16_float16_32", torch.bfloat16, torch.float16, 32, 2e-3),
     ("append_qkv_float64_128", torch.float64, torch.float64, 128, 1e-12),
 ]
 

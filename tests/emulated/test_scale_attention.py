@@ -9,8 +9,12 @@ from tests.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_accurate
 
 VARIANTS = [
     (torch.float32, 32),
+    (torch.float32, 64),
+    (torch.float32, 128),
     (torch.float64, 64),
+    (torch.float16, 64),
     (torch.float16, 96),
+    (torch.bfloat16, 32),
     (torch.bfloat16, 64),
     (torch.bfloat16, 128),
 ]
@@ -35,18 +39,7 @@ def kernel(emulated, name, dtype, dim):
     return lambda *arguments: tuple(function(*arguments))
 
 
-@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
-@pytest.mark.parametrize(
-    ("batch", "heads", "lengths", "scale", "q_scale"),
-    [
-        (1, 1, [1], 1.0, None),
-        (1, 2, [3, 68], 0.2, None),
-        (2, 1, [20], -0.1, None),
-        (2, 1, [1, 4], 1.0, [4.0]),
-        (1, 2, [3, 68], -0.7, [9.0, -60.0]),
-    ],
-)
-def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim):
+def check_passes(emulated, run, batch, heads, lengths, scale, q_scale, dtype, dim):
     tokens = sum(lengths)
     qkv = random((batch, tokens, 3, heads, dim), dtype)
     grad_out = random((batch, tokens, 1, heads, dim), dtype, seed=1)
@@ -65,10 +58,10 @@ def test_forward_and_backward(emulated, run_in_every_order, batch, heads, length
         )
         return out.detach(), *torch.autograd.grad(out, inputs, grad_out[:, :, 0].to(compute_dtype))
 
-    out, logsumexp, *inverse_lengths = run_in_every_order(
+    out, logsumexp, *inverse_lengths = run(
         kernel(emulated, "scale_attention", dtype, dim), to_numpy(qkv), lengths, scale, q_scale
     )
-    grads = run_in_every_order(
+    grads = run(
         kernel(emulated, "scale_attention_backward", dtype, dim),
         to_numpy(grad_out),
         to_numpy(qkv),
@@ -87,6 +80,31 @@ def test_forward_and_backward(emulated, run_in_every_order, batch, heads, length
         if q_scale is not None:  # what has no direction has gradients beyond float16
             result, same, exact = (tensor[:, 1:] for tensor in (result, same, exact))
         assert_as_accurate_as_torch(result, same, exact, factor=GRADIENT_FACTOR if i else FORWARD_FACTOR)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+@pytest.mark.parametrize(
+    ("batch", "heads", "lengths", "scale", "q_scale"),
+    [
+        (1, 1, [1], 0.5, None),
+        (1, 2, [3, 68], 0.2, None),
+        (2, 1, [20], -0.1, None),
+        (2, 1, [1, 4], 1.0, [4.0]),
+        (1, 2, [3, 68], -0.7, [9.0, -20.0]),
+        (2, 1, [1, 6, 17, 1, 33], 0.3, None),
+        (1, 1, [1, 4, 16, 70, 1, 66], 0.2, [5.0]),
+    ],
+)
+def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim):
+    check_passes(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.bfloat16, 32)])
+def test_more_tiles_than_a_launch_takes(emulated, dtype, dim):
+    def run(kernel, *arguments):
+        return kernel(*arguments, emulated.Options())
+
+    check_passes(emulated, run, 1, 1, [1] * 257, 0.2, None, dtype, dim)
 
 
 @pytest.mark.parametrize(("dtype", "dim"), VARIANTS)

@@ -84,18 +84,44 @@ def test_components_below_half_precision(run_in_every_order, emulated):
     check(run_in_every_order, emulated, latents, codebook)
 
 
+def test_codes_at_the_error_bound(run_in_every_order, emulated):
+    """fp16 rounds every component of rows and second nearest codes up, and every one of the nearest codes down."""
+    middle, spacing = (1 + 2**-11) / 8, 2**-13  # of 1/8 and the next number of fp16
+    signs = torch.where(randn(6, 64) < 0, -1.0, 1.0)
+
+    def rows(components):  # of length 1: normalising changes no rounding
+        last = (1 - components.double().square().sum()).sqrt().float()
+        return signs * torch.cat([components, last[None]])
+
+    up, down = torch.full((63,), middle + 2**-23), torch.full((63,), middle - 2**-23)
+    further_up = up.clone()
+    further_up[:8] += 2 * spacing
+    others = torch.nn.functional.normalize(randn(294, 64, seed=1))
+    latents, codebook = rows(up), torch.cat([rows(further_up), others, rows(down)])
+    assert torch.equal((latents.half().double() @ codebook.half().double().T).argmax(1), torch.arange(6))
+    assert torch.equal((latents.double() @ codebook.double().T).argmax(1), torch.arange(300, 306))
+    check(run_in_every_order, emulated, latents, codebook)
+
+
 def test_misaligned_inputs(run_in_every_order, emulated):
     check(run_in_every_order, emulated, randn(20, 21), randn(100, 21, seed=1), misalignment=1)
+
+
+def check_multiscale(run, emulated, scales, mode, normalize):
+    latent, codebook = randn(2, 8, 7, 5), randn(100, 8, seed=1)
+    arguments = (latent.numpy(), codebook.numpy(), scales, normalize, MODES.index(mode))
+    (indices,) = run(emulated.vq_lookup_multiscale, *arguments)
+    expected = flexvar_ext.vq_lookup_multiscale(
+        latent, codebook, scales, normalize=normalize, mode=mode.split("_")[0], antialias=mode.endswith("antialias")
+    )
+    np.testing.assert_array_equal(indices, expected.flatten().numpy())
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_multiscale(run_in_every_order, emulated, mode, normalize):
-    latent, codebook = randn(2, 8, 7, 5), randn(100, 8, seed=1)
-    scales = [(1, 1), (2, 3), (7, 5), (4, 9)]
-    arguments = (latent.numpy(), codebook.numpy(), scales, normalize, MODES.index(mode))
-    (indices,) = run_in_every_order(emulated.vq_lookup_multiscale, *arguments)
-    expected = flexvar_ext.vq_lookup_multiscale(
-        latent, codebook, scales, normalize=normalize, mode=mode.split("_")[0], antialias=mode.endswith("antialias")
-    )
-    np.testing.assert_array_equal(indices, expected.flatten().numpy())
+    check_multiscale(run_in_every_order, emulated, [(1, 1), (2, 3), (7, 5), (4, 9)], mode, normalize)
+
+
+def test_more_scales_than_a_launch_takes(run_in_every_order, emulated):
+    check_multiscale(run_in_every_order, emulated, [(1 + i % 3, 1 + i % 4) for i in range(33)], "area", True)
