@@ -44,7 +44,7 @@ class GenerationSettings:
             next larger grid and cropped. One alone means a square, none 16 x 16 tokens or the schedule's last grid.
         steps: how many, where no schedule is given; as :meth:`ScaleSchedule.for_image` says unless set: 10, and more
             for images beyond 20 x 20 tokens.
-        guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`.
+        guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`; at most 1e30.
         top_k: draw among the k likeliest codes; 0 is all, 1 always takes the likeliest.
         top_p: then among the likeliest that together have this probability; 0 and 1 are all.
         published_greedy_quirk: take the likeliest code, whatever ``top_k``, at steps with a side other than 1 2 3 4 5 6
