@@ -162,6 +162,16 @@ def test_stream_equals_call(pipe: FlexVARPipeline) -> None:
     assert np.array_equal(again.images[0], np.asarray(out.images[0]))
 
 
+def test_a_step_is_the_callers_own(pipe: FlexVARPipeline) -> None:
+    """Whatever is done to what a step gives, later steps are as they would have been."""
+    image, mask = photograph(16, 16), box(16, 16, rows=slice(0, 9), columns=slice(3, 11))
+    for edit in (None, Inpaint(image, mask), Refine(image, 16, 16, 2)):
+        expected = [step.indices for step in pipe.stream(1, edit=edit, schedule=[1, 2, 3, 4], seed=3)]
+        for step, indices in zip(pipe.stream(1, edit=edit, schedule=[1, 2, 3, 4], seed=3), expected, strict=True):
+            assert torch.equal(step.indices, indices)
+            step.indices.zero_()
+
+
 def test_feathered_seam(pipe: FlexVARPipeline) -> None:
     image = torch.full((3, 24, 24), 0.25)
     mask = box(24, 24, rows=slice(8, 16), columns=slice(8, 16))

@@ -385,7 +385,7 @@ class FlexVARPipeline:
             index=index,
             num_steps=len(layout.schedule),
             size=layout.schedule[index],
-            indices=_outside_inference_mode(indices),
+            indices=indices.clone(),  # the caller's own, and one that autograd, too, can use
             image_size=layout.preview_size(index),
             _decode=lambda codes, size, output_type: self._decode(codes, size, output_type, autocast_dtype, finish),
         )
