@@ -26,6 +26,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 _CHECKSUM = "crc32"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_model(
@@ -42,8 +43,14 @@ def save_model(
         dtype: what the weights are stored in, a floating point type; by default what they are.
 
     Raises:
+        TypeError: another dtype.
         OSError: the folder cannot be written; files that were there are left whole.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"save_model: dtype must be a torch.dtype or None, got {dtype!r}")
+    if dtype not in (None, *_DTYPES):
+        allowed = ", ".join(map(str, _DTYPES))
+        raise TypeError(f"save_model: dtype must be {allowed} or None, got {dtype}")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}

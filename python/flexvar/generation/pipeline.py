@@ -119,7 +119,10 @@ class FlexVARPipeline:
         return pipeline.to(device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Writes models and defaults into a folder, which is made if need be, in ``dtype`` if given. Raises OSError."""
+        """Writes models and defaults into a folder, which is made if need be, in ``dtype`` if given.
+
+        Raises as :func:`flexvar.storage.save_model`.
+        """
         save_model(self.tokenizer, Path(folder) / TOKENIZER_FOLDER, dtype=dtype)
         save_model(self.transformer, Path(folder) / TRANSFORMER_FOLDER, dtype=dtype)
         write_atomically(Path(folder) / SETTINGS_FILE, (json.dumps(self.defaults, indent=2) + "\n").encode())
