@@ -143,6 +143,8 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
         ),
         (["generate", "--schedule", ""], "--schedule must be sides"),
         (["generate", "--schedule", "0"], "from 1 to"),
+        (["generate", "--schedule", "1,30000"], "at most 4194304 tokens, all steps together, got 900000001"),
+        (["generate", "--size", "40000"], "height x width must be at most 268435456 pixels, got 40000 x 40000"),
         (["generate", "--guidance", "nan"], "guidance_scale must be from -1e+30 to 1e+30, got nan"),
         (["generate", "--guidance", "1e308"], "guidance_scale must be from -1e+30 to 1e+30, got 1e+308"),
         (["generate", "--guidance", "1e39", "--guidance-style", "llamagen"], "guidance_scale must be from"),
