@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from flexvar._checks import find_device
 from flexvar.doctor import is_strict
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
@@ -46,16 +47,7 @@ def choose_device(name: str) -> torch.device:
     import flexvar_ext
 
     if name != "auto":
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-        count = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= count:
-            raise ValueError(f"--device must be one that torch finds ({count} GPUs here), got {name!r}")
-        return device
+        return find_device("--device", name, "auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if flexvar_ext.HAS_CUDA_KERNELS:

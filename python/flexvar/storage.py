@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flexvar._checks import check_weights_dtype
 from flexvar._files import read_json_object, write_atomically
 from flexvar.checkpoint import check_state_dict, load_checkpoint_file
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -26,7 +27,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 _CHECKSUM = "crc32"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_model(
@@ -46,11 +46,7 @@ def save_model(
         TypeError: another dtype.
         OSError: the folder cannot be written; files that were there are left whole.
     """
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"save_model: dtype must be a torch.dtype or None, got {dtype!r}")
-    if dtype not in (None, *_DTYPES):
-        allowed = ", ".join(map(str, _DTYPES))
-        raise TypeError(f"save_model: dtype must be {allowed} or None, got {dtype}")
+    check_weights_dtype("save_model", dtype)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}

@@ -48,7 +48,7 @@ def test_tokenizer_round_trip_in_half_precision(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, int, "float16"])
 def test_only_floating_point_types_are_stored(tmp_path: Path, dtype: Any) -> None:
-    with pytest.raises(TypeError, match="save_model: dtype must be .* or None, got "):
+    with pytest.raises(TypeError, match=r"save_model: dtype must be .* or None, got "):
         save_model(tiny_transformer(), tmp_path / "model", dtype=dtype)
     assert not os.listdir(tmp_path)
 
