@@ -100,6 +100,12 @@ def check_size(op: str, name: str, value: object) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def check_elements(op: str, name: str, value: object, elements: int) -> None:
+    """A size whose result has so many elements: more than memory holds are refused before their number wraps around."""
+    if elements >= 2**48:
+        raise ValueError(f"{op}: {name} must make fewer than 2**48 elements, got {value!r}, which makes {elements}")
+
+
 def check_integer(op: str, name: str, value: object, lowest: int, bound: int) -> None:
     """An int in [lowest, bound)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

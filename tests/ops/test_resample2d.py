@@ -266,6 +266,13 @@ X = torch.zeros(1, 2, 4, 4)
             ValueError,
             "antialias must go with mode 'bilinear', got mode 'area'",
         ),
+        (
+            torch.zeros(4, 4, 1, 1),
+            (2**30, 2**30),  # 2**64 elements
+            {},
+            ValueError,
+            r"size must make fewer than 2\*\*48 elements, got \(1073741824, 1073741824\)",
+        ),
         (X.to_sparse(), (2, 2), {}, TypeError, "x must be a dense tensor, got layout sparse_coo"),
         (X, (2, 2), {"antialias": 1}, TypeError, "antialias must be a bool, got int"),
     ],
