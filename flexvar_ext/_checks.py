@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,8 @@ def alike(tensors: Sequence[object], rank: int, dtypes: Sequence[torch.dtype] = 
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.dim() != rank or tensor.dtype not in dtypes:
             return False
+        if tensor.layout is not torch.strided:
+            return False
         if not tensor.is_cpu if on_cpu else tensor.device != first.device:
             return False
     return True
@@ -39,9 +42,17 @@ def check_tensor(op: str, name: str, value: object, layout: str, dtypes: Sequenc
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must have dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout is not torch.strided:
+        raise not_dense(op, name, value)
     if not (value.is_cpu or value.is_cuda or value.is_meta):  # device.type is a string made anew, slower than the rest
         raise ValueError(f"{op}: {name} must be on a CPU or CUDA device, got {value.device}")
     return value
+
+
+def not_dense(op: str, name: str, value: Tensor) -> TypeError:
+    """The error for a sparse tensor."""
+    layout = str(value.layout).removeprefix("torch.")
+    return TypeError(f"{op}: {name} must be a dense tensor, got layout {layout}")
 
 
 def check_same_device(op: str, **tensors: Tensor) -> None:
@@ -59,6 +70,19 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> N
         raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def check_bool(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def check_eps(op: str, eps: object) -> None:
+    """What is added to a variance."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not 0 <= eps <= sys.float_info.max:  # infinity, NaN, or an int that is no float
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
 def check_size(op: str, name: str, value: object) -> tuple[int, int]:
     """A (height, width) of positive integers (symbolic ones under torch.compile too)."""
     # isinstance of an abstract class looks through its registry: the usual classes first.
@@ -74,6 +98,12 @@ def check_size(op: str, name: str, value: object) -> tuple[int, int]:
         if side >= 2**31:
             raise ValueError(f"{op}: {name} must be below 2**31, got {tuple(value)}")
     return value[0], value[1]
+
+
+def check_elements(op: str, name: str, value: object, elements: int) -> None:
+    """A size whose result has so many elements: more than memory holds are refused before their number wraps around."""
+    if elements >= 2**48:
+        raise ValueError(f"{op}: {name} must make fewer than 2**48 elements, got {value!r}, which makes {elements}")
 
 
 def check_integer(op: str, name: str, value: object, lowest: int, bound: int) -> None:

@@ -24,7 +24,8 @@ def append_qkv(
         qkv: [B, l, 3, H, D], a fused projection's output; D one of 32, 64, 96, 128; float32, float16, bfloat16 or
             float64.
         k_cache, v_cache: [B, L_max, H, D], written in place from ``position`` to ``position + l``; float32, float16 or
-            bfloat16 (float64 where qkv is), both alike, whatever qkv's. A token's [H, D] must be contiguous.
+            bfloat16 (float64 where qkv is), both alike, whatever qkv's. A token's [H, D] must be contiguous, and every
+            token of both have memory of its own.
         position: tokens in the cache already, at most L_max - l.
         q_scale: [H], floating; used in float32 (float64).
 
@@ -52,8 +53,13 @@ def append_qkv(
                 f"{op}: {name} must have the dtype of k_cache, {k_cache.dtype}, and float64 only where qkv has, "
                 f"{qkv.dtype}, got {cache.dtype}"
             )
-        if cache.stride(3) != 1 or cache.stride(2) != dim:
-            raise ValueError(f"{op}: {name} must be contiguous in H and D, got strides {cache.stride()}")
+        strides = cache.stride()
+        if strides[3] != 1 or strides[2] != dim:
+            raise ValueError(f"{op}: {name} must be contiguous in H and D, got strides {strides}")
+        if (strides[0] == 0 and batch > 1) or (strides[1] == 0 and cache.shape[1] > 1):
+            raise ValueError(f"{op}: {name} must have memory for every token, got strides {strides}")
+    if _is_same_memory(k_cache, v_cache):
+        raise ValueError(f"{op}: v_cache must have memory of its own, got that of k_cache")
     check_integer(op, "position", position, 0, 2**63)
     if position > k_cache.shape[1] - length:
         raise ValueError(
@@ -72,6 +78,15 @@ def append_qkv(
         q_scale = q_scale.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32)
     q: Tensor = torch.ops.flexvar.append_qkv(qkv, k_cache, v_cache, position, q_scale)
     return q
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return a.numel() > 0
+    # Only what holds values has an address: not the fake tensors of torch.compile and torch.export.
+    if type(a) is not Tensor or type(b) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return a.data_ptr() == b.data_ptr() != 0  # 0: without elements, or on the meta device
 
 
 @torch.library.register_fake("flexvar::append_qkv")

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_size, check_tensor
+from flexvar_ext._checks import (
+    FLOATING,
+    check_bool,
+    check_choice,
+    check_elements,
+    check_same_device,
+    check_size,
+    check_tensor,
+)
 from flexvar_ext.resample2d import MODES
 
 
@@ -46,10 +54,10 @@ def embed_resample(
     check_same_device("embed_resample", indices=indices, codebook=codebook)
     height, width = check_size("embed_resample", "size", size)
     check_choice("embed_resample", "mode", mode, MODES)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"embed_resample: normalize must be a bool, got {type(normalize).__name__}")
+    check_bool("embed_resample", "normalize", normalize)
     if indices.shape[1] == 0 or indices.shape[2] == 0:
         raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
+    check_elements("embed_resample", "size", size, indices.shape[0] * height * width * codebook.shape[1])
     result: Tensor
     if torch.compiler.is_compiling():
         result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)

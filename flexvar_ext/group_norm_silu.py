@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, alike, check_integer, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, alike, check_bool, check_eps, check_integer, check_same_device, check_tensor
 
 DTYPES = (*FLOATING, torch.float64)
 
@@ -77,12 +77,8 @@ def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
         if vector.shape[0] != channels:
             raise ValueError(f"{op}: {name} must have shape [C] with C = {channels}, got {tuple(vector.shape)}")
     check_same_device(op, x=x, weight=weight, bias=bias)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
-    if not isinstance(silu, bool):
-        raise TypeError(f"{op}: silu must be a bool, got {type(silu).__name__}")
+    check_eps(op, eps)
+    check_bool(op, "silu", silu)
 
 
 def _in_its_format(x: Tensor) -> Tensor:

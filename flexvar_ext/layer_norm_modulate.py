@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, alike, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, alike, check_eps, check_same_device, check_tensor
 
 DTYPES = (*FLOATING, torch.float64)
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
@@ -122,10 +122,7 @@ def _check(
         elif given != shape:
             raise ValueError(f"{op}: {name} must have the shape of scale, {shape}, got {tuple(given)}")
     check_same_device(op, x=x, **tokens, **vectors)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+    check_eps(op, eps)
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device
+from flexvar_ext._checks import FLOATING, check_choice, check_same_device, not_dense
 from flexvar_ext._registration import register_autocast
 
 ACTIVATIONS = ("none", "gelu_tanh")
@@ -54,6 +54,8 @@ def linear(
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
         if value.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must have dtype float32, float16, bfloat16 or float64, got {value.dtype}")
+        if value.layout is not torch.strided:
+            raise not_dense(op, name, value)
     check_same_device(op, **given)
     _check_shapes(op, x, weight, bias, gate, residual)
     check_choice(op, "activation", activation, ACTIVATIONS)

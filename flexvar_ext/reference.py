@@ -46,6 +46,8 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
     """[B, C, H, W] -> [B, C, h, w], as ``torch.nn.functional.interpolate`` with ``align_corners=False``."""
     if mode in ("nearest", "area"):
         return F.interpolate(x, size=size, mode=mode)
+    if antialias and x.dtype in (torch.float16, torch.bfloat16):  # torch has no CPU kernel for them
+        return resample2d(x.float(), size, mode=mode, antialias=True).to(x.dtype)
     if antialias and size[1] == 1 and size[0] > 1:  # torch 2.13's CPU kernel is wrong for such columns, not for rows
         return resample2d(x.transpose(2, 3), (1, size[0]), mode=mode, antialias=True).transpose(2, 3)
     return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=antialias)
@@ -171,7 +173,11 @@ def scale_attention(
     softmax_scale: float | None = None,
     q_scale: Tensor | None = None,
 ) -> Tensor:
-    """[B, L, H, D] each -> [B, L, H, D]: a token of scale i attends to every token of the scales <= i."""
+    """[B, L, H, D] each -> [B, L, H, D]: a token of scale i attends to every token of the scales <= i.
+
+    Where k and v are finite: a mask takes what is not seen times 0, and 0 times a NaN or an infinity is NaN, which the
+    native op, that does not look at what is not seen, does not give.
+    """
     if q_scale is not None:
         dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
         q = (F.normalize(q.to(wide), dim=-1) * q_scale.to(wide)[:, None]).to(dtype)

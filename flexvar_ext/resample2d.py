@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, check_choice, check_size, check_tensor
+from flexvar_ext._checks import FLOATING, check_bool, check_choice, check_elements, check_size, check_tensor
 
 MODES = ("nearest", "bilinear", "bicubic", "area")
 
@@ -40,12 +40,12 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
     check_tensor("resample2d", "x", x, "[B, C, H, W]", (*FLOATING, torch.float64))
     height, width = check_size("resample2d", "size", size)
     check_choice("resample2d", "mode", mode, MODES)
-    if not isinstance(antialias, bool):
-        raise TypeError(f"resample2d: antialias must be a bool, got {type(antialias).__name__}")
+    check_bool("resample2d", "antialias", antialias)
     if antialias and mode != "bilinear":
         raise ValueError(f"resample2d: antialias must go with mode 'bilinear', got mode {mode!r}")
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"resample2d: x must have at least one pixel, got shape {tuple(x.shape)}")
+    check_elements("resample2d", "size", size, x.shape[0] * x.shape[1] * height * width)
     result: Tensor = torch.ops.flexvar.resample2d(x, height, width, mode, antialias)
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,7 +182,7 @@ def _softmax_scale(op: str, q: Tensor, softmax_scale: float | None) -> float:
         return float(q.shape[3] ** -0.5)
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"{op}: softmax_scale must be a number or None, got {type(softmax_scale).__name__}")
-    if not math.isfinite(softmax_scale):
+    if not abs(softmax_scale) <= sys.float_info.max:  # NaN, infinity, or an int that is no float
         raise ValueError(f"{op}: softmax_scale must be finite, got {softmax_scale}")
     return float(softmax_scale)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import check_same_device, check_tensor
+from flexvar_ext._checks import check_bool, check_same_device, check_tensor
 from flexvar_ext._registration import register_autocast
 
 
@@ -32,6 +32,7 @@ def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> T
     Raises: TypeError, ValueError: ``vq_lookup: argument, rule, value got``.
     """
     check_lookup_arguments("vq_lookup", "latents", "[N, C]", latents, codebook)
+    check_bool("vq_lookup", "normalize", normalize)
     result: Tensor = torch.ops.flexvar.vq_lookup(latents.float(), codebook.float(), normalize)
     return result
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import check_choice, check_size
+from flexvar_ext._checks import check_bool, check_choice, check_size
 from flexvar_ext._registration import register_autocast
 from flexvar_ext.vq_lookup import check_lookup_arguments
 
 _OP = "vq_lookup_multiscale"
+_MAX_TOKENS = 2**31  # 16 GiB of indices, more than a batch has: a mistyped size is refused rather than allocated
 
 
 def vq_lookup_multiscale(
@@ -32,7 +33,8 @@ def vq_lookup_multiscale(
         latent: [B, C, H, W], float32, float16 or bfloat16; B may be 0, H and W not. Tokens whose window holds a NaN or
             an infinity get index 0.
         codebook: [V, C]; see :func:`flexvar_ext.vq_lookup`.
-        scales: the (h, w) of every scale, each at least (1, 1), smaller or larger than the latent.
+        scales: the (h, w) of every scale, each at least (1, 1), smaller or larger than the latent; B * L of them
+            together below 2**31.
         normalize: compare directions instead of points.
         mode: "area", "bilinear", "bicubic" or "nearest"; see :func:`flexvar_ext.resample2d`.
         antialias: only with "bilinear".
@@ -41,12 +43,20 @@ def vq_lookup_multiscale(
     Raises: TypeError, ValueError: ``vq_lookup_multiscale: argument, rule, value got``.
     """
     check_lookup_arguments(_OP, "latent", "[B, C, H, W]", latent, codebook)
+    check_bool(_OP, "normalize", normalize)
+    check_bool(_OP, "antialias", antialias)
     check_choice(_OP, "mode", mode, ("area", "bilinear", "bicubic", "nearest"))
     if antialias and mode != "bilinear":
         raise ValueError(f"{_OP}: antialias must be False unless mode is bilinear, got mode {mode!r}")
     if latent.shape[2] < 1 or latent.shape[3] < 1:
         raise ValueError(f"{_OP}: latent must have H and W of at least 1, got shape {tuple(latent.shape)}")
     heights, widths = _sides(scales)
+    tokens = latent.shape[0] * _num_tokens(heights, widths)
+    if tokens >= _MAX_TOKENS:
+        raise ValueError(
+            f"{_OP}: scales must have fewer than 2**31 tokens, all images together, got {tokens} in {len(heights)} "
+            f"scales of {latent.shape[0]} images"
+        )
     result: Tensor = torch.ops.flexvar.vq_lookup_multiscale(
         latent.float(), codebook.float(), heights, widths, normalize, mode, antialias
     )
@@ -62,6 +72,10 @@ def _sides(scales: object) -> tuple[list[int], list[int]]:
     return [height for height, _ in sizes], [width for _, width in sizes]
 
 
+def _num_tokens(heights: Sequence[int], widths: Sequence[int]) -> int:
+    return sum(height * width for height, width in zip(heights, widths, strict=True))
+
+
 @torch.library.register_fake("flexvar::vq_lookup_multiscale")
 def _(
     latent: Tensor,
@@ -72,8 +86,7 @@ def _(
     mode: str,
     antialias: bool,
 ) -> Tensor:
-    tokens = sum(height * width for height, width in zip(heights, widths, strict=True))
-    return latent.new_empty((latent.shape[0], tokens), dtype=torch.int64)
+    return latent.new_empty((latent.shape[0], _num_tokens(heights, widths)), dtype=torch.int64)
 
 
 register_autocast("vq_lookup_multiscale", to=torch.float32)

@@ -13,6 +13,30 @@ def describe(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def find_device(argument: str, device: object, rule: str = "cpu, cuda or cuda:N") -> torch.device:
+    """The CPU, or a GPU that torch finds. Raises TypeError for no device and no name of one, ValueError for others."""
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"{argument} must be a torch.device or a str, got {type(device).__name__}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{argument} must be {rule}, got {device!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{argument} must be {rule}, got {str(device)!r}")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"{argument} must be one that torch finds ({count} GPUs here), got {str(device)!r}")
+    return found
+
+
+def check_weights_dtype(op: str, dtype: object) -> None:
+    """Raise TypeError unless weights can be of it; None stands for the dtype that they have."""
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(
+            f"{op}: dtype must be torch.float32, torch.float16, torch.bfloat16, torch.float64 or None, got {dtype!r}"
+        )
+
+
 def check_schedule(op: str, schedule: object) -> None:
     """Raise TypeError unless it is a :class:`ScaleSchedule`."""
     if not isinstance(schedule, ScaleSchedule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,8 @@ from flexvar.cli_web import web
 
 BAD_INPUT = 2  # exit code, the one that wrong arguments have
 
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's; where it is depends on typer's version
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,18 +49,33 @@ app.add_typer(train_app, name="train")
 
 
 def main() -> None:
-    """Entry point: whatever a user can cause is one line on stderr and exit code 2, without a traceback."""
+    """Entry point: whatever a user can cause is one line on stderr and exit code 2, without a traceback or a box."""
     from PIL.Image import DecompressionBombWarning
 
     warnings.simplefilter("ignore", DecompressionBombWarning)  # pictures beyond that size are refused
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False))
+    except _UsageError as error:
+        _fail_usage(error)
+    except typer.Abort:
+        print("flexvar: stopped", file=sys.stderr)
+        raise SystemExit(1) from None
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         _fail(error)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
             raise
         _fail(error)
+
+
+def _fail_usage(error: Any) -> None:
+    text = error.format_message()
+    if type(error).__name__ != "NoArgsIsHelpError":
+        command = error.ctx.command_path if error.ctx else "flexvar"
+        text = f"flexvar: error: {' '.join(text.split()).rstrip('.')}; see {command} --help"
+    if text:  # without any arguments: the help, unless rich has printed it already
+        print(text, file=sys.stderr)
+    raise SystemExit(BAD_INPUT)
 
 
 def _fail(error: Exception) -> None:

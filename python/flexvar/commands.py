@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from flexvar._checks import find_device
 from flexvar.doctor import is_strict
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
@@ -46,16 +47,7 @@ def choose_device(name: str) -> torch.device:
     import flexvar_ext
 
     if name != "auto":
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-        count = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= count:
-            raise ValueError(f"--device must be one that torch finds ({count} GPUs here), got {name!r}")
-        return device
+        return find_device("--device", name, "auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if flexvar_ext.HAS_CUDA_KERNELS:
@@ -68,18 +60,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_target(out: Path, *, grid: bool) -> Path:
-    """Where to write, before anything is computed: a PNG in a folder that is made, or a folder."""
+    """Where to write: a PNG, or a folder. Nothing is made of it until there is something to write."""
     if out.suffix.lower() == ".png":
         if grid:
             raise ValueError(f"--grid must be left out where --out is a .png, a sheet already, got {str(out)!r}")
         if out.is_dir():
             raise ValueError(f"--out must be a file where it ends in .png, got the folder {str(out)!r}")
-        out.parent.mkdir(parents=True, exist_ok=True)
     elif out.suffix and not out.is_dir():
         raise ValueError(f"--out must end in .png or be a folder, got {str(out)!r}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def _make_folder(target: Path) -> None:
+    """The folder that a target is, or is in: made before the drawing, which would be lost without it."""
+    (target.parent if _is_png(target) else target).mkdir(parents=True, exist_ok=True)
 
 
 def generate(
@@ -161,6 +155,7 @@ def _draw_and_save(
     to_folder = not _is_png(target)
     if not to_folder:
         _refuse_to_overwrite(target, keep)
+    _make_folder(target)
     pictures: list[Image.Image] = []
     for image, picture in drawing.draw(pipe, edit, ids, on_step):
         if to_folder:
@@ -226,6 +221,7 @@ def rerun(picture: Path, out: Path | None, *, image: Path | None, mask: Path | N
     )
     recipe.use_recorded_threads()
     drawing.check(pipe, edit)
+    _make_folder(target)
     num_steps = len(drawing.layout(pipe, edit).schedule)
     with _progress("drawing", drawing.num_passes(recipe.images) * num_steps) as bar:
         drawn = dict(drawing.draw(pipe, edit, recipe.images, bar.update))
@@ -255,6 +251,7 @@ def reconstruct(
 ) -> None:
     """``flexvar reconstruct``: the picture and its reconstruction at every scale, on one sheet."""
     out = pipe.reconstruct(picture, schedule=schedule, steps=steps, autocast_dtype=autocast_dtype(dtype))
+    _make_folder(target)
     scales: list[Image.Image] = []
     for step in tqdm(out.steps, desc="decoding", unit="scale", disable=None):
         scales += cast("list[Image.Image]", step.preview())

@@ -226,6 +226,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             with Image.open(file, formats=["PNG"]) as image:
                 text = image.info.get(_SETTINGS_KEY)
             settings = json.loads(text) if isinstance(text, str) else None
+        except UnidentifiedImageError as error:
+            raise ValueError(f"read_settings: {name} must be an undamaged PNG, got another format") from error
         except Exception as error:  # as in open_image
             raise ValueError(f"read_settings: {name} must be an undamaged PNG, got: {error}") from error
     if type(settings) is not dict:

@@ -14,6 +14,7 @@ Size = tuple[int, int]
 # Bounds no image comes near: a mistyped number is refused rather than allocated.
 _MAX_SIDE = 1 << 15
 _MAX_STEPS = 1 << 12
+_MAX_TOKENS = 1 << 22  # of all steps: in half precision the published model's keys and values of so many are 256 GiB
 
 # Sides of the square grids of 256 px images (16 x 16 tokens) by number of steps. 6 to 14 are the paper's;
 # 1 to 5 continue them downwards and serve only for_image.
@@ -59,7 +60,7 @@ class ScaleSchedule:
 
     Raises:
         TypeError: ``sizes`` is not iterable, or a side is not an int.
-        ValueError: no step or too many, a side out of range, or something that is not a pair.
+        ValueError: no step or too many, more than 2**22 tokens, a side out of range, or something that is not a pair.
 
     >>> ScaleSchedule([1, (2, 4), (5, 9)]).sizes
     ((1, 1), (2, 4), (5, 9))
@@ -78,6 +79,10 @@ class ScaleSchedule:
         if len(checked) > _MAX_STEPS:
             raise ValueError(f"ScaleSchedule: sizes must hold at most {_MAX_STEPS} steps, got {len(checked)}")
         lengths = tuple(height * width for height, width in checked)
+        if sum(lengths) > _MAX_TOKENS:
+            raise ValueError(
+                f"ScaleSchedule: sizes must hold at most {_MAX_TOKENS} tokens, all steps together, got {sum(lengths)}"
+            )
         # Plain attributes rather than cached properties, whose lock torch.compile cannot trace.
         for name, value in (
             ("sizes", checked),

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flexvar._checks import check_weights_dtype
 from flexvar._files import read_json_object, write_atomically
 from flexvar.checkpoint import check_state_dict, load_checkpoint_file
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -42,8 +43,10 @@ def save_model(
         dtype: what the weights are stored in, a floating point type; by default what they are.
 
     Raises:
+        TypeError: another dtype.
         OSError: the folder cannot be written; files that were there are left whole.
     """
+    check_weights_dtype("save_model", dtype)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}

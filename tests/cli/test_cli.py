@@ -48,6 +48,14 @@ def test_help_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
+def test_usage_errors_name_the_command_to_ask() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "flexvar", "generate", "--frobnicate"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    expected = "flexvar: error: No such option: --frobnicate; see python -m flexvar generate --help\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", expected)
+
+
 def test_doctor_finds_this_installation_well(run: Callable[..., Result]) -> None:
     code, text, _ = run("doctor")
     assert code == 0, text
@@ -128,9 +136,9 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
     [
         (["generate", "sta"], "class_labels must be names that the model knows, got 'sta'; did you mean star"),
         (["generate", "7"], "class_labels must be from 0 to 3, got 7"),
-        (["generate", "-1"], None),
+        (["generate", "-1"], "No such option: -1; see "),
         (["generate", "--num", "0"], "--num must be at least 1, got 0"),
-        (["generate", "--num", "x"], None),
+        (["generate", "--num", "x"], "Invalid value for '--num'"),
         (["generate", "--batch", "-2"], "--batch must be at least 1, got -2"),
         (["generate", "--columns", "0"], "--columns must be at least 1, got 0"),
         (["generate", "--size", "0"], "height must be at least 1, got 0"),
@@ -143,10 +151,18 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
         ),
         (["generate", "--schedule", ""], "--schedule must be sides"),
         (["generate", "--schedule", "0"], "from 1 to"),
-        (["generate", "--guidance", "nan"], "guidance_scale must be finite"),
-        (["generate", "--guidance-style", "cfg"], None),
+        (["generate", "--schedule", "1,30000"], "at most 4194304 tokens, all steps together, got 900000001"),
+        (["generate", "--size", "40000"], "height x width must be at most 268435456 pixels, got 40000 x 40000"),
+        (["generate", "--guidance", "nan"], "guidance_scale must be from -1e+30 to 1e+30, got nan"),
+        (["generate", "--guidance", "1e308"], "guidance_scale must be from -1e+30 to 1e+30, got 1e+308"),
+        (["generate", "--guidance", "1e39", "--guidance-style", "llamagen"], "guidance_scale must be from"),
+        (["generate", "--guidance-style", "cfg"], "'cfg' is not one of 'var', 'llamagen', 'off'"),
         (["generate", "--top-k", "-1"], "top_k must be at least 0, got -1"),
         (["generate", "--top-p", "2"], "top_p must be from 0 to 1"),
+        (["generate", "--dtype", "float64"], "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["train", "tokenizer", "--seed"], "Option '--seed' requires an argument; see "),
+        (["train", "tokenizr"], "No such command 'tokenizr'"),
+        (["rerun", "text.jpg"], "text.jpg must be an undamaged PNG, got another format"),
         (["generate", "--seed", "-1"], "seed must be from 0 to"),
         (["generate", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["generate", "--device", "cuda:99"], "--device must be one that torch finds"),
@@ -155,13 +171,13 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
         (["generate", "--out", "/proc/nowhere/a.png"], "/proc/nowhere: No such file or directory"),
         (["generate", "--model", "nowhere"], "source must be \"demo\", a folder or a Hub id owner/name, got 'nowhere'"),
         (["generate", "--model", "."], "must hold tokenizer/config.json"),
-        (["generate", "--frobnicate"], None),
-        (["frobnicate"], None),
+        (["generate", "--frobnicate"], "No such option: --frobnicate; see "),
+        (["frobnicate"], "No such command 'frobnicate'; see "),
         (["train", "tokenizer", "--data", "nowhere"], "root must be a folder, got 'nowhere'"),
         (["train", "transformer", "--tokenizer", "nowhere"], "nowhere/config.json"),
         (["train", "tokenizer", "--steps", "0"], "steps must be from 1 to"),
-        (["train", "evaluate", "--images-per-class", "0"], None),
-        (["reconstruct"], None),
+        (["train", "evaluate", "--images-per-class", "0"], "Invalid value for '--images-per-class'"),
+        (["reconstruct"], "Missing argument 'photo'; see "),
         (["reconstruct", "missing.jpg"], "missing.jpg: No such file or directory"),
         (["reconstruct", "."], ".: Is a directory"),
         (["reconstruct", "text.jpg"], "text.jpg must be a picture that Pillow reads"),
@@ -172,7 +188,7 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    run: Callable[..., Result], model: str, arguments: list[str], text: str | None
+    run: Callable[..., Result], model: str, arguments: list[str], text: str
 ) -> None:
     Path("text.jpg").write_text("no picture")
     Image.new("RGB", (64, 64)).save("photo.png")
@@ -182,11 +198,43 @@ def test_mistakes_are_one_line_and_exit_code_2(
         arguments = [*arguments, "--model", model]
     code, _, error = run(*arguments)
     assert code == 2
+    assert error.startswith("flexvar: error: ")
+    assert error.count("\n") == 1
+    assert text in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "nonsense", "--out", "new"],
+        ["generate", "--seed", "-1", "--out", "new/star.png"],
+        ["reconstruct", "photo.png", "--schedule", "1,3", "--out", "new/scales.png"],
+        ["expand", "photo.png", "--size", "7", "--out", "new"],
+        ["train", "tokenizer", "--resume", "--out", "new"],
+    ],
+)
+def test_mistakes_leave_no_folder(run: Callable[..., Result], arguments: list[str]) -> None:
+    Image.new("RGB", (8, 8)).save("photo.png")
+    assert run(*arguments)[0] == 2
+    assert os.listdir() == ["photo.png"]
+
+
+def test_without_arguments_there_is_help(run: Callable[..., Result]) -> None:
+    for command in ([], ["train"]):
+        code, text, error = run(*command)
+        assert code == 2
+        assert "Usage" in text + error
+        assert "flexvar: error" not in error
+
+
+def test_an_interrupt_is_no_traceback(generate: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FlexVARTransformer, "begin", interrupted)
+    code, _, error = generate("star")
+    assert code in (1, 130)  # by typer's version
     assert "Traceback" not in error
-    if text is not None:  # the others are found while the arguments are read, by the parser
-        assert error.startswith("flexvar: error: ")
-        assert error.count("\n") == 1
-        assert text in error
 
 
 def test_damaged_model(run: Callable[..., Result], tmp_path: Path, model: str) -> None:

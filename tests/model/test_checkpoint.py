@@ -98,6 +98,11 @@ def without(weights: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
             ValueError,
             "head.bias must be finite",
         ),
+        (
+            lambda w: {**w, "head.bias": torch.full((6,), 1e300, dtype=torch.float64)},
+            ValueError,
+            "head.bias must be finite in float32",
+        ),
         (lambda w: {**w, "head.bias": [1.0] * 6}, TypeError, "must map names to tensors, got list for 'head.bias'"),
         (lambda w: {**w, 3: w["head.bias"]}, TypeError, "must map names to tensors, got Tensor for 3"),
         (lambda w: {"epoch": 3, "loss": 0.5}, TypeError, "must map names to tensors, got int for 'epoch'"),
@@ -114,6 +119,11 @@ def test_foreign_state_dicts_change_nothing(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     load_published_state_dict(model, weights)
     assert model(torch.tensor([1]), torch.zeros(1, 4, 4), ScaleSchedule([1, 2])).shape == (1, 5, 6)
+
+
+def test_finite_weights_may_sum_to_infinity(model: FlexVARTransformer, weights: dict[str, Tensor]) -> None:
+    load_published_state_dict(model, {**weights, "head.bias": torch.full((6,), 3e38)})
+    assert (model.head.bias == 3e38).all()
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -162,6 +162,16 @@ def test_stream_equals_call(pipe: FlexVARPipeline) -> None:
     assert np.array_equal(again.images[0], np.asarray(out.images[0]))
 
 
+def test_a_step_is_the_callers_own(pipe: FlexVARPipeline) -> None:
+    """Whatever is done to what a step gives, later steps are as they would have been."""
+    image, mask = photograph(16, 16), box(16, 16, rows=slice(0, 9), columns=slice(3, 11))
+    for edit in (None, Inpaint(image, mask), Refine(image, 16, 16, 2)):
+        expected = [step.indices for step in pipe.stream(1, edit=edit, schedule=[1, 2, 3, 4], seed=3)]
+        for step, indices in zip(pipe.stream(1, edit=edit, schedule=[1, 2, 3, 4], seed=3), expected, strict=True):
+            assert torch.equal(step.indices, indices)
+            step.indices.zero_()
+
+
 def test_feathered_seam(pipe: FlexVARPipeline) -> None:
     image = torch.full((3, 24, 24), 0.25)
     mask = box(24, 24, rows=slice(8, 16), columns=slice(8, 16))
@@ -356,6 +366,9 @@ IMAGE = torch.zeros(3, 8, 8)
         (lambda: Outpaint(IMAGE), ValueError, "left, right, top or bottom must be at least 1, got 0 for each"),
         (lambda: Outpaint(IMAGE, left=-1), ValueError, "outpaint: left must be at least 0, got -1"),
         (lambda: Outpaint(IMAGE, top=1.5), TypeError, r"outpaint: top must be an int, got 1\.5"),
+        (lambda: Outpaint(IMAGE, left=10**9), ValueError, "outpaint: height x width must be at most 268435456 pixels"),
+        (lambda: Expand(IMAGE, 10**5, 10**4), ValueError, "expand: height x width must be .* got 100000 x 10000"),
+        (lambda: Refine(IMAGE, 40000, 40000), ValueError, "refine: height x width must be .* got 40000 x 40000"),
         (lambda: Expand(IMAGE, 7, 16), ValueError, "expand: height must be at least 8, got 7"),
         (lambda: Expand(IMAGE, 8, 8), ValueError, "expand: height or width must be more than the image's, got 8 x 8"),
         (lambda: Refine(IMAGE, 0, 8), ValueError, "refine: height must be at least 1, got 0"),

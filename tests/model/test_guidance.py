@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flexvar import ScaleSchedule
-from flexvar.generation.guidance import guidance_weights, is_greedy_in_published_code, mix_guidance
+from flexvar.generation.guidance import GuidanceStyle, guidance_weights, is_greedy_in_published_code, mix_guidance
 from torch import nn
 
 
@@ -49,6 +49,14 @@ def test_llamagen_weight_is_its_formula() -> None:
     (weight,) = guidance_weights(ScaleSchedule([1]), 4.0, "llamagen")
     mixed = mix_guidance(torch.cat((conditional, unconditional)), weight)
     torch.testing.assert_close(mixed, unconditional + 4.0 * (conditional - unconditional))
+
+
+@pytest.mark.parametrize("style", ["var", "llamagen"])
+@pytest.mark.parametrize("scale", [1e30, -1e30])
+def test_the_largest_scale_stays_finite(style: GuidanceStyle, scale: float) -> None:
+    weights = guidance_weights(ScaleSchedule([1] * 4096), scale, style)
+    hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2))
+    assert mix_guidance(hidden * 1e3, max(weights, key=abs)).isfinite().all()
 
 
 def test_greedy_sides_of_the_published_code() -> None:

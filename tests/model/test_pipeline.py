@@ -347,10 +347,15 @@ def test_training_mode_is_refused(pipe: FlexVARPipeline) -> None:
         ({"schedule": "1 2 3"}, TypeError, "must be a list of ints"),
         ({"schedule": [1], "steps": 3}, ValueError, "steps must be left out"),
         ({"schedule": [1, 4], "height": 24}, ValueError, r"last grid \(4, 4\), got 24 x 16 px"),
+        ({"schedule": [1, 30000]}, ValueError, "at most 4194304 tokens, all steps together, got 900000001"),
+        ({"height": 30000, "steps": 2}, ValueError, "height x width must be at most 268435456 pixels, got 30000 x 300"),
+        ({"height": 16000, "steps": 2}, ValueError, "at most 4194304 tokens, all steps together"),
         ({"height": 0}, ValueError, "height must be at least 1, got 0"),
         ({"width": 64.0}, TypeError, r"width must be an int, got 64\.0"),
         ({"steps": -3}, ValueError, "steps must be at least 1, got -3"),
-        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite, got nan"),
+        ({"guidance_scale": float("nan")}, ValueError, r"guidance_scale must be from -1e\+30 to 1e\+30, got nan"),
+        ({"guidance_scale": -2e30}, ValueError, r"guidance_scale must be from .* got -2e\+30"),
+        ({"guidance_scale": 10**400}, ValueError, "guidance_scale must be from .* got 1000"),
         ({"guidance_scale": "2"}, TypeError, "guidance_scale must be a number, got '2'"),
         ({"guidance_style": "cfg"}, ValueError, "guidance_style must be one of var, llamagen, off, got 'cfg'"),
         ({"top_k": -1}, ValueError, "top_k must be at least 0, got -1"),
@@ -386,6 +391,38 @@ def test_bad_models(pipe: FlexVARPipeline) -> None:
     other = FlexVARTransformer(TransformerConfig(1, 64, 2, 5, 65, 8, upsample_mode="bilinear"))
     with pytest.raises(ValueError, match="codebook_size of both models must agree, got 64 and 65"):
         FlexVARPipeline(pipe.tokenizer, other)
+
+
+def test_devices_and_dtypes(pipe: FlexVARPipeline) -> None:
+    here = deepcopy(pipe)
+    for device, text in (
+        ("nope", "to: device must be cpu, cuda or cuda:N, got 'nope'"),
+        ("meta", "to: device must be cpu, cuda or cuda:N, got 'meta'"),
+        ("cuda:99", r"to: device must be one that torch finds \(\d GPUs here\), got 'cuda:99'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            here.to(device)
+        with pytest.raises(ValueError, match=text.replace("to:", "from_pretrained:")):
+            FlexVARPipeline.from_pretrained("demo", device=device)
+    with pytest.raises(TypeError, match=r"to: device must be a torch\.device or a str, got float"):
+        here.to(1.5)  # type: ignore[arg-type]
+    for dtype in (torch.int32, torch.complex64, "float16"):
+        with pytest.raises(TypeError, match=r"to: dtype must be torch\.float32, .* or None, got"):
+            here.to("cpu", dtype)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"from_pretrained: dtype must be torch\.float32, .* or None, got"):
+            FlexVARPipeline.from_pretrained("demo", dtype=dtype)  # type: ignore[arg-type]
+    assert here.transformer.head.weight.dtype == torch.float32
+
+
+def test_float64_is_for_the_reference(pipe: FlexVARPipeline) -> None:
+    wide = deepcopy(pipe).to("cpu", torch.float64)
+    if pipe.transformer.backend == "reference":
+        assert wide(1, schedule=SMALL).images[0].size == (16, 12)
+        return
+    with pytest.raises(TypeError, match=r"tokenizer must not be in float64 with the native ops, got torch\.float64"):
+        wide.stream(1, schedule=SMALL)  # at once, not at the first step
+    with pytest.raises(TypeError, match="tokenizer must not be in float64 with the native ops"):
+        wide.reconstruct(torch.zeros(3, 16, 16))
 
 
 def test_names_need_a_model_with_names(pipe: FlexVARPipeline) -> None:

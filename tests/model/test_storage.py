@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_tokenizer_round_trip_in_half_precision(tmp_path: Path) -> None:
     assert loaded.backend == "reference"
     for name, value in tokenizer.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, int, "float16"])
+def test_only_floating_point_types_are_stored(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"save_model: dtype must be .* or None, got "):
+        save_model(tiny_transformer(), tmp_path / "model", dtype=dtype)
+    assert not os.listdir(tmp_path)
 
 
 def test_loaded_models_can_be_trained(folder: Path) -> None:

@@ -409,6 +409,15 @@ def test_bad_input(small: FlexVARTransformer) -> None:
         assert small(labels, inputs, schedule).shape == (2, 5, 48)  # the next call works
 
 
+def test_heads_of_any_width_need_the_reference() -> None:
+    config = TransformerConfig(**{**SMALL, "width": 66, "heads": 2}, depth=1)
+    message = "width / heads must be one of 32, 64, 96, 128 with the native ops, got 66 / 2 = 33"
+    with pytest.raises(ValueError, match=message):
+        FlexVARTransformer(config)
+    model = FlexVARTransformer(config, backend="reference")
+    assert model(torch.tensor([1]), torch.zeros(1, 4, 8), ScaleSchedule([1, 2])).shape == (1, 5, 48)
+
+
 def test_initial_weights() -> None:
     model = FlexVARTransformer(TransformerConfig(**SMALL, depth=2), backend="reference")
     y, x = 3, 5

@@ -162,6 +162,13 @@ def test_a_token_is_the_same_in_any_batch_and_on_any_number_of_threads(dtype):
         torch.set_num_threads(threads)
 
 
+def test_two_views_of_one_cache_are_refused(device):
+    tensors = problem(device=device)
+    tensors["v_cache"] = tensors["k_cache"].view(tensors["k_cache"].shape)
+    with pytest.raises(ValueError, match="append_qkv: v_cache must have memory of its own, got that of k_cache"):
+        flexvar_ext.append_qkv(**tensors, position=2)
+
+
 def test_opcheck(device):
     for dtype, shape in (
         (torch.float32, (2, 5, 3, 64)),
@@ -203,6 +210,21 @@ BAD = [
     ({"v_cache": torch.zeros(2, 8, 3, 64)}, ValueError, "v_cache must have shape .* one L_max, got"),
     ({"v_cache": torch.zeros(2, 9, 3, 64).half()}, TypeError, "v_cache must have the dtype of k_cache"),
     ({"k_cache": torch.zeros(2, 9, 64, 3).transpose(2, 3)}, ValueError, "k_cache must be contiguous in H and D"),
+    (
+        {"k_cache": torch.zeros(1, 9, 3, 64).expand(2, -1, -1, -1)},
+        ValueError,
+        "k_cache must have memory for every token",
+    ),
+    (
+        {"v_cache": torch.zeros(2, 1, 3, 64).expand(-1, 9, -1, -1)},
+        ValueError,
+        "v_cache must have memory for every token",
+    ),
+    (
+        dict.fromkeys(("k_cache", "v_cache"), torch.zeros(2, 9, 3, 64)),
+        ValueError,
+        "v_cache must have memory of its own",
+    ),
     ({"position": 1.0}, TypeError, "position must be an integer, got 1.0"),
     ({"position": -1}, ValueError, "position must be in"),
     ({"position": 5}, ValueError, "position must leave room for 5 tokens in a cache of 9, got 5"),

@@ -257,6 +257,7 @@ I, C = torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(5, 4)  # noqa: E741
         (I, C[:0], (3, 3), {}, ValueError, r"indices must lie in \[0, 0\), .*, got 0"),
         (I, C, 3, {}, ValueError, r"size must be \(height, width\), got 3"),
         (I, C, (3, 0), {}, ValueError, r"size must be positive, got \(3, 0\)"),
+        (I, C, (2**31 - 1, 2**31 - 1), {}, ValueError, r"size must make fewer than 2\*\*48 elements, got \(2147483647"),
         (I, C, (3, 3), {"mode": "lanczos"}, ValueError, "mode must be one of .*, got 'lanczos'"),
         (I, C, (3, 3), {"normalize": 1}, TypeError, "normalize must be a bool, got int"),
     ],

@@ -380,6 +380,8 @@ X, VECTOR = torch.zeros(2, 4, 3, 3), torch.zeros(4)
         ({"eps": "small"}, TypeError, "eps must be a number, got str"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1.0"),
         ({"eps": float("nan")}, ValueError, "eps must be finite and not negative, got nan"),
+        ({"eps": 10**400}, ValueError, "eps must be finite and not negative, got 1000"),
+        ({"x": X.to_sparse()}, TypeError, "x must be a dense tensor, got layout sparse_coo"),
         ({"silu": 1}, TypeError, "silu must be a bool, got int"),
     ],
 )

@@ -320,6 +320,8 @@ X, VECTOR = torch.zeros(2, 3, 4), torch.zeros(2, 1, 4)
         ({"eps": "small"}, TypeError, "eps must be a number, got str"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1.0"),
         ({"eps": float("nan")}, ValueError, "eps must be finite and not negative, got nan"),
+        ({"eps": 10**400}, ValueError, "eps must be finite and not negative, got 1000"),
+        ({"x": X.to_sparse()}, TypeError, "x must be a dense tensor, got layout sparse_coo"),
         ({"dtype": torch.int8}, TypeError, "dtype must be float32, .*, got torch.int8"),
     ],
 )

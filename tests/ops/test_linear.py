@@ -269,6 +269,7 @@ X, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(5, 4)
             ValueError,
             r"residual must have the result's shape \(2, 3, 5\), got \(3, 5\)",
         ),
+        ({"weight": WEIGHT.to_sparse()}, TypeError, "weight must be a dense tensor, got layout sparse_coo"),
         ({"activation": "gelu"}, ValueError, "activation must be one of none, gelu_tanh, got 'gelu'"),
         ({"bias": torch.zeros(5, device="meta")}, ValueError, "all tensors must be on one device"),
     ],

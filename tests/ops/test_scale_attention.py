@@ -534,6 +534,8 @@ BAD = qkv_of(1, 5, 2, 32)
         ((BAD, BAD, BAD, [1, 3]), {}, ValueError, r"scale_lengths must sum to L = 5, got \[1, 3\], which sum to 4"),
         ((BAD, BAD, BAD, [5]), {"softmax_scale": "1"}, TypeError, r"softmax_scale must be a number or None, got str"),
         ((BAD, BAD, BAD, [5]), {"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be finite, got nan"),
+        ((BAD, BAD, BAD, [5]), {"softmax_scale": 10**400}, ValueError, r"softmax_scale must be finite, got 1000"),
+        ((BAD, BAD.to_sparse(), BAD, [5]), {}, TypeError, r"k must be a dense tensor, got layout sparse_coo"),
         ((BAD, BAD, BAD, [5]), {"q_scale": 4.0}, TypeError, r"q_scale must be a torch.Tensor, got float"),
         ((BAD, BAD, BAD, [5]), {"q_scale": torch.ones(1)}, ValueError, r"q_scale .* \[H\] with H = 2, got \(1,\)"),
         ((BAD, BAD, BAD, [5]), {"q_scale": torch.ones(2).int()}, TypeError, r"q_scale must have dtype .* got int32"),

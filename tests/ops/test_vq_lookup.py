@@ -267,6 +267,8 @@ def test_bad_input(latents, codebook, error, message):
     with pytest.raises(error, match="vq_lookup: " + message):
         flexvar_ext.vq_lookup(latents, codebook)
     assert flexvar_ext.vq_lookup(randn(3, 8), randn(5, 8)).shape == (3,)
+    with pytest.raises(TypeError, match="vq_lookup: normalize must be a bool, got int"):
+        flexvar_ext.vq_lookup(randn(3, 8), randn(5, 8), normalize=1)
 
 
 def test_finite_codebook_whose_sum_overflows():

@@ -169,6 +169,20 @@ def test_autocast_keeps_float32(device):
         ({"scales": [(1, 1), (2, 0)]}, ValueError, r"scales must be positive, got \(2, 0\)"),
         ({"scales": [(1, 1, 1)]}, ValueError, r"scales must be \(height, width\), got \(1, 1, 1\)"),
         ({"scales": [(1.0, 2.0)]}, TypeError, "scales must hold integers"),
+        ({"normalize": 1}, TypeError, "normalize must be a bool, got int"),
+        ({"mode": "bilinear", "antialias": "yes"}, TypeError, "antialias must be a bool, got str"),
+        ({"latent": randn(1, 8, 4, 4).to_sparse()}, TypeError, "latent must be a dense tensor, got layout sparse_coo"),
+        (
+            {"scales": [(2**20, 2**20)]},
+            ValueError,
+            r"scales must have fewer than 2\*\*31 tokens, all images together, got 1099511627776 in 1 scales",
+        ),
+        ({"scales": [(2**31 - 1, 2**31 - 1)] * 3}, ValueError, r"scales must have fewer than 2\*\*31 tokens"),
+        (
+            {"latent": randn(8, 8, 1, 1), "scales": [(2**14, 2**14)]},
+            ValueError,
+            r"scales must have fewer than 2\*\*31 tokens",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

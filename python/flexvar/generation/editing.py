@@ -17,7 +17,7 @@ from torch import Tensor
 from flexvar.generation.fill import fill_painted
 from flexvar.generation.pictures import Masks, Pictures, pad_to, pad_to_patches, to_paint, to_pixels
 from flexvar.generation.seam import paste_known
-from flexvar.generation.settings import Layout, check_integer
+from flexvar.generation.settings import Layout, check_integer, check_pixels
 from flexvar.schedule import Size
 
 
@@ -154,6 +154,7 @@ class Outpaint(Inpaint):
         widths = tuple(check_integer(name, width, 0, op=self.task) for name, width in margins.items())
         if not any(widths):
             raise ValueError(f"{self.task}: left, right, top or bottom must be at least 1, got 0 for each")
+        check_pixels(self.task, pixels.shape[2] + top + bottom, pixels.shape[3] + left + right)
         inside = torch.zeros(1, 1, *pixels.shape[2:])
         canvas, mask = F.pad(pixels, widths), F.pad(inside, widths, value=1.0)
         super().__init__(canvas, mask, paste=paste, feather=feather, start_step=start_step)
@@ -219,6 +220,7 @@ class Refine(Edit):
             check_integer("height", height, 1, op=self.task),
             check_integer("width", width, 1, op=self.task),
         )
+        check_pixels(self.task, *self.size)
         self.start_step = self._check_start_step(start_step)
 
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:

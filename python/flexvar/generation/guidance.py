@@ -6,7 +6,6 @@ the hidden states before it equals mixing the logits after it, for half the head
 
 from __future__ import annotations
 
-import sys
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +16,9 @@ from flexvar.schedule import ScaleSchedule, Size
 GuidanceStyle = Literal["var", "llamagen", "off"]
 GUIDANCE_STYLES: tuple[str, ...] = get_args(GuidanceStyle)
 
+# Float32 holds the weights that the longest schedule makes of it, and their products with hidden states.
+_LARGEST_SCALE = 1e30
+
 _VAR_RAMP_STEPS = 9
 _VAR_RAMP_SIDE = 16
 
@@ -25,13 +27,15 @@ PUBLISHED_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32
 
 
 def check_guidance(scale: float, style: str) -> None:
-    """Raises TypeError when ``scale`` is not a number, ValueError when it is not finite or the style is unknown."""
+    """Raises TypeError when ``scale`` is not a number, ValueError when it is beyond 1e30 or the style is unknown."""
     if style not in GUIDANCE_STYLES:
         raise ValueError(f"generate: guidance_style must be one of {', '.join(GUIDANCE_STYLES)}, got {style!r}")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"generate: guidance_scale must be a number, got {scale!r}")
-    if not abs(scale) <= sys.float_info.max:  # NaN, infinity, or an int that is no float
-        raise ValueError(f"generate: guidance_scale must be finite, got {scale}")
+    if not abs(scale) <= _LARGEST_SCALE:  # NaN, too, is not
+        raise ValueError(
+            f"generate: guidance_scale must be from {-_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, got {scale}"
+        )
 
 
 def guidance_weights(schedule: ScaleSchedule, scale: float, style: GuidanceStyle) -> list[float]:

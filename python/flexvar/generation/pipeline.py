@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from flexvar._checks import check_weights_dtype, find_device
 from flexvar._files import read_json_object, write_atomically
 from flexvar.generation.cuda_graphs import GraphCache
 from flexvar.generation.editing import Edit, Expand, Inpaint, Outpaint, Refine
@@ -108,8 +109,11 @@ class FlexVARPipeline:
         Raises:
             OSError: nothing is there, or it cannot be read or fetched.
             ImportError: a Hub id without ``huggingface_hub``.
-            ValueError, TypeError: files that are damaged or not a pipeline's.
+            ValueError, TypeError: files that are damaged or not a pipeline's; another device or dtype than :meth:`to`
+                takes.
         """
+        device = find_device("from_pretrained: device", device)
+        check_weights_dtype("from_pretrained", dtype)
         folder = locate_pipeline(source, revision)
         pipeline = cls(
             load_tokenizer(folder / TOKENIZER_FOLDER, backend=backend),
@@ -119,13 +123,26 @@ class FlexVARPipeline:
         return pipeline.to(device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Writes models and defaults into a folder, which is made if need be, in ``dtype`` if given. Raises OSError."""
+        """Writes models and defaults into a folder, which is made if need be, in ``dtype`` if given.
+
+        Raises as :func:`flexvar.storage.save_model`.
+        """
         save_model(self.tokenizer, Path(folder) / TOKENIZER_FOLDER, dtype=dtype)
         save_model(self.transformer, Path(folder) / TRANSFORMER_FOLDER, dtype=dtype)
         write_atomically(Path(folder) / SETTINGS_FILE, (json.dumps(self.defaults, indent=2) + "\n").encode())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FlexVARPipeline:
-        """Moves both models, in place; returns the pipeline."""
+        """Moves both models, in place; returns the pipeline.
+
+        Args:
+            device: the CPU, or a GPU that torch finds.
+            dtype: what the weights become: float32, float16, bfloat16; with the reference ops float64, too.
+
+        Raises:
+            TypeError, ValueError: another device or dtype.
+        """
+        device = find_device("to: device", device)
+        check_weights_dtype("to", dtype)
         self.tokenizer.to(device, dtype)
         self.transformer.to(device, dtype)
         return self
@@ -385,7 +402,7 @@ class FlexVARPipeline:
             index=index,
             num_steps=len(layout.schedule),
             size=layout.schedule[index],
-            indices=_outside_inference_mode(indices),
+            indices=indices.clone(),  # the caller's own, and one that autograd, too, can use
             image_size=layout.preview_size(index),
             _decode=lambda codes, size, output_type: self._decode(codes, size, output_type, autocast_dtype, finish),
         )
@@ -413,6 +430,9 @@ class FlexVARPipeline:
     def _check_models(self) -> None:
         """They are public and may have been changed since: a model in training mode would drop labels and paths."""
         for name, model in (("tokenizer", self.tokenizer), ("transformer", self.transformer)):
+            weight = self.tokenizer.codebook if name == "tokenizer" else self.transformer.head.weight
+            if model.backend == "native" and weight.dtype == torch.float64:
+                raise TypeError(f"generate: {name} must not be in float64 with the native ops, got {weight.dtype}")
             if model.training:
                 raise ValueError(f"generate: {name} must be in evaluation mode, got training mode; call {name}.eval()")
         if self.tokenizer.codebook.device != self.device:

@@ -13,6 +13,7 @@ from flexvar.generation.guidance import GuidanceStyle, check_guidance
 from flexvar.schedule import ScaleSchedule, Size
 
 DEFAULT_GRID = 16  # tokens a side: what the paper's main presets end in
+MAX_PIXELS = 1 << 28  # of a finished image, 16384 x 16384: a mistyped number is refused rather than drawn for days
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class GenerationSettings:
     Attributes:
         schedule: the (h, w) of every step, in tokens: a :class:`ScaleSchedule`, or a list of sides or (h, w) pairs.
         height, width: of the image in pixels. Any size: what is not a multiple of the patch size is generated on the
-            next larger grid and cropped. One alone means a square, none 16 x 16 tokens or the schedule's last grid.
+            next larger grid and cropped. One alone means a square, none 16 x 16 tokens or the schedule's last grid. At
+            most 2**28 pixels.
         steps: how many, where no schedule is given; as :meth:`ScaleSchedule.for_image` says unless set: 10, and more
             for images beyond 20 x 20 tokens.
-        guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`.
+        guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`; at most 1e30.
         top_k: draw among the k likeliest codes; 0 is all, 1 always takes the likeliest.
         top_p: then among the likeliest that together have this probability; 0 and 1 are all.
         published_greedy_quirk: take the likeliest code, whatever ``top_k``, at steps with a side other than 1 2 3 4 5 6
@@ -93,7 +95,7 @@ class GenerationSettings:
         """Schedule and image size, whichever way they were given.
 
         Raises:
-            ValueError: the image needs another last grid than the schedule's.
+            ValueError: the image needs another last grid than the schedule's, or is too large.
         """
         schedule = self.schedule
         if isinstance(schedule, ScaleSchedule):
@@ -101,6 +103,7 @@ class GenerationSettings:
         else:
             sides = (self.height or self.width or DEFAULT_GRID * patch_size,) * 2
         height, width = self.height or sides[0], self.width or sides[1]
+        check_pixels("generate", height, width)
         grid = (-(-height // patch_size), -(-width // patch_size))
         if not isinstance(schedule, ScaleSchedule):
             schedule = ScaleSchedule.for_image(grid[0] * patch_size, grid[1] * patch_size, self.steps, patch_size)
@@ -153,6 +156,12 @@ def _check_names(values: Mapping[str, Any], known: tuple[str, ...], what: str) -
     unknown = [str(name) for name in values if name not in known]
     if unknown:
         raise TypeError(f"generate: {what} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def check_pixels(op: str, height: int, width: int) -> None:
+    """Raises ValueError for an image of more than :data:`MAX_PIXELS`."""
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{op}: height x width must be at most {MAX_PIXELS} pixels, got {height} x {width}")
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str = "generate") -> int:

@@ -54,12 +54,12 @@ def train(
     folder = Path(folder)
     if has_checkpoint(folder) and not resume:
         raise ValueError(f"train: folder {str(folder)!r} already holds a run; resume it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     values = {**values, "training": config.to_dict()}
     module.to(device).train()
     optimizer = _optimizer(module, config)
     average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     first = _restore(folder, module, optimizer, average, values) if resume else 0
+    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, first)
     _truncate_log(folder / LOG_NAME, first)
 

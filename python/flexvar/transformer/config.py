@@ -14,7 +14,7 @@ class TransformerConfig(JsonConfig):
     Attributes:
         depth: number of blocks.
         width: channels of a token.
-        heads: attention heads; ``width`` is a multiple of it.
+        heads: attention heads; ``width`` is a multiple of it, for the native ops 32, 64, 96 or 128 times it.
         num_classes: classes; index ``num_classes`` is the null class of classifier-free guidance.
         codebook_size: codes of the tokenizer.
         codebook_dim: channels of a code.

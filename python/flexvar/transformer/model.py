@@ -17,6 +17,7 @@ from flexvar.transformer.initialization import initialize
 from flexvar.transformer.kv_cache import KVCache
 from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, Norm, SharedAdaLN
 from flexvar.transformer.positions import PositionCache
+from flexvar_ext.scale_attention import HEAD_DIMS
 
 
 @dataclass
@@ -69,6 +70,10 @@ class FlexVARTransformer(nn.Module):
     Args:
         config: shape of the network.
         backend: "native", or "reference" for the plain-PyTorch ops.
+
+    Raises:
+        TypeError: ``config`` is something else.
+        ValueError: another backend, or heads whose width the native ops do not have.
     """
 
     def __init__(self, config: TransformerConfig, *, backend: str = "native") -> None:
@@ -77,6 +82,11 @@ class FlexVARTransformer(nn.Module):
             raise TypeError(f"FlexVARTransformer: config must be a TransformerConfig, got {type(config).__name__}")
         self.config = config
         self.backend = check_backend(backend)
+        if backend == "native" and config.head_dim not in HEAD_DIMS:
+            raise ValueError(
+                f"FlexVARTransformer: width / heads must be one of {', '.join(map(str, HEAD_DIMS))} with the native "
+                f"ops, got {config.width} / {config.heads} = {config.head_dim}"
+            )
         width = config.width
         self.word_embed = Linear(config.codebook_dim, width, backend)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
