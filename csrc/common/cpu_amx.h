@@ -139,7 +139,6 @@ static void pack_right_panel(char* panel, const T* p, int64_t stride, int64_t ro
 // bytes apart, asked for in `shares` equal shares.
 class RowsAhead {
  public:
-  RowsAhead() = default;
   RowsAhead(const void* rows, int64_t stride, int64_t count, int64_t bytes, int64_t shares)
       : row_(static_cast<const char*>(rows)),
         stride_(stride),
@@ -158,8 +157,8 @@ class RowsAhead {
   }
 
  private:
-  const char* row_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 0, rows_left_ = 0, share_ = 0, at_ = 0;
+  const char* row_;
+  int64_t stride_, bytes_, rows_left_, share_, at_ = 0;
 };
 
 // Two left factors by tiles, wherever they stand: part p of tile s of the depth of factor i begins

@@ -12,8 +12,6 @@ namespace {
 // kRows x kVectors accumulators, kRows running maxima, and the operands fill the register file.
 #ifdef __AVX512F__
 constexpr int kRows = 8, kVectors = 2;
-#elif defined(__AVX2__)
-constexpr int kRows = 4, kVectors = 2;
 #else
 constexpr int kRows = 4, kVectors = 2;
 #endif
