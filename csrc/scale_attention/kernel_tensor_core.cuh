@@ -21,7 +21,6 @@ constexpr int kTensorCoreRows = 64;
 // Blocks a multiprocessor that a kernel asks room for. The compiler by itself makes room for 4, and
 // spills registers for it.
 constexpr int forward_blocks(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 3 : 2; }
-constexpr int kBackwardBlocks = 2;
 
 // A row is 16 bytes longer than its elements: 8 rows of an 8 x 8 matrix lie in different banks.
 template <class T, int kRows, int kDim>
@@ -34,16 +33,6 @@ struct TensorCoreForwardShared {
   alignas(16) HalfTile<T, kColumns, kDim> keys[2];
   alignas(16) HalfTile<T, kColumns, kDim> values[2];
   float inverse_lengths[kColumns];  // of the keys at hand
-};
-
-// `first`, `second`: Q and dO in rows, K and V in columns for dQ; the other way round for dK, dV.
-template <class T, int kDim>
-struct TensorCoreBackwardShared {
-  static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 96 ? 32 : 16;
-  alignas(16) HalfTile<T, kTensorCoreRows, kDim> first_rows;
-  alignas(16) HalfTile<T, kTensorCoreRows, kDim> second_rows;
-  alignas(16) HalfTile<T, kColumns, kDim> first_columns[2];
-  alignas(16) HalfTile<T, kColumns, kDim> second_columns[2];
 };
 
 template <class T>
@@ -79,29 +68,6 @@ __device__ __forceinline__ void copy_rows_async(T (&shared)[kRows][kStride], con
     const bool valid = begin + row < end;
     const T* source = head + (valid ? begin + row : 0) * token_stride + d;
     ptx::cp_async<16>(&shared[row][d], source, valid);
-  }
-}
-
-// Multiplies rows [begin, begin + kRows) that copy_rows_async brought by factors[token]. Every
-// thread scales what it copied itself: its own wait for the copies is enough.
-template <class T, int kRows, int kStride>
-__device__ __forceinline__ void scale_copied_rows(T (&shared)[kRows][kStride], const float* factors,
-                                                  int begin, int end) {
-  constexpr int kChunks = (kStride - 8) / 8;
-#pragma unroll
-  for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
-    const int i = start + static_cast<int>(threadIdx.x);
-    if (kRows * kChunks % kTensorCoreThreads != 0 && i >= kRows * kChunks) break;
-    const int row = i / kChunks, d = i % kChunks * 8;
-    if (begin + row >= end) continue;
-    const float factor = factors[begin + row];
-    uint4* const place = reinterpret_cast<uint4*>(&shared[row][d]);
-    const auto scaled = [factor](uint32_t pair) {
-      const float2 x = unpack_pair<T>(pair);
-      return pack_pair<T>(x.x * factor, x.y * factor);
-    };
-    const uint4 chunk = *place;
-    *place = {scaled(chunk.x), scaled(chunk.y), scaled(chunk.z), scaled(chunk.w)};
   }
 }
 
@@ -285,30 +251,6 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
   }
 }
 
-// Row `half` * 8 + g of accumulators, the gradient of a row of length 1, becomes that of the row
-// which `inverse` scaled to it, but for a factor of `inverse`. Returns the product of the row and
-// its gradient; all lanes of the warp take part.
-template <class T, int kDimTiles, int kStride>
-__device__ __forceinline__ float remove_radial_part(float (&sums)[kDimTiles][4], int half,
-                                                    const T (&row)[kStride], float inverse) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  float product = 0;
-#pragma unroll
-  for (int d = 0; d < kDimTiles; ++d) {
-    const float2 x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(&row[d * 8 + 2 * t]));
-    product += sums[d][2 * half] * x.x + sums[d][2 * half + 1] * x.y;
-  }
-  product = row_sum(product);
-  const float removed = has_length_one(inverse) ? product : 0.0f;
-#pragma unroll
-  for (int d = 0; d < kDimTiles; ++d) {
-    const float2 x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(&row[d * 8 + 2 * t]));
-    sums[d][2 * half] -= removed * x.x;
-    sums[d][2 * half + 1] -= removed * x.y;
-  }
-  return product;
-}
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     attention_forward_tensor_core(AttentionForwardCuda params, TileList<QueryTile> list) {
@@ -414,194 +356,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
       static_cast<float*>(params.logsumexp)[head * params.query_count + token] =
           maximum[half] * static_cast<float>(kAttentionLn2) + logf(total);
     }
-  }
-}
-
-template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
-    attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
-  using Shared = TensorCoreBackwardShared<T, kDim>;
-  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
-  Shared& shared = *dynamic_shared<Shared>();
-  const QueryTile tile = list.tiles[blockIdx.y];
-  const int64_t head = blockIdx.x;
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
-  const T* keys = head_of<T>(params.k, head, params.heads);
-  const T* values = head_of<T>(params.v, head, params.heads);
-  const float* q_inverse = head_part<float>(params.q_inverse_lengths, head, params.query_count);
-  const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, params.query_count);
-  const float scale = static_cast<float>(params.softmax_scale) *
-                      q_scale_of<float>(params.q_scale, head, params.heads);
-  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
-                       q_scale_of<float>(params.q_scale, head, params.heads);
-
-  copy_rows_async(shared.first_rows, head_of<T>(params.q, head, params.heads),
-                  params.q.token_stride, tile.query_begin, tile.query_end);
-  copy_rows_async(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
-                  params.grad_out.token_stride, tile.query_begin, tile.query_end);
-  copy_rows_async(shared.first_columns[0], keys, params.k.token_stride, 0, tile.key_end);
-  copy_rows_async(shared.second_columns[0], values, params.v.token_stride, 0, tile.key_end);
-  ptx::cp_async_commit();
-
-  float logsumexp[2], delta[2];  // the former in base 2
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t token = tile.query_begin + warp_row + g + 8 * half;
-    const int64_t offset = head * params.query_count + token;
-    const bool valid = token < tile.query_end;
-    logsumexp[half] = valid ? static_cast<const float*>(params.logsumexp)[offset] *
-                                  static_cast<float>(kAttentionLog2E)
-                            : 0;
-    delta[half] = valid ? static_cast<const float*>(params.delta)[offset] : 0;
-  }
-
-  float grad[kDim / 8][4] = {};
-  int stage = 0;
-  for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
-    const int next = begin + kColumns;
-    if (next < tile.key_end) {
-      copy_rows_async(shared.first_columns[stage ^ 1], keys, params.k.token_stride, next,
-                      tile.key_end);
-      copy_rows_async(shared.second_columns[stage ^ 1], values, params.v.token_stride, next,
-                      tile.key_end);
-    }
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();
-    if (q_inverse != nullptr) {
-      if (begin == 0) {
-        scale_copied_rows(shared.first_rows, q_inverse, tile.query_begin, tile.query_end);
-      }
-      scale_copied_rows(shared.first_columns[stage], k_inverse, begin, tile.key_end);
-    }
-    __syncthreads();
-    float weights[kTiles][4], grad_scores[kTiles][4];
-    tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
-    tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float weight = begin + n * 8 + 2 * t + i % 2 < tile.key_end
-                                 ? ptx::exp2_approx(weights[n][i] * factor - logsumexp[i / 2])
-                                 : 0.0f;
-        grad_scores[n][i] = weight * (grad_scores[n][i] - delta[i / 2]);
-      }
-    }
-    tile_accumulate(grad, grad_scores, shared.first_columns[stage]);
-    __syncthreads();
-  }
-
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t token = tile.query_begin + warp_row + g + 8 * half;
-    float row_scale = scale;
-    if (q_inverse != nullptr) {
-      const float inverse = token < tile.query_end ? q_inverse[token] : 0.0f;
-      const float product =
-          remove_radial_part(grad, half, shared.first_rows[warp_row + g + 8 * half], inverse);
-      if (token < tile.query_end && t == 0) {
-        static_cast<float*>(params.grad_q_scale_parts)[head * params.query_count + token] =
-            product * static_cast<float>(params.softmax_scale);
-      }
-      row_scale *= inverse;
-    }
-    if (token >= tile.query_end) continue;
-    store_row(static_cast<T*>(params.grad_q) +
-                  contiguous_offset<kDim>(head, params.heads, params.query_count, token),
-              grad, half, row_scale);
-  }
-}
-
-template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
-    attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
-  using Shared = TensorCoreBackwardShared<T, kDim>;
-  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
-  Shared& shared = *dynamic_shared<Shared>();
-  const KeyTile tile = list.tiles[blockIdx.y];
-  const int64_t head = blockIdx.x;
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
-  const int tokens = static_cast<int>(params.query_count);
-  const T* queries = head_of<T>(params.q, head, params.heads);
-  const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
-  const float* logsumexp = static_cast<const float*>(params.logsumexp) + head * tokens;
-  const float* delta = static_cast<const float*>(params.delta) + head * tokens;
-  const float factor = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
-                       q_scale_of<float>(params.q_scale, head, params.heads);
-
-  copy_rows_async(shared.first_rows, head_of<T>(params.k, head, params.heads),
-                  params.k.token_stride, tile.key_begin, tile.key_end);
-  copy_rows_async(shared.second_rows, head_of<T>(params.v, head, params.heads),
-                  params.v.token_stride, tile.key_begin, tile.key_end);
-  copy_rows_async(shared.first_columns[0], queries, params.q.token_stride, tile.query_begin,
-                  tokens);
-  copy_rows_async(shared.second_columns[0], grads_out, params.grad_out.token_stride,
-                  tile.query_begin, tokens);
-  ptx::cp_async_commit();
-
-  float grad_keys[kDim / 8][4] = {}, grad_values[kDim / 8][4] = {};
-  int stage = 0;
-  for (int begin = tile.query_begin; begin < tokens; begin += kColumns, stage ^= 1) {
-    const int next = begin + kColumns;
-    if (next < tokens) {
-      copy_rows_async(shared.first_columns[stage ^ 1], queries, params.q.token_stride, next,
-                      tokens);
-      copy_rows_async(shared.second_columns[stage ^ 1], grads_out, params.grad_out.token_stride,
-                      next, tokens);
-    }
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();
-    if (params.q_scale != nullptr) {
-      if (begin == tile.query_begin) {
-        scale_copied_rows(shared.first_rows,
-                          head_part<float>(params.k_inverse_lengths, head, tokens), tile.key_begin,
-                          tile.key_end);
-      }
-      scale_copied_rows(shared.first_columns[stage],
-                        head_part<float>(params.q_inverse_lengths, head, tokens), begin, tokens);
-    }
-    __syncthreads();
-    float weights[kTiles][4], grad_scores[kTiles][4];
-    tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
-    tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int query = begin + n * 8 + 2 * t + i;
-        const bool valid = query < tokens;
-        const float base = valid ? logsumexp[query] * static_cast<float>(kAttentionLog2E) : 0.0f;
-        const float shift = valid ? delta[query] : 0.0f;
-#pragma unroll
-        for (int j = i; j < 4; j += 2) {
-          weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * factor - base) : 0.0f;
-          grad_scores[n][j] = weights[n][j] * (grad_scores[n][j] - shift);
-        }
-      }
-    }
-    tile_accumulate(grad_keys, grad_scores, shared.first_columns[stage]);
-    tile_accumulate(grad_values, weights, shared.second_columns[stage]);
-    __syncthreads();
-  }
-
-  const float scale = static_cast<float>(params.softmax_scale) *
-                      q_scale_of<float>(params.q_scale, head, params.heads);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t token = tile.key_begin + warp_row + g + 8 * half;
-    float row_scale = scale;
-    if (params.q_scale != nullptr) {
-      const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, tokens);
-      const float inverse = token < tile.key_end ? k_inverse[token] : 0.0f;
-      remove_radial_part(grad_keys, half, shared.first_rows[warp_row + g + 8 * half], inverse);
-      row_scale *= inverse;
-    }
-    if (token >= tile.key_end) continue;
-    const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
-    store_row(static_cast<T*>(params.grad_k) + offset, grad_keys, half, row_scale);
-    store_row(static_cast<T*>(params.grad_v) + offset, grad_values, half, 1.0f);
   }
 }
 

@@ -82,18 +82,27 @@ def check_passes(emulated, run, batch, heads, lengths, scale, q_scale, dtype, di
         assert_as_accurate_as_torch(result, same, exact, factor=GRADIENT_FACTOR if i else FORWARD_FACTOR)
 
 
-@pytest.mark.parametrize(("dtype", "dim"), VARIANTS)
+CASES = [
+    (1, 1, [1], 1.0, None),
+    (1, 2, [3, 68], 0.2, None),
+    (2, 1, [20], -0.1, None),
+    (2, 1, [1, 4], 1.0, [4.0]),
+    (1, 2, [3, 68], -0.7, [9.0, -60.0]),
+    (2, 1, [1, 6, 17, 1, 33], 0.3, None),
+    (1, 1, [1, 4, 16, 70, 1, 66], 0.2, [5.0]),
+]
+
+
+def cases_of(dtype, dim):
+    # The exact gradient of a lone token's query is 0, and torch's is: what is left is the rounding of sums as long as
+    # the rows, times the scale. At scale 1 it is above the absolute tolerance for the longest rows in float32.
+    is_beyond = dtype == torch.float32 and dim == 128
+    return [(1, 1, [1], 0.5, None) if is_beyond and case[2] == [1] else case for case in CASES]
+
+
 @pytest.mark.parametrize(
-    ("batch", "heads", "lengths", "scale", "q_scale"),
-    [
-        (1, 1, [1], 0.5, None),
-        (1, 2, [3, 68], 0.2, None),
-        (2, 1, [20], -0.1, None),
-        (2, 1, [1, 4], 1.0, [4.0]),
-        (1, 2, [3, 68], -0.7, [9.0, -20.0]),
-        (2, 1, [1, 6, 17, 1, 33], 0.3, None),
-        (1, 1, [1, 4, 16, 70, 1, 66], 0.2, [5.0]),
-    ],
+    ("dtype", "dim", "batch", "heads", "lengths", "scale", "q_scale"),
+    [(*variant, *case) for variant in VARIANTS for case in cases_of(*variant)],
 )
 def test_forward_and_backward(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim):
     check_passes(emulated, run_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim)
