@@ -42,7 +42,6 @@ const float* data_or_null(const std::optional<Tensor>& t) {
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
 
 #ifdef FLEXVAR_X86
 void run_on_tiles(const LinearParams& params) {
@@ -82,26 +81,25 @@ void run(const LinearParams& params) {
 #endif
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t work = params.rows * params.columns * params.depth / kWorkPerTask;
-  const int64_t row_blocks = divide_up(params.rows, kLinearRows);
+  const int64_t panels = divide_up(params.columns, kLinearColumns);
+  // Few panels are shared out by rows.
+  const int64_t tasks = std::clamp<int64_t>(work, 1, 2 * threads);
+  const int64_t row_blocks =
+      std::max(divide_up(params.rows, kLinearRows), std::min(divide_up(tasks, panels), params.rows));
   const int64_t rows = divide_up(params.rows, row_blocks);
-  // A few blocks for each thread, as large as they may be.
-  const int64_t wanted = divide_up(std::clamp<int64_t>(work, 1, 2 * threads), row_blocks);
-  const int64_t columns =
-      std::min(round_up(divide_up(params.columns, wanted), kLinearColumnStep), kLinearColumns);
-  const int64_t column_blocks = divide_up(params.columns, columns);
-  const int64_t blocks = row_blocks * column_blocks;
+  const int64_t blocks = row_blocks * panels;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
 
   Scratch<char> scratch(runs * kLinearScratchBytes);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
-      // All rows meet a block of the weight before the next: it is read from memory once.
+      // All rows meet a panel of the weight before the next: it is read from memory once.
       for (int64_t b = blocks * run / runs; b < blocks * (run + 1) / runs; ++b) {
-        const int64_t row = b % row_blocks * rows, column = b / row_blocks * columns;
+        const int64_t row = b % row_blocks * rows, column = b / row_blocks * kLinearColumns;
         kernel(params,
                {row, std::min(row + rows, params.rows), column,
-                std::min(column + columns, params.columns)},
+                std::min(column + kLinearColumns, params.columns)},
                scratch.data() + run * kLinearScratchBytes);
       }
     }

@@ -55,14 +55,16 @@ static inline Vector<float> load_bias(const LinearParams& params, int64_t column
   return params.bias ? load_first(params.bias + column, count) : -Vector<float>{};
 }
 
+// The output's rows from `row` on, and its columns from `column` on, from sums whose rows are
+// `stride` apart.
 template <typename Out>
-static void finish_block(const LinearParams& params, const LinearBlock& block, const float* sums) {
-  const int64_t columns = block.column_end - block.column_begin;
-  for (int64_t i = block.row_begin; i < block.row_end; ++i, sums += kLinearColumns) {
-    const OutputRow<Out> row(params, i);
+static void finish(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
+                   int64_t columns, const float* sums, int64_t stride) {
+  for (int64_t i = row; i < row + rows; ++i, sums += stride) {
+    const OutputRow<Out> place(params, i);
     for (int64_t j = 0; j < columns; j += kFloatLanes) {
-      const int64_t column = block.column_begin + j, count = columns - j;
-      row.finish(load(sums + j), load_bias(params, column, count), params.gelu, column, count);
+      const int64_t first = column + j, count = columns - j;
+      place.finish(load(sums + j), load_bias(params, first, count), params.gelu, first, count);
     }
   }
 }

@@ -5,37 +5,69 @@
 
 namespace flexvar::FLEXVAR_ISA {
 
-// The sums of a block: [rows, kLinearColumns]. The depth goes by in passes, so that the rows of x
-// and a panel of the weight stay in the L2 cache while they meet. Every sum has one order, given by
-// the depth alone.
+static_assert(kLinearGroup == kRegisterRows);
+
+static void finish_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
+                         int64_t columns, const float* sums) {
+  switch (params.out_element) {
+    case LinearElement::float32:
+      return finish<float>(params, row, rows, column, columns, sums, kPanelColumns);
+    case LinearElement::float16:
+      return finish<Half>(params, row, rows, column, columns, sums, kPanelColumns);
+    case LinearElement::bfloat16:
+      return finish<Bfloat16>(params, row, rows, column, columns, sums, kPanelColumns);
+  }
+}
+
+// All rows of a block meet a panel of the weight, which stays in the L2 cache, a few at a time,
+// which stay in the L1 cache with their sums. Every sum has one order, given by the depth alone.
 template <typename X, typename W>
 static void multiply_block(const LinearParams& params, const LinearBlock& block, float* sums) {
   using Entry = typename EntryOf<X>::Type;
-  constexpr int64_t pass = kLinearPass * kElementsPerEntry<Entry>;
-  float* const x_part = sums + kLinearRows * kLinearColumns;
-  float* const panel = x_part + kLinearRows * kLinearPassStride;
+  constexpr int64_t of_entry = kElementsPerEntry<Entry>;
+  float* const panel = sums + kLinearRows * kLinearColumns;
+  Entry* const converted = reinterpret_cast<Entry*>(panel + kLinearPanelDepth * kLinearColumns);
   const int64_t depth = params.depth, rows = block.row_end - block.row_begin;
   const X* const x = static_cast<const X*>(params.x) + block.row_begin * depth;
   const W* const weights = static_cast<const W*>(params.weight);
+  // Elements that are entries as they lie need no copy.
+  const bool direct = sizeof(X) * of_entry == 4 && depth % of_entry == 0;
 
-  for (int64_t begin = 0; begin < depth; begin += pass) {
-    const int64_t count = depth - begin < pass ? depth - begin : pass;
-    const int64_t entries = (count + kElementsPerEntry<Entry> - 1) / kElementsPerEntry<Entry>;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t k = 0; k < count; k += kFloatLanes * kElementsPerEntry<Entry>) {
-        store(x_part + i * kLinearPassStride + k / kElementsPerEntry<Entry>,
-              load_entries<Entry>(x + i * depth + begin + k, count - k));
-      }
-    }
-    for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
-      const int64_t left = params.columns - column;
-      const int64_t columns = left < kPanelColumns ? left : kPanelColumns;
+  for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
+    const int64_t left = block.column_end - column;
+    const int64_t columns = left < kPanelColumns ? left : kPanelColumns;
+    const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
+    for (int64_t begin = 0; begin < depth; begin += kLinearPanelDepth * of_entry) {
+      const int64_t rest = depth - begin;
+      const int64_t count = rest < kLinearPanelDepth * of_entry ? rest : kLinearPanelDepth * of_entry;
+      const int64_t entries = (count + of_entry - 1) / of_entry;
       pack_panel<Entry>(panel, weights + column * depth + begin, depth, columns, count,
                         kPanelColumns * depth);
-      multiply<float, Entry>({reinterpret_cast<const Entry*>(x_part), kLinearPassStride},
-                             {panel, kPanelColumns},
-                             {sums + (column - block.column_begin), kLinearColumns}, rows,
-                             (columns + kFloatLanes - 1) / kFloatLanes, entries, begin > 0);
+      for (int64_t i = 0; i < rows; i += kLinearGroup) {
+        const int64_t group = rows - i < kLinearGroup ? rows - i : kLinearGroup;
+        const X* const x_group = x + i * depth + begin;
+        Matrix<const Entry> left_factor{reinterpret_cast<const Entry*>(x_group), depth / of_entry};
+        if (!direct) {
+          for (int64_t r = 0; r < group; ++r) {
+            for (int64_t k = 0; k < count; k += kFloatLanes * of_entry) {
+              store(reinterpret_cast<float*>(converted + r * kLinearPanelDepth + k / of_entry),
+                    load_entries<Entry>(x_group + r * depth + k, count - k));
+            }
+          }
+          left_factor = {converted, kLinearPanelDepth};
+        }
+        float* const group_sums = sums + i * kPanelColumns;
+        for (int64_t k = 0; k < entries; k += kLinearChain) {
+          const int64_t chain = entries - k < kLinearChain ? entries - k : kLinearChain;
+          multiply<float, Entry>({left_factor.data + k, left_factor.row},
+                                 {panel + k * kPanelColumns, kPanelColumns},
+                                 {group_sums, kPanelColumns}, group, vectors, chain,
+                                 begin + k > 0);
+        }
+        if (count == rest) {
+          finish_group(params, block.row_begin + i, group, column, columns, group_sums);
+        }
+      }
     }
   }
 }
@@ -55,14 +87,6 @@ void linear_block(const LinearParams& params, const LinearBlock& block, void* sc
       float_weight ? multiply_block<Bfloat16, float>(params, block, sums)
                    : multiply_block<Bfloat16, Bfloat16>(params, block, sums);
       break;
-  }
-  switch (params.out_element) {
-    case LinearElement::float32:
-      return finish_block<float>(params, block, sums);
-    case LinearElement::float16:
-      return finish_block<Half>(params, block, sums);
-    case LinearElement::bfloat16:
-      return finish_block<Bfloat16>(params, block, sums);
   }
 }
 

@@ -21,21 +21,23 @@ struct LinearParams {
   bool gelu;
 };
 
-// What one call computes: a block of the output, at most kLinearRows x kLinearColumns large.
+// What one call computes: a block of the output, at most kLinearRows rows of it.
 struct LinearBlock {
   int64_t row_begin, row_end, column_begin, column_end;
 };
-constexpr int64_t kLinearRows = 264;
-constexpr int64_t kLinearColumns = 256;
-// Columns of a block begin at multiples of this.
-constexpr int64_t kLinearColumnStep = 64;
+constexpr int64_t kLinearRows = 528;
+// Columns of a block begin at multiples of this: the most that a panel of the weight has.
+constexpr int64_t kLinearColumns = 64;
 
-// What a call needs besides: sums [kLinearRows, kLinearColumns], and for each pass over a part of
-// the depth the rows of x, and a panel of kLinearColumnStep columns of the weight.
-constexpr int64_t kLinearPass = 256;                     // 32-bit entries of the depth
-constexpr int64_t kLinearPassStride = kLinearPass + 16;  // not a power of two: few cache sets
+// Of the depth, in 32-bit entries: what a panel holds, and what a sum adds up before the next such
+// chain begins.
+constexpr int64_t kLinearPanelDepth = 1024, kLinearChain = 256;
+static_assert(kLinearPanelDepth % kLinearChain == 0);
+constexpr int64_t kLinearGroup = 6;  // rows that are multiplied together
+
+// What a call needs besides: sums [kLinearRows, kLinearColumns], a panel, and a group's entries.
 constexpr int64_t kLinearScratchBytes =
-    4 * (kLinearRows * (kLinearColumns + kLinearPassStride) + kLinearPass * kLinearColumnStep);
+    4 * (kLinearRows * kLinearColumns + kLinearPanelDepth * (kLinearColumns + kLinearGroup));
 
 FLEXVAR_DECLARE_CPU_KERNEL(linear_block,
                            (const LinearParams& params, const LinearBlock& block, void* scratch));

@@ -8,7 +8,7 @@
 namespace flexvar::FLEXVAR_ISA {
 
 constexpr int64_t kPanelColumns = kRegisterColumns * kFloatLanes;
-static_assert(kPanelColumns <= kLinearColumnStep && kLinearColumnStep % kPanelColumns == 0);
+static_assert(kPanelColumns <= kLinearColumns && kLinearColumns % kPanelColumns == 0);
 
 // What elements of x and the weight are multiplied as, given the element of x.
 template <typename X>
