@@ -48,8 +48,9 @@ struct Matrix {
 // c (+)= a b for kRows rows and kColumns vectors. Every sum is one chain of fused (where the CPU
 // has them) multiply-adds in the order of k, whatever tile it is in.
 template <typename A, typename T, int kRows, int kColumns>
-static inline void multiply_registers(Matrix<const A> a, const T* b, int64_t b_row, T* c,
+static inline void multiply_registers(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
                                       int64_t c_row, int64_t depth, bool accumulate) {
+  const A* column = a.data;
   Vector<T> sum[kRows][kColumns] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> right[kColumns];
@@ -57,11 +58,11 @@ static inline void multiply_registers(Matrix<const A> a, const T* b, int64_t b_r
     for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const A left = a.data[i * a.row];
+      const A left = column[i * a.row];
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
     }
-    a.data += a.column;
+    column += a.column;
     b += b_row;
   }
 #pragma GCC unroll 6
@@ -75,51 +76,56 @@ static inline void multiply_registers(Matrix<const A> a, const T* b, int64_t b_r
 }
 
 template <typename A, typename T, int kColumns>
-static void multiply_columns(Matrix<const A> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                             int64_t rows, int64_t depth, bool accumulate) {
+static void multiply_columns(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
+                             int64_t c_row, int64_t rows, int64_t depth, bool accumulate) {
+  const A* left = a.data;
   for (; rows >= kRegisterRows; rows -= kRegisterRows) {
-    multiply_registers<A, T, kRegisterRows, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
-    a.data += kRegisterRows * a.row;
+    multiply_registers<A, T, kRegisterRows, kColumns>({left, a.row, a.column}, b, b_row, c, c_row,
+                                                      depth, accumulate);
+    left += kRegisterRows * a.row;
     c += kRegisterRows * c_row;
   }
+  const Matrix<const A> rest{left, a.row, a.column};
   switch (rows) {
     case 5:
-      return multiply_registers<A, T, 5, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
     case 4:
-      return multiply_registers<A, T, 4, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
     case 3:
-      return multiply_registers<A, T, 3, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
     case 2:
-      return multiply_registers<A, T, 2, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
     case 1:
-      return multiply_registers<A, T, 1, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
   }
 }
 
 // c (+)= a b: a is rows x depth, b depth x (vectors * lanes) and c rows x (vectors * lanes), the
 // latter two with contiguous rows.
 template <typename T, typename A = T>
-static void multiply(Matrix<const A> a, Matrix<const T> b, Matrix<T> c, int64_t rows,
-                     int64_t vectors, int64_t depth, bool accumulate) {
+static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const Matrix<T>& c,
+                     int64_t rows, int64_t vectors, int64_t depth, bool accumulate) {
+  const T* right = b.data;
+  T* sums = c.data;
   while (vectors > 0) {
     const int64_t columns = vectors < kRegisterColumns ? vectors : kRegisterColumns;
     switch (columns) {
 #if FLEXVAR_VECTOR_BYTES == 64
       case 4:
-        multiply_columns<A, T, 4>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate);
         break;
       case 3:
-        multiply_columns<A, T, 3>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate);
         break;
 #endif
       case 2:
-        multiply_columns<A, T, 2>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate);
         break;
       default:
-        multiply_columns<A, T, 1>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate);
     }
-    b.data += columns * kLanes<T>;
-    c.data += columns * kLanes<T>;
+    right += columns * kLanes<T>;
+    sums += columns * kLanes<T>;
     vectors -= columns;
   }
 }

@@ -84,8 +84,8 @@ void run(const LinearParams& params) {
   const int64_t panels = divide_up(params.columns, kLinearColumns);
   // Few panels are shared out by rows.
   const int64_t tasks = std::clamp<int64_t>(work, 1, 2 * threads);
-  const int64_t row_blocks =
-      std::max(divide_up(params.rows, kLinearRows), std::min(divide_up(tasks, panels), params.rows));
+  const int64_t row_blocks = std::max(divide_up(params.rows, kLinearRows),
+                                      std::min(divide_up(tasks, panels), params.rows));
   const int64_t rows = divide_up(params.rows, row_blocks);
   const int64_t blocks = row_blocks * panels;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));

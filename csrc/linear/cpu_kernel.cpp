@@ -19,6 +19,16 @@ static void finish_group(const LinearParams& params, int64_t row, int64_t rows, 
   }
 }
 
+// Asks for the memory that finish_group will write.
+static void await_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
+                        int64_t columns) {
+  const int64_t bytes = params.out_element == LinearElement::float32 ? 4 : 2;
+  char* place = static_cast<char*>(params.out) + (row * params.columns + column) * bytes;
+  for (int64_t i = 0; i < rows; ++i, place += params.columns * bytes) {
+    for (int64_t j = 0; j < columns * bytes; j += 64) __builtin_prefetch(place + j, 1);
+  }
+}
+
 // All rows of a block meet a panel of the weight, which stays in the L2 cache, a few at a time,
 // which stay in the L1 cache with their sums. Every sum has one order, given by the depth alone.
 template <typename X, typename W>
@@ -39,7 +49,8 @@ static void multiply_block(const LinearParams& params, const LinearBlock& block,
     const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
     for (int64_t begin = 0; begin < depth; begin += kLinearPanelDepth * of_entry) {
       const int64_t rest = depth - begin;
-      const int64_t count = rest < kLinearPanelDepth * of_entry ? rest : kLinearPanelDepth * of_entry;
+      const int64_t count =
+          rest < kLinearPanelDepth * of_entry ? rest : kLinearPanelDepth * of_entry;
       const int64_t entries = (count + of_entry - 1) / of_entry;
       pack_panel<Entry>(panel, weights + column * depth + begin, depth, columns, count,
                         kPanelColumns * depth);
@@ -57,12 +68,12 @@ static void multiply_block(const LinearParams& params, const LinearBlock& block,
           left_factor = {converted, kLinearPanelDepth};
         }
         float* const group_sums = sums + i * kPanelColumns;
+        if (count == rest) await_group(params, block.row_begin + i, group, column, columns);
         for (int64_t k = 0; k < entries; k += kLinearChain) {
           const int64_t chain = entries - k < kLinearChain ? entries - k : kLinearChain;
           multiply<float, Entry>({left_factor.data + k, left_factor.row},
                                  {panel + k * kPanelColumns, kPanelColumns},
-                                 {group_sums, kPanelColumns}, group, vectors, chain,
-                                 begin + k > 0);
+                                 {group_sums, kPanelColumns}, group, vectors, chain, begin + k > 0);
         }
         if (count == rest) {
           finish_group(params, block.row_begin + i, group, column, columns, group_sums);
