@@ -85,12 +85,12 @@ def conv3x3_is_native(x: Tensor, *, resize: str = "none") -> bool:
     dtype = reference.result_dtype(x)
     if x.device.type == "cuda":  # cuDNN has the others until a card has measured both
         return resize == "up" and dtype in (torch.float16, torch.bfloat16)
-    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_tile_unit()
+    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
 
 
 @torch.compiler.assume_constant_result
-def _has_tile_unit() -> bool:
-    return _host.cpu_isa() == "amx"
+def _has_kernel() -> bool:
+    return _host.cpu_isa() != "baseline"
 
 
 def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int, int]:

@@ -16,6 +16,7 @@ RESIZES = ["none", "down", "up"]
 SHAPES = [(1, 1, 1, 2, 2), (2, 3, 5, 7, 9), (1, 5, 3, 3, 2), (2, 33, 17, 2, 5), (1, 40, 70, 17, 33), (2, 64, 3, 4, 4)]
 SHAPES += [(1, 128, 130, 20, 16), (1, 32, 16, 65, 70), (1, 256, 48, 33, 31), (3, 31, 31, 16, 16)]
 needs_tile_unit = pytest.mark.skipif(_host.cpu_isa() != "amx", reason="this CPU has no tile unit (AMX)")
+has_kernel = pytest.mark.skipif(_host.cpu_isa() == "baseline", reason="this CPU has neither AVX2 nor more")
 
 
 def randn(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -68,7 +69,7 @@ def test_every_combination(device, left_out, resize, dtype):
     assert_accurate(without(arguments((2, 20, 18, 6, 5), resize, dtype, device), *left_out), resize)
 
 
-@needs_tile_unit
+@has_kernel
 def test_what_runs_natively(monkeypatch):
     x = randn(1, 2, 3, 4)
     assert flexvar_ext.conv3x3_is_native(x)
@@ -85,7 +86,7 @@ def test_what_runs_natively(monkeypatch):
     assert torch.equal(flexvar_ext.conv3x3(**tensors, resize="up"), reference.conv3x3(**tensors, resize="up"))
 
 
-@needs_tile_unit
+@has_kernel
 @pytest.mark.parametrize("resize", RESIZES)
 def test_float32_on_tiles_is_more_accurate_than_float32(resize):
     tensors = arguments((1, 256, 64, 16, 16), resize)
@@ -242,7 +243,7 @@ def test_bad_arguments_do_not_reach_the_cuda_kernel(changed):
 # Determinism
 
 
-@needs_tile_unit
+@has_kernel
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thread_count_and_batch_change_nothing(resize, dtype):
@@ -331,7 +332,7 @@ def test_gradients_are_torchs(device, resize):
         assert_as_accurate_as_torch(grad, expected_grad, expected_grad.double(), factor=GRADIENT_FACTOR)
 
 
-@needs_tile_unit
+@has_kernel
 @pytest.mark.parametrize("left_out", [(), ("bias",), ("residual",)])
 @pytest.mark.parametrize("resize", RESIZES)
 def test_opcheck(left_out, resize):
@@ -387,7 +388,7 @@ def test_bad_input(changed, error, message):
         flexvar_ext.conv3x3(**{"x": X, "weight": WEIGHT, **changed})
 
 
-@needs_tile_unit
+@has_kernel
 @pytest.mark.parametrize(
     "call",
     [
