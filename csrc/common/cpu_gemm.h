@@ -45,24 +45,32 @@ struct Matrix {
   int64_t column = 1;
 };
 
+// The left factor's depth may come in runs, so many entries apart; the right one's is whole.
+struct Runs {
+  int64_t count = 1, stride = 0;
+};
+
 // c (+)= a b for kRows rows and kColumns vectors. Every sum is one chain of fused (where the CPU
 // has them) multiply-adds in the order of k, whatever tile it is in.
 template <typename A, typename T, int kRows, int kColumns>
 static inline void multiply_registers(Matrix<const A> a, const T* b, int64_t b_row, T* c,
-                                      int64_t c_row, int64_t depth, bool accumulate) {
+                                      int64_t c_row, int64_t depth, bool accumulate, Runs runs) {
   Vector<T> sum[kRows][kColumns] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> right[kColumns];
+  for (int64_t run = 0; run < runs.count; ++run, a.data += runs.stride) {
+    const A* entry = a.data;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vector<T> right[kColumns];
 #pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
+      for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const A left = a.data[i * a.row];
+      for (int i = 0; i < kRows; ++i) {
+        const A left = entry[i * a.row];
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+      }
+      entry += a.column;
+      b += b_row;
     }
-    a.data += a.column;
-    b += b_row;
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
@@ -76,23 +84,24 @@ static inline void multiply_registers(Matrix<const A> a, const T* b, int64_t b_r
 
 template <typename A, typename T, int kColumns>
 static void multiply_columns(Matrix<const A> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                             int64_t rows, int64_t depth, bool accumulate) {
+                             int64_t rows, int64_t depth, bool accumulate, Runs runs) {
   for (; rows >= kRegisterRows; rows -= kRegisterRows) {
-    multiply_registers<A, T, kRegisterRows, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+    multiply_registers<A, T, kRegisterRows, kColumns>(a, b, b_row, c, c_row, depth, accumulate,
+                                                      runs);
     a.data += kRegisterRows * a.row;
     c += kRegisterRows * c_row;
   }
   switch (rows) {
     case 5:
-      return multiply_registers<A, T, 5, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 5, kColumns>(a, b, b_row, c, c_row, depth, accumulate, runs);
     case 4:
-      return multiply_registers<A, T, 4, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 4, kColumns>(a, b, b_row, c, c_row, depth, accumulate, runs);
     case 3:
-      return multiply_registers<A, T, 3, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 3, kColumns>(a, b, b_row, c, c_row, depth, accumulate, runs);
     case 2:
-      return multiply_registers<A, T, 2, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 2, kColumns>(a, b, b_row, c, c_row, depth, accumulate, runs);
     case 1:
-      return multiply_registers<A, T, 1, kColumns>(a, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 1, kColumns>(a, b, b_row, c, c_row, depth, accumulate, runs);
   }
 }
 
@@ -100,23 +109,23 @@ static void multiply_columns(Matrix<const A> a, const T* b, int64_t b_row, T* c,
 // latter two with contiguous rows.
 template <typename T, typename A = T>
 static void multiply(Matrix<const A> a, Matrix<const T> b, Matrix<T> c, int64_t rows,
-                     int64_t vectors, int64_t depth, bool accumulate) {
+                     int64_t vectors, int64_t depth, bool accumulate, Runs runs = {}) {
   while (vectors > 0) {
     const int64_t columns = vectors < kRegisterColumns ? vectors : kRegisterColumns;
     switch (columns) {
 #if FLEXVAR_VECTOR_BYTES == 64
       case 4:
-        multiply_columns<A, T, 4>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 4>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate, runs);
         break;
       case 3:
-        multiply_columns<A, T, 3>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 3>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate, runs);
         break;
 #endif
       case 2:
-        multiply_columns<A, T, 2>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 2>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate, runs);
         break;
       default:
-        multiply_columns<A, T, 1>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 1>(a, b.data, b.row, c.data, c.row, rows, depth, accumulate, runs);
     }
     b.data += columns * kLanes<T>;
     c.data += columns * kLanes<T>;

@@ -91,16 +91,41 @@ BlockSize choose_block(const Conv3x3Params& params, int64_t wanted_blocks) {
   return {divide_evenly(params.grid_height, divide_up(aim, columns)), columns};
 }
 
+// Threads take shares of the scratch memory, which need not hold more than taps.
+void pack_weight(const Conv3x3Params& params, const Conv3x3Product& product, float* panels,
+                 float* scratch, int64_t scratch_size, int64_t runs) {
+  const int64_t steps = divide_up(params.out_channels, kConvColumns);
+  const int64_t pack_step = conv3x3_pack_step(product);
+  const int64_t parts = divide_up(params.in_channels, pack_step), units = steps * parts;
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_pack);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+    for (int64_t run = first_run; run < last_run; ++run) {
+      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
+        const int64_t begin = unit % parts * pack_step;
+        kernel(params, unit / parts * kConvColumns, begin,
+               std::min(begin + pack_step, params.in_channels), panels,
+               scratch + run * scratch_size);
+      }
+    }
+  });
+}
+
 void run_on_vectors(const Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t steps = divide_up(params.out_channels, kConvColumns);
   const BlockSize size = choose_block(params, divide_up(2 * threads, params.batch * steps));
   const int64_t block_rows = divide_up(params.grid_height, size.rows);
   const int64_t block_columns = divide_up(params.grid_width, size.columns);
-  const int64_t units = params.batch * block_rows * block_columns * steps;
+  const int64_t places = params.batch * block_rows * block_columns, units = places * steps;
   const int64_t runs = std::min(units, threads);
   const int64_t scratch_size = conv3x3_scratch_size(params, size.rows, size.columns);
   Scratch<float> scratch(runs * scratch_size);
+  // Where a thread would pack a panel of the weight more than once, all are packed before.
+  const bool packs_weight = places > threads;
+  const Conv3x3Product product = conv3x3_product(params, 1, 1);
+  const int64_t panels_size = steps * params.in_channels * conv3x3_channel_panel_size(product);
+  Scratch<float> panels(packs_weight ? panels_size + kConvLanes : 0);
+  if (packs_weight) pack_weight(params, product, panels.data(), scratch.data(), scratch_size, runs);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_block);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
     for (int64_t run = first_run; run < last_run; ++run) {
@@ -115,7 +140,8 @@ void run_on_vectors(const Conv3x3Params& params) {
                                  std::min(size.rows, params.grid_height - row),
                                  std::min(size.columns, params.grid_width - column),
                                  unit % steps * kConvColumns};
-        kernel(params, block, place == packed, scratch.data() + run * scratch_size);
+        kernel(params, block, packs_weight ? panels.data() : nullptr, place == packed,
+               scratch.data() + run * scratch_size);
         packed = place;
       }
     }

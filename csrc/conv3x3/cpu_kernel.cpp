@@ -45,27 +45,33 @@ void pack_map(const Conv3x3Params& params, const Conv3x3Block& block, const Conv
 // [phases][rows][columns][kConvColumns] of a product.
 template <typename T, typename W>
 void sum_products(const Conv3x3Params& params, const Conv3x3Block& block,
-                  const Conv3x3Product& product, const float* map, float* panel, float* taps,
-                  float* sums) {
+                  const Conv3x3Product& product, const float* map, const float* panels,
+                  float* panel, float* taps, float* sums) {
   using Entry = typename EntryOf<T>::Type;
-  const int64_t vectors = (conv3x3_columns(params, block) + kFloatLanes - 1) / kFloatLanes;
+  const int64_t channel_size = conv3x3_channel_panel_size(product);
+  const int64_t columns = has_taps_as_columns(params) ? 9 * params.out_channels
+                                                      : conv3x3_channels(params, block.channel);
+  const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
   for (int64_t first = 0; first < params.in_channels;) {
     const Conv3x3Channels<Entry> channels(params, product, first);
     const int64_t entries = channels.entries, depth = product.side * entries;
-    pack_panel<Entry, W>(params, block, product, channels, panel, taps);
     const float* right = panel;
+    if (panels != nullptr) {
+      right = panels + (block.channel / kConvColumns * params.in_channels + first) * channel_size;
+    } else {
+      pack_panel<Entry, W>(params, product, channels, block.channel, panel, taps);
+    }
     for (int64_t phase = 0; phase < product.phases; ++phase) {
       float* const phase_sums = sums + phase * product.rows * product.columns * kConvColumns;
-      for (int64_t i = 0; i < product.side; ++i, right += depth * kConvColumns) {
-        for (int64_t row = 0; row < product.rows; ++row) {
-          const int64_t seen = row * product.stride + i + phase / 2;
-          const float* const left = map + (seen * product.map_columns + phase % 2) * entries;
-          multiply<float, Entry>({reinterpret_cast<const Entry*>(left), product.stride * entries},
-                                 {right, kConvColumns},
-                                 {phase_sums + row * product.columns * kConvColumns, kConvColumns},
-                                 product.columns, vectors, depth, first > 0 || i > 0);
-        }
+      for (int64_t row = 0; row < product.rows; ++row) {
+        const int64_t seen = row * product.stride + phase / 2;
+        const float* const left = map + (seen * product.map_columns + phase % 2) * entries;
+        multiply<float, Entry>(
+            {reinterpret_cast<const Entry*>(left), product.stride * entries}, {right, kConvColumns},
+            {phase_sums + row * product.columns * kConvColumns, kConvColumns}, product.columns,
+            vectors, depth, first > 0, {product.side, product.map_columns * entries});
       }
+      right += product.side * depth * kConvColumns;
     }
     map += product.map_rows * product.map_columns * entries;
     first = channels.end();
@@ -161,31 +167,57 @@ void finish_block(const Conv3x3Params& params, const Conv3x3Block& block, int64_
                  });
 }
 
-}  // namespace
-
 template <typename T, typename W>
-static void convolve_block(const Conv3x3Params& params, const Conv3x3Block& block, bool is_packed,
-                           float* map) {
+void convolve_block(const Conv3x3Params& params, const Conv3x3Block& block, const float* panels,
+                    bool is_packed, float* map) {
   const Conv3x3Product product = conv3x3_product(params, block.rows, block.columns);
   float* const panel = map + conv3x3_map_size(params, product);
   float* const taps = panel + conv3x3_panel_size(product);
   float* const sums = taps + conv3x3_taps_size(product);
-  const int64_t channels = conv3x3_channels(params, block);
+  const int64_t channels = conv3x3_channels(params, block.channel);
   if (!is_packed) pack_map<T>(params, block, product, map);
-  sum_products<T, W>(params, block, product, map, panel, taps, sums);
+  sum_products<T, W>(params, block, product, map, panels, panel, taps, sums);
   if (has_taps_as_columns(params)) add_taps(params, block, product, sums);
   if (params.phases > 1) mend_sums<T, W>(params, block, channels, sums);
   finish_block<T>(params, block, channels, sums);
 }
 
-void conv3x3_block(const Conv3x3Params& params, const Conv3x3Block& block, bool is_packed,
-                   float* scratch) {
-  if (params.element == ConvElement::float32) {
-    return convolve_block<float, float>(params, block, is_packed, scratch);
+template <typename T, typename W>
+void pack_weight(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
+                 float* panels, float* taps) {
+  const Conv3x3Product product = conv3x3_product(params, 1, 1);
+  const int64_t place = channel / kConvColumns * params.in_channels;
+  while (begin < end) {
+    const Conv3x3Channels<typename EntryOf<T>::Type> channels(params, product, begin);
+    pack_panel<typename EntryOf<T>::Type, W>(
+        params, product, channels, channel,
+        panels + (place + begin) * conv3x3_channel_panel_size(product), taps);
+    begin = channels.end();
   }
-  params.weight_element == ConvElement::float32
-      ? convolve_block<Bfloat16, float>(params, block, is_packed, scratch)
-      : convolve_block<Bfloat16, Bfloat16>(params, block, is_packed, scratch);
+}
+
+// Calls `function` with values of the types of x and of the weight.
+template <typename Function>
+void with_elements(const Conv3x3Params& params, Function function) {
+  if (params.element == ConvElement::float32) return function(float{}, float{});
+  params.weight_element == ConvElement::float32 ? function(Bfloat16{}, float{})
+                                                : function(Bfloat16{}, Bfloat16{});
+}
+
+}  // namespace
+
+void conv3x3_pack(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
+                  float* panels, float* taps) {
+  with_elements(params, [&](auto x, auto weight) {
+    pack_weight<decltype(x), decltype(weight)>(params, channel, begin, end, panels, taps);
+  });
+}
+
+void conv3x3_block(const Conv3x3Params& params, const Conv3x3Block& block, const float* panels,
+                   bool is_packed, float* scratch) {
+  with_elements(params, [&](auto x, auto weight) {
+    convolve_block<decltype(x), decltype(weight)>(params, block, panels, is_packed, scratch);
+  });
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

@@ -17,7 +17,6 @@ struct Conv3x3Block {
   int64_t image, row, column, rows, columns, channel;
 };
 constexpr int64_t kConvColumns = 64;
-constexpr int64_t kConvDepth = 96;  // entries of the depth that meet all pixels in one go
 constexpr int64_t kConvLanes = 16;  // of a vector, at most
 
 // A block as a product: of phases with a square of taps, over pixels of the map that it sees.
@@ -36,16 +35,32 @@ static inline Conv3x3Product conv3x3_product(const Conv3x3Params& params, int64_
   return {params.phases, params.side, params.stride, rows, columns, map_rows, map_columns};
 }
 
+// Entries of a pixel that meet their weights in one go: few enough for those to come from the L2
+// cache, for as long a chain of sums as that allows.
+static inline int64_t conv3x3_entries(const Conv3x3Product& product) {
+  return product.side == 3 ? 32 : product.side == 2 ? 64 : 128;
+}
+// Input channels of them at most.
+static inline int64_t conv3x3_pack_step(const Conv3x3Product& product) {
+  return 2 * conv3x3_entries(product);
+}
+
+// Where the weight is packed beforehand: [steps of kConvColumns][in_channels] of this many floats,
+// what a product takes at a time standing where the first of its channels would.
+static inline int64_t conv3x3_channel_panel_size(const Conv3x3Product& product) {
+  return product.phases * product.side * product.side * kConvColumns;
+}
+
 // What a call needs besides, in floats: the map, a panel of the weight, its taps on their way there
 // and the sums; a vector may be stored to or loaded from beyond the last of each.
 static inline int64_t conv3x3_map_size(const Conv3x3Params& params, const Conv3x3Product& product) {
   return product.map_rows * product.map_columns * params.in_channels + kConvLanes;
 }
 static inline int64_t conv3x3_panel_size(const Conv3x3Product& product) {
-  return product.phases * product.side * kConvDepth * kConvColumns;
+  return conv3x3_entries(product) * conv3x3_channel_panel_size(product);
 }
 static inline int64_t conv3x3_taps_size(const Conv3x3Product& product) {
-  return 9 * (kConvDepth / product.side * 2) * kConvLanes;
+  return 9 * conv3x3_pack_step(product) * kConvLanes;
 }
 static inline int64_t conv3x3_sums_size(const Conv3x3Product& product) {
   return product.phases * product.rows * product.columns * kConvColumns + kConvLanes;
@@ -58,8 +73,13 @@ static inline int64_t conv3x3_scratch_size(const Conv3x3Params& params, int64_t 
          conv3x3_taps_size(product) + conv3x3_sums_size(product);
 }
 
-// With `is_packed` the scratch memory holds the map from the call before.
+// Packs channels [begin, end) for the output channels from `channel` on; `begin` is a multiple of
+// conv3x3_pack_step.
+FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_pack, (const Conv3x3Params& params, int64_t channel,
+                                          int64_t begin, int64_t end, float* panels, float* taps));
+// `panels` of the whole weight, or null: the block packs its own. With `is_packed` the scratch
+// memory holds the map from the call before.
 FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_block, (const Conv3x3Params& params, const Conv3x3Block& block,
-                                           bool is_packed, float* scratch));
+                                           const float* panels, bool is_packed, float* scratch));
 
 }  // namespace flexvar

@@ -12,7 +12,7 @@ struct Conv3x3Channels {
   int64_t first, count, entries;
 
   Conv3x3Channels(const Conv3x3Params& params, const Conv3x3Product& product, int64_t begin)
-      : first(begin), count(kConvDepth / product.side * kElementsPerEntry<Entry>) {
+      : first(begin), count(conv3x3_entries(product) * kElementsPerEntry<Entry>) {
     const int64_t left = params.in_channels - first;
     if (left < count) count = left;
     entries = (count + kElementsPerEntry<Entry> - 1) / kElementsPerEntry<Entry>;
@@ -22,15 +22,11 @@ struct Conv3x3Channels {
   int64_t end() const { return first + count; }
 };
 
-// The output channels of a block, and the columns of its product.
-static inline int64_t conv3x3_channels(const Conv3x3Params& params, const Conv3x3Block& block) {
-  const int64_t left = params.out_channels - block.channel;
+// The output channels of a step.
+static inline int64_t conv3x3_channels(const Conv3x3Params& params, int64_t channel) {
+  const int64_t left = params.out_channels - channel;
   return left < kConvColumns ? left : kConvColumns;
 }
-static inline int64_t conv3x3_columns(const Conv3x3Params& params, const Conv3x3Block& block) {
-  return has_taps_as_columns(params) ? 9 * params.out_channels : conv3x3_channels(params, block);
-}
-
 // A run of numbers of kFloatLanes rows to vectors over the rows, number i to place(i).
 template <typename W, typename Place>
 static inline void transpose_run(const W* const (&rows)[kFloatLanes], int64_t begin, int64_t count,
@@ -94,13 +90,13 @@ static inline __attribute__((always_inline)) Vector<float> make_entries(Load loa
 
 // [phases][side][side * entries][kConvColumns]: what each row of a phase's taps multiplies by.
 template <typename Entry, typename W>
-static void pack_panel(const Conv3x3Params& params, const Conv3x3Block& block,
-                       const Conv3x3Product& product, const Conv3x3Channels<Entry>& channels,
-                       float* panel, float* taps) {
-  const int64_t columns = conv3x3_channels(params, block), entries = channels.entries;
+static void pack_panel(const Conv3x3Params& params, const Conv3x3Product& product,
+                       const Conv3x3Channels<Entry>& channels, int64_t channel, float* panel,
+                       float* taps) {
+  const int64_t columns = conv3x3_channels(params, channel), entries = channels.entries;
   const int64_t tap_size = channels.padded() * kFloatLanes;
   for (int64_t n = 0; n < columns; n += kFloatLanes) {
-    unpack_taps<Entry, W>(params, channels, block.channel + n, taps);
+    unpack_taps<Entry, W>(params, channels, channel + n, taps);
     if (has_taps_as_columns(params)) {
       for (int64_t k = 0; k < entries; ++k) {
         for (int64_t tap = 0; tap < 9; ++tap) {
