@@ -15,30 +15,27 @@ void pack_map(const Conv3x3Params& params, const Conv3x3Block& block, const Conv
   constexpr int64_t per_entry = kElementsPerEntry<Entry>, step = kFloatLanes * per_entry;
   const int64_t first_row = block.row * params.stride - params.padding;
   const int64_t first_column = block.column * params.stride - params.padding;
-  for (int64_t first = 0; first < params.in_channels;) {
-    const Conv3x3Channels<Entry> channels(params, product, first);
-    for (int64_t i = 0; i < product.map_rows; ++i) {
-      const int64_t row = first_row + i;
-      const bool is_inside = row >= 0 && row < params.height;
-      const T* const line =
-          static_cast<const T*>(params.x) +
-          (block.image * params.height + row) * params.width * params.in_channels + first;
-      // Vectors may end behind the entries, where the next ones come to stand.
-      for (int64_t j = 0; j < product.map_columns; ++j, map += channels.entries) {
-        const int64_t column = first_column + j;
-        if (is_inside && column >= 0 && column < params.width) {
-          const T* const pixel = line + column * params.in_channels;
-          for (int64_t c = 0; c < channels.count; c += step) {
-            store(map + c / per_entry, load_entries<Entry>(pixel + c, channels.count - c));
-          }
-        } else {
-          for (int64_t k = 0; k < channels.entries; k += kFloatLanes) {
-            store(map + k, Vector<float>{});
-          }
-        }
+  const int64_t pixels = product.map_rows * product.map_columns;
+  for (int64_t at = 0; at < pixels; ++at) {
+    const int64_t row = first_row + at / product.map_columns;
+    const int64_t column = first_column + at % product.map_columns;
+    const bool is_inside = row >= 0 && row < params.height && column >= 0 && column < params.width;
+    const T* const pixel =
+        static_cast<const T*>(params.x) +
+        ((block.image * params.height + row) * params.width + column) * params.in_channels;
+    float* block_map = map;
+    for (int64_t first = 0; first < params.in_channels;) {
+      const Conv3x3Channels<Entry> channels(params, product, first);
+      float* const place = block_map + at * channels.entries;
+      // Vectors may end behind the entries of the last block, where the next pixel comes to stand.
+      for (int64_t c = 0; c < channels.count; c += step) {
+        store(place + c / per_entry,
+              is_inside ? load_entries<Entry>(pixel + first + c, channels.count - c)
+                        : Vector<float>{});
       }
+      block_map += pixels * channels.entries;
+      first = channels.end();
     }
-    first = channels.end();
   }
 }
 
@@ -59,7 +56,7 @@ void sum_products(const Conv3x3Params& params, const Conv3x3Block& block,
     if (panels != nullptr) {
       right = panels + (block.channel / kConvColumns * params.in_channels + first) * channel_size;
     } else {
-      pack_panel<Entry, W>(params, product, channels, block.channel, panel, taps);
+      pack_weight<Entry, W>(params, product, channels, block.channel, panel, taps);
     }
     for (int64_t phase = 0; phase < product.phases; ++phase) {
       float* const phase_sums = sums + phase * product.rows * product.columns * kConvColumns;
@@ -183,13 +180,13 @@ void convolve_block(const Conv3x3Params& params, const Conv3x3Block& block, cons
 }
 
 template <typename T, typename W>
-void pack_weight(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
-                 float* panels, float* taps) {
+void pack_channels(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
+                   float* panels, float* taps) {
   const Conv3x3Product product = conv3x3_product(params, 1, 1);
   const int64_t place = channel / kConvColumns * params.in_channels;
   while (begin < end) {
     const Conv3x3Channels<typename EntryOf<T>::Type> channels(params, product, begin);
-    pack_panel<typename EntryOf<T>::Type, W>(
+    pack_weight<typename EntryOf<T>::Type, W>(
         params, product, channels, channel,
         panels + (place + begin) * conv3x3_channel_panel_size(product), taps);
     begin = channels.end();
@@ -209,7 +206,7 @@ void with_elements(const Conv3x3Params& params, Function function) {
 void conv3x3_pack(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
                   float* panels, float* taps) {
   with_elements(params, [&](auto x, auto weight) {
-    pack_weight<decltype(x), decltype(weight)>(params, channel, begin, end, panels, taps);
+    pack_channels<decltype(x), decltype(weight)>(params, channel, begin, end, panels, taps);
   });
 }
 

@@ -70,22 +70,31 @@ static void unpack_taps(const Conv3x3Params& params, const Conv3x3Channels<Entry
   }
 }
 
-// A vector of entries from the numbers of one channel and, in pairs, of the next.
-template <typename Entry, typename Load>
-static inline __attribute__((always_inline)) Vector<float> make_entries(Load load_channel,
-                                                                        int64_t entry) {
+// `entries` vectors of entries, kConvColumns apart: sums over kTaps taps of the numbers of a
+// channel and, in pairs, of the next.
+template <typename Entry, typename W, int kTaps>
+static void sum_taps(const float* const (&taps)[4], int64_t entries, float* place) {
+  const auto of_channel = [&](int64_t c) __attribute__((always_inline)) {
+    Vector<float> sum = load(taps[0] + c * kFloatLanes);
+#pragma GCC unroll 4
+    for (int i = 1; i < kTaps; ++i) sum += load(taps[i] + c * kFloatLanes);
+    return sum;
+  };
+  for (int64_t k = 0; k < entries; ++k, place += kConvColumns) {
 #ifdef __AVX512BF16__
-  if constexpr (kElementsPerEntry<Entry> == 2) {
-    // Denormal numbers become zero, as they do in the products of bfloat16.
-    const auto round = [](Vector<float> v) __attribute__((always_inline)) {
-      const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
-      return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)narrow);
-    };
-    return (Vector<float>)(round(load_channel(2 * entry)) | round(load_channel(2 * entry + 1))
-                                                                << 16);
-  }
+    if constexpr (kElementsPerEntry<Entry> == 2) {
+      const auto bits_of_channel = [&](int64_t c) __attribute__((always_inline)) {
+        if constexpr (kTaps == 1 && __is_same(W, Bfloat16)) return (Bits32)of_channel(c) >> 16;
+        // Denormal numbers become zero, as they do in the products of bfloat16.
+        const __m256bh narrow = _mm512_cvtneps_pbh((__m512)of_channel(c));
+        return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)narrow);
+      };
+      store(place, (Vector<float>)(bits_of_channel(2 * k) | bits_of_channel(2 * k + 1) << 16));
+      continue;
+    }
 #endif
-  return load_channel(entry);
+    store(place, of_channel(k));
+  }
 }
 
 // [phases][side][side * entries][kConvColumns]: what each row of a phase's taps multiplies by.
@@ -97,18 +106,6 @@ static void pack_panel(const Conv3x3Params& params, const Conv3x3Product& produc
   const int64_t tap_size = channels.padded() * kFloatLanes;
   for (int64_t n = 0; n < columns; n += kFloatLanes) {
     unpack_taps<Entry, W>(params, channels, channel + n, taps);
-    if (has_taps_as_columns(params)) {
-      for (int64_t k = 0; k < entries; ++k) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          const auto of_channel = [=](int64_t c) {
-            return load(taps + tap * tap_size + c * kFloatLanes);
-          };
-          store_first(panel + k * kConvColumns + tap * columns + n,
-                      make_entries<Entry>(of_channel, k), columns - n);
-        }
-      }
-      continue;
-    }
     float* place = panel + n;
     for (int64_t phase = 0; phase < product.phases; ++phase) {
       for (int64_t tap = 0; tap < product.side * product.side; ++tap) {
@@ -116,21 +113,49 @@ static void pack_panel(const Conv3x3Params& params, const Conv3x3Product& produc
         const bool folds = product.phases > 1;
         const FoldedTaps down = folds ? folded_taps(phase / 2, i) : FoldedTaps{i, i + 1};
         const FoldedTaps right = folds ? folded_taps(phase % 2, j) : FoldedTaps{j, j + 1};
-        const auto of_channel = [=](int64_t c) {
-          Vector<float> sum = -Vector<float>{};  // -0.0, to which any number adds as it is
-          for (int64_t y = down.begin; y < down.end; ++y) {
-            for (int64_t x = right.begin; x < right.end; ++x) {
-              sum += load(taps + (3 * y + x) * tap_size + c * kFloatLanes);
-            }
+        const float* summed[4];
+        int count = 0;
+        for (int64_t y = down.begin; y < down.end; ++y) {
+          for (int64_t x = right.begin; x < right.end; ++x) {
+            summed[count++] = taps + (3 * y + x) * tap_size;
           }
-          return sum;
-        };
-        for (int64_t k = 0; k < entries; ++k, place += kConvColumns) {
-          store(place, make_entries<Entry>(of_channel, k));
         }
+        const auto sum = count == 1   ? &sum_taps<Entry, W, 1>
+                         : count == 2 ? &sum_taps<Entry, W, 2>
+                                      : &sum_taps<Entry, W, 4>;
+        sum(summed, entries, place);
+        place += entries * kConvColumns;
       }
     }
   }
+}
+
+// The same where the columns are the taps of each output channel: [entries][kConvColumns].
+template <typename Entry, typename W>
+static void pack_tap_columns(const Conv3x3Params& params, const Conv3x3Channels<Entry>& channels,
+                             float* panel, float* taps) {
+  const int64_t tap_size = channels.padded() * kFloatLanes;
+  for (int64_t n = 0; n < params.out_channels; n += kFloatLanes) {
+    unpack_taps<Entry, W>(params, channels, n, taps);
+    const int64_t count = params.out_channels - n;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      float* const first = taps + tap * tap_size;
+      for (int64_t k = 0; k < channels.entries; ++k) {
+        alignas(64) float entry[kConvColumns];
+        sum_taps<Entry, W, 1>({first + k * kElementsPerEntry<Entry> * kFloatLanes}, 1, entry);
+        store_first(panel + k * kConvColumns + tap * params.out_channels + n, load(entry), count);
+      }
+    }
+  }
+}
+
+template <typename Entry, typename W>
+static void pack_weight(const Conv3x3Params& params, const Conv3x3Product& product,
+                        const Conv3x3Channels<Entry>& channels, int64_t channel, float* panel,
+                        float* taps) {
+  has_taps_as_columns(params)
+      ? pack_tap_columns<Entry, W>(params, channels, panel, taps)
+      : pack_panel<Entry, W>(params, product, channels, channel, panel, taps);
 }
 
 }  // namespace flexvar::FLEXVAR_ISA
