@@ -16,7 +16,7 @@ RESIZES = ["none", "down", "up"]
 SHAPES = [(1, 1, 1, 2, 2), (2, 3, 5, 7, 9), (1, 5, 3, 3, 2), (2, 33, 17, 2, 5), (1, 40, 70, 17, 33), (2, 64, 3, 4, 4)]
 SHAPES += [(1, 128, 130, 20, 16), (1, 32, 16, 65, 70), (1, 256, 48, 33, 31), (3, 31, 31, 16, 16)]
 needs_tile_unit = pytest.mark.skipif(_host.cpu_isa() != "amx", reason="this CPU has no tile unit (AMX)")
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
+INSTRUCTION_SETS = _host.build_info()["cpu_instruction_sets"].split()
 INSTRUCTION_SETS = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_host.cpu_isa()) + 1]
 needs_kernel = pytest.mark.skipif(_host.cpu_isa() == "baseline", reason="this CPU has no AVX2")
 
