@@ -18,17 +18,18 @@ def conv3x3(
 ) -> Tensor:
     """``residual + conv2d(x, weight, bias)`` with 3x3 taps, zeros around x, and perhaps a change of resolution.
 
-    On CPUs with a tile unit (AMX), float32 and bfloat16 run on it, channels last. A float32 number is the sum of three
-    bfloat16 numbers there, and the products that count are summed in float32: the error is about that of float32
-    arithmetic, smaller where the sums are long. Upsampling costs 4 products a pixel instead of 9, since sums of taps
-    stand for taps on equal pixels.
+    On CPUs from AVX2 on, float32 and bfloat16 run here, channels last, products being summed in float32. Upsampling
+    costs 4 products a pixel instead of 9, since sums of taps stand for taps on equal pixels. The order of sums depends
+    on C, N and resize alone: an image's result is the same in any batch and on any number of threads, to the bit. On a
+    tile unit (AMX), a float32 number is the sum of three bfloat16 numbers: the error is about that of float32
+    arithmetic, smaller where the sums are long.
 
     On CUDA, upsampling runs on tensor cores in float16 and bfloat16, channels last, with the same 4 products. They are
     summed in float32, bias and residual added to the sums, and the result is rounded once; so are the sums of taps.
     The order of sums depends on C and resize alone: an image's result is the same in any batch, to the bit.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
-    (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without a tile unit, on CUDA in float32 or at
+    (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without AVX2, on CUDA in float32 or at
     another change of resolution, and wherever a gradient is needed.
 
     Args:
@@ -85,12 +86,12 @@ def conv3x3_is_native(x: Tensor, *, resize: str = "none") -> bool:
     dtype = reference.result_dtype(x)
     if x.device.type == "cuda":  # cuDNN has the others until a card has measured both
         return resize == "up" and dtype in (torch.float16, torch.bfloat16)
-    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_tile_unit()
+    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
 
 
 @torch.compiler.assume_constant_result
-def _has_tile_unit() -> bool:
-    return _host.cpu_isa() == "amx"
+def _has_kernel() -> bool:
+    return _host.cpu_isa() != "baseline"
 
 
 def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int, int]:

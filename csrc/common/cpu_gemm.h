@@ -45,25 +45,34 @@ struct Matrix {
   int64_t column = 1;
 };
 
+// The left factor's depth may come in runs, so many entries apart; the right one's is whole.
+struct Runs {
+  int64_t count = 1, stride = 0;
+};
+
 // c (+)= a b for kRows rows and kColumns vectors. Every sum is one chain of fused (where the CPU
 // has them) multiply-adds in the order of k, whatever tile it is in.
 template <typename A, typename T, int kRows, int kColumns>
 static inline void multiply_registers(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
-                                      int64_t c_row, int64_t depth, bool accumulate) {
-  const A* column = a.data;
+                                      int64_t c_row, int64_t depth, bool accumulate,
+                                      const Runs& runs) {
+  const A* first = a.data;
   Vector<T> sum[kRows][kColumns] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> right[kColumns];
+  for (int64_t run = 0; run < runs.count; ++run, first += runs.stride) {
+    const A* entry = first;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vector<T> right[kColumns];
 #pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
+      for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const A left = column[i * a.row];
+      for (int i = 0; i < kRows; ++i) {
+        const A left = entry[i * a.row];
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+      }
+      entry += a.column;
+      b += b_row;
     }
-    column += a.column;
-    b += b_row;
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
@@ -77,26 +86,32 @@ static inline void multiply_registers(const Matrix<const A>& a, const T* b, int6
 
 template <typename A, typename T, int kColumns>
 static void multiply_columns(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
-                             int64_t c_row, int64_t rows, int64_t depth, bool accumulate) {
+                             int64_t c_row, int64_t rows, int64_t depth, bool accumulate,
+                             const Runs& runs) {
   const A* left = a.data;
   for (; rows >= kRegisterRows; rows -= kRegisterRows) {
     multiply_registers<A, T, kRegisterRows, kColumns>({left, a.row, a.column}, b, b_row, c, c_row,
-                                                      depth, accumulate);
+                                                      depth, accumulate, runs);
     left += kRegisterRows * a.row;
     c += kRegisterRows * c_row;
   }
   const Matrix<const A> rest{left, a.row, a.column};
   switch (rows) {
     case 5:
-      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs);
     case 4:
-      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs);
     case 3:
-      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs);
     case 2:
-      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs);
     case 1:
-      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate);
+      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs);
   }
 }
 
@@ -104,7 +119,8 @@ static void multiply_columns(const Matrix<const A>& a, const T* b, int64_t b_row
 // latter two with contiguous rows.
 template <typename T, typename A = T>
 static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const Matrix<T>& c,
-                     int64_t rows, int64_t vectors, int64_t depth, bool accumulate) {
+                     int64_t rows, int64_t vectors, int64_t depth, bool accumulate,
+                     const Runs& runs = {}) {
   const T* right = b.data;
   T* sums = c.data;
   while (vectors > 0) {
@@ -112,17 +128,17 @@ static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const M
     switch (columns) {
 #if FLEXVAR_VECTOR_BYTES == 64
       case 4:
-        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
         break;
       case 3:
-        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
         break;
 #endif
       case 2:
-        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
         break;
       default:
-        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate);
+        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
     }
     right += columns * kLanes<T>;
     sums += columns * kLanes<T>;

@@ -9,13 +9,10 @@
 #include "common/cpu_memory.h"
 #include "conv3x3/arguments.h"
 #include "conv3x3/cpu_amx.h"
+#include "conv3x3/cpu_kernel.h"
 
-#ifdef FLEXVAR_X86
 namespace flexvar {
 namespace {
-
-using amx::Conv3x3Params;
-using amx::ConvElement;
 
 ConvElement element_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
@@ -24,16 +21,22 @@ ConvElement element_of(const Tensor& t, const char* name) {
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Into as few parts of at most `most` as there can be, and alike.
+int64_t divide_evenly(int64_t whole, int64_t most) {
+  return divide_up(whole, divide_up(whole, most));
+}
 
 bool has_channels_last(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.stride(3) &&
          t.stride(0) == t.size(2) * t.stride(2);
 }
 
-void run(Conv3x3Params& params) {
+#ifdef FLEXVAR_X86
+void run_on_tiles(const Conv3x3Params& all) {
+  amx::ConvTileParams params{all, nullptr};
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t weight_units = params.column_tiles() * params.channel_blocks();
-  const int64_t panel_bytes = params.phases() * weight_units * params.weight_block_bytes();
+  const int64_t panel_bytes = params.phases * weight_units * params.weight_block_bytes();
   Scratch<char> panels(panel_bytes);
   params.weight_panels = panels.data();
   torch::stable::parallel_for(0, weight_units, 1, [&](int64_t begin, int64_t end) {
@@ -45,7 +48,7 @@ void run(Conv3x3Params& params) {
   const int64_t pairs = divide_up(params.column_tiles(), 2), wanted = 2 * threads;
   const bool splits_weight = panel_bytes > params.batch * amx::Conv3x3Band(params, 1).bytes(params);
   const amx::Conv3x3Band band(params, splits_weight ? 1 : divide_up(wanted, params.batch));
-  const int64_t band_rows = divide_up(params.grid_height(), band.rows);
+  const int64_t band_rows = divide_up(params.grid_height, band.rows);
   const int64_t band_columns = divide_up(params.tiles_in_row(), band.tiles);
   const int64_t bands = params.batch * band_rows * band_columns;
   const int64_t shares = std::min(divide_up(wanted, splits_weight ? 1 : bands), pairs);
@@ -57,7 +60,7 @@ void run(Conv3x3Params& params) {
       int64_t packed = -1;
       for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
         const int64_t place = unit / shares, share = unit % shares;
-        const amx::Conv3x3Block block{
+        const amx::ConvTileBlock block{
             place / band_columns / band_rows, place / band_columns % band_rows * band.rows,
             place % band_columns * band.tiles, pairs * share / shares * 2,
             std::min(pairs * (share + 1) / shares * 2, params.column_tiles())};
@@ -69,9 +72,91 @@ void run(Conv3x3Params& params) {
   });
 }
 
+#endif
+
+// Rows and columns of a block's pixels: as many as leave every thread some blocks, and what a block
+// sees and sums in the L2 cache.
+struct BlockSize {
+  int64_t rows, columns;
+};
+BlockSize choose_block(const Conv3x3Params& params, int64_t wanted_blocks) {
+  constexpr int64_t kMostPixels = 1024, kFewestPixels = 64, kMostFloatsSeen = 384 << 10;
+  constexpr int64_t kMostColumns = 64;
+  const int64_t most =
+      std::min(kMostPixels / params.phases,
+               kMostFloatsSeen / (params.in_channels * params.stride * params.stride));
+  const int64_t pixels = params.grid_height * params.grid_width;
+  const int64_t aim = std::max(std::min(most, divide_up(pixels, wanted_blocks)), kFewestPixels);
+  const int64_t columns = divide_evenly(params.grid_width, kMostColumns);
+  return {divide_evenly(params.grid_height, divide_up(aim, columns)), columns};
+}
+
+// Threads take shares of the scratch memory, which need not hold more than taps.
+void pack_weight(const Conv3x3Params& params, const Conv3x3Product& product, float* panels,
+                 float* scratch, int64_t scratch_size, int64_t runs) {
+  const int64_t steps = divide_up(params.out_channels, kConvColumns);
+  const int64_t pack_step = conv3x3_pack_step(product);
+  const int64_t parts = divide_up(params.in_channels, pack_step), units = steps * parts;
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_pack);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+    for (int64_t run = first_run; run < last_run; ++run) {
+      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
+        const int64_t begin = unit % parts * pack_step;
+        kernel(params, unit / parts * kConvColumns, begin,
+               std::min(begin + pack_step, params.in_channels), panels,
+               scratch + run * scratch_size);
+      }
+    }
+  });
+}
+
+void run_on_vectors(const Conv3x3Params& params) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t steps = divide_up(params.out_channels, kConvColumns);
+  const BlockSize size = choose_block(params, divide_up(2 * threads, params.batch * steps));
+  const int64_t block_rows = divide_up(params.grid_height, size.rows);
+  const int64_t block_columns = divide_up(params.grid_width, size.columns);
+  const int64_t places = params.batch * block_rows * block_columns, units = places * steps;
+  const int64_t runs = std::min(units, threads);
+  const int64_t scratch_size = conv3x3_scratch_size(params, size.rows, size.columns);
+  Scratch<float> scratch(runs * scratch_size);
+  // Where a thread would pack a panel of the weight more than once, all are packed before.
+  const bool packs_weight = places > threads;
+  const Conv3x3Product product = conv3x3_product(params, 1, 1);
+  const int64_t panels_size = steps * params.in_channels * conv3x3_channel_panel_size(product);
+  Scratch<float> panels(packs_weight ? panels_size + kConvLanes : 0);
+  if (packs_weight) pack_weight(params, product, panels.data(), scratch.data(), scratch_size, runs);
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_block);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+    for (int64_t run = first_run; run < last_run; ++run) {
+      int64_t packed = -1;
+      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
+        const int64_t place = unit / steps, position = place % (block_rows * block_columns);
+        const int64_t row = position / block_columns * size.rows;
+        const int64_t column = position % block_columns * size.columns;
+        const Conv3x3Block block{place / (block_rows * block_columns),
+                                 row,
+                                 column,
+                                 std::min(size.rows, params.grid_height - row),
+                                 std::min(size.columns, params.grid_width - column),
+                                 unit % steps * kConvColumns};
+        kernel(params, block, packs_weight ? panels.data() : nullptr, place == packed,
+               scratch.data() + run * scratch_size);
+        packed = place;
+      }
+    }
+  });
+}
+
+void run(const Conv3x3Params& params) {
+#ifdef FLEXVAR_X86
+  if (selected_cpu_isa() == CpuIsa::amx) return run_on_tiles(params);
+#endif
+  run_on_vectors(params);
+}
+
 Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,
                    std::string resize, std::optional<Tensor> residual_in) {
-  STD_TORCH_CHECK(selected_cpu_isa() == CpuIsa::amx, kConv3x3, ": this CPU has no tile unit");
   const Conv3x3Shape shape = check_conv3x3(x_in, weight_in, bias_in, resize, residual_in);
   Conv3x3Params params{};
   params.resize = shape.resize;
@@ -84,6 +169,13 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
   params.out_channels = shape.out_channels;
   params.out_height = shape.out_height;
   params.out_width = shape.out_width;
+  const bool up = shape.resize == ConvResize::up, down = shape.resize == ConvResize::down;
+  params.phases = up ? 4 : 1;
+  params.grid_height = up ? params.height : params.out_height;
+  params.grid_width = up ? params.width : params.out_width;
+  params.side = up ? 2 : 3;
+  params.stride = down ? 2 : 1;
+  params.padding = down ? 0 : 1;
 
   const Tensor x = channels_last(x_in);
   const bool is_channels_last = has_channels_last(weight_in);
@@ -113,4 +205,3 @@ STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x
 
 }  // namespace
 }  // namespace flexvar
-#endif

@@ -1,6 +1,7 @@
 #include "conv3x3/cpu_amx.h"
 
 #include "common/cpu_amx.h"
+#include "conv3x3/cpu_plain.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
@@ -10,12 +11,12 @@ constexpr int kPartsOf = __is_same(T, Bfloat16) ? 1 : 3;
 
 // What a band sees of x.
 template <typename T>
-void pack_band(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
+void pack_band(const ConvTileParams& params, const Conv3x3Band& band, const ConvTileBlock& block,
                char* place) {
   constexpr int parts = kPartsOf<T>;
   const int64_t part_bytes = band.part_bytes(params), columns = band.seen_columns(params);
-  const int64_t first_row = block.row * params.stride() - params.padding();
-  const int64_t first_column = block.tile * kTileRows * params.stride() - params.padding();
+  const int64_t first_row = block.row * params.stride - params.padding;
+  const int64_t first_column = block.tile * kTileRows * params.stride - params.padding;
   for (int64_t first = 0; first < params.in_channels; first += kTileDepth) {
     const int64_t channels = params.in_channels - first;
     char* pixel_place = place + first / kTileDepth * parts * part_bytes;
@@ -45,23 +46,20 @@ void pack_band(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3
 // The taps of 32 input channels of an output channel.
 using Taps = float[3][3][kTileDepth];
 
-// Nearest x2 and three taps are two taps: even outputs see the input before through the first of
-// the three, their own through the sum of the others; odd ones mirrored. Tap (a, b) of a phase:
+// Tap (a, b) of a phase.
 void fold(const Taps& taps, int64_t phase, int64_t a, int64_t b, float* sum) {
-  const int64_t y = phase / 2, x = phase % 2;
-  const int64_t row_begin = a == 0 ? 0 : 1 + y, row_end = a == 0 ? 1 + y : 3;
-  const int64_t column_begin = b == 0 ? 0 : 1 + x, column_end = b == 0 ? 1 + x : 3;
+  const FoldedTaps rows = folded_taps(phase / 2, a), columns = folded_taps(phase % 2, b);
   for (int64_t c = 0; c < kTileDepth; c += kFloatLanes) {
     Vector<float> total{};
-    for (int64_t i = row_begin; i < row_end; ++i) {
-      for (int64_t j = column_begin; j < column_end; ++j) total += load(taps[i][j] + c);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      for (int64_t j = columns.begin; j < columns.end; ++j) total += load(taps[i][j] + c);
     }
     store(sum + c, total);
   }
 }
 
 template <int kParts, typename W>
-void pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end) {
+void pack_weight(const ConvTileParams& params, int64_t unit_begin, int64_t unit_end) {
   const int64_t blocks = params.channel_blocks();
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t tile = unit / blocks, block = unit % blocks;
@@ -87,12 +85,12 @@ void pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_e
           taps[i][tap / 3][tap % 3][c] = to_float(weight[tap * params.tap_stride]);
       }
     }
-    for (int64_t phase = 0; phase < params.phases(); ++phase) {
+    for (int64_t phase = 0; phase < params.phases; ++phase) {
       char* panel =
           params.weight_panels +
           ((phase * params.column_tiles() + tile) * blocks + block) * params.weight_block_bytes();
       for (int64_t tap = 0; tap < params.taps(); ++tap, panel += kParts * kTileBytes) {
-        if (params.phases() == 1) {
+        if (params.phases == 1) {
           pack_right_panel<kParts>(panel, taps[0][tap / 3][tap % 3], 9 * kTileDepth, kTileRows,
                                    kTileDepth);
         } else {
@@ -105,48 +103,22 @@ void pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_e
   }
 }
 
-// A sum that the tiles gave as NaN, by the definition: a part of a factor may have been infinite,
-// or infinity less infinity, where the factor was not.
-template <typename T, typename W>
-float convolve_plainly(const Conv3x3Params& params, int64_t image, int64_t y, int64_t x,
-                       int64_t channel) {
-  const bool up = params.resize == ConvResize::up;
-  const int64_t height = up ? 2 * params.height : params.height;
-  const int64_t width = up ? 2 * params.width : params.width;
-  const W* const weight = static_cast<const W*>(params.weight) + channel * params.in_channels * 9;
-  float sum = 0;
-  for (int64_t tap = 0; tap < 9; ++tap) {
-    const int64_t row = y * params.stride() + tap / 3 - params.padding();
-    const int64_t column = x * params.stride() + tap % 3 - params.padding();
-    if (row < 0 || row >= height || column < 0 || column >= width) continue;
-    const T* const pixel = static_cast<const T*>(params.x) +
-                           ((image * params.height + (up ? row / 2 : row)) * params.width +
-                            (up ? column / 2 : column)) *
-                               params.in_channels;
-    for (int64_t c = 0; c < params.in_channels; ++c) {
-      sum += to_float(pixel[c]) *
-             to_float(weight[c * params.channel_stride + tap * params.tap_stride]);
-    }
-  }
-  return sum;
-}
-
 // Some tiles of a band, of a phase, and their columns.
 struct Part {
   int64_t phase, tile_begin, tile_end, column_tile_begin, column_tile_end;
 };
 
 template <typename T, typename W>
-void finish_part(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
+void finish_part(const ConvTileParams& params, const Conv3x3Band& band, const ConvTileBlock& block,
                  const Part& part, const float* sums) {
   const int64_t scale = params.resize == ConvResize::up ? 2 : 1;
   const int64_t columns = part.column_tile_end - part.column_tile_begin;
   for (int64_t tile = part.tile_begin; tile < part.tile_end; ++tile, sums += columns * 256) {
     const int64_t grid_row = block.row + tile / band.tiles;
     const int64_t first = (block.tile + tile % band.tiles) * kTileRows;
-    if (grid_row >= params.grid_height()) break;
+    if (grid_row >= params.grid_height) break;
     const int64_t y = grid_row * scale + part.phase / 2;
-    for (int64_t j = 0; j < kTileRows && first + j < params.grid_width(); ++j) {
+    for (int64_t j = 0; j < kTileRows && first + j < params.grid_width; ++j) {
       const int64_t x = (first + j) * scale + part.phase % 2;
       const int64_t place =
           ((block.image * params.out_height + y) * params.out_width + x) * params.out_channels;
@@ -154,6 +126,7 @@ void finish_part(const Conv3x3Params& params, const Conv3x3Band& band, const Con
         const int64_t channel = (part.column_tile_begin + n) * kTileRows;
         const int64_t count = params.out_channels - channel;
         Vector<float> sum = load(sums + n * 256 + j * kTileRows);
+        // A part of a factor may have been infinite, or infinity less infinity, where it was not.
         if (kPartsOf<T> > 1) {
           for (unsigned nan = _mm512_cmp_ps_mask((__m512)sum, (__m512)sum, _CMP_UNORD_Q); nan != 0;
                nan &= nan - 1) {
@@ -174,8 +147,8 @@ void finish_part(const Conv3x3Params& params, const Conv3x3Band& band, const Con
 }
 
 template <typename T, typename W>
-void convolve_part(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                   const Part& part, const char* x, float* sums) {
+void convolve_part(const ConvTileParams& params, const Conv3x3Band& band,
+                   const ConvTileBlock& block, const Part& part, const char* x, float* sums) {
   constexpr int parts = kPartsOf<T>;
   const int64_t blocks = params.channel_blocks(), line = band.seen_columns(params) * 64;
   const int64_t columns = part.column_tile_end - part.column_tile_begin;
@@ -185,14 +158,14 @@ void convolve_part(const Conv3x3Params& params, const Conv3x3Band& band, const C
   const int64_t group = (parts == 1 ? 18 : 9) / taps;
   int64_t steps[18];
   for (int64_t tap = 0; tap < taps; ++tap) {
-    steps[tap] = params.phases() == 1
+    steps[tap] = params.phases == 1
                      ? tap / 3 * line + tap % 3 * 64
                      : (tap / 2 + part.phase / 2) * line + (tap % 2 + part.phase % 2) * 64;
   }
   for (int64_t i = taps; i < group * taps; ++i) steps[i] = steps[i - taps] + block_bytes;
   const auto offset = [&](int64_t i) {
     const int64_t tile = part.tile_begin + i;
-    return (tile / band.tiles * line + tile % band.tiles * kTileRows * 64) * params.stride();
+    return (tile / band.tiles * line + tile % band.tiles * kTileRows * 64) * params.stride;
   };
   for (int64_t c = 0; c < blocks; c += group, x += group * block_bytes) {
     const int64_t num_steps = (blocks - c < group ? blocks - c : group) * taps;
@@ -209,7 +182,7 @@ void convolve_part(const Conv3x3Params& params, const Conv3x3Band& band, const C
         const LeftTiles left{{x + offset(i), x + offset(is_pair ? i + 1 : i)},
                              steps,
                              band.part_bytes(params),
-                             params.stride() * 64};
+                             params.stride * 64};
         float* const first = sums + (i * columns + n) * 256;
         float* const second = is_pair ? first + columns * 256 : spare[0];
         float* const out[2][2] = {{first, first + 256},
@@ -226,12 +199,12 @@ void convolve_part(const Conv3x3Params& params, const Conv3x3Band& band, const C
 }
 
 template <typename T, typename W>
-void convolve_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                    bool is_packed, char* scratch) {
+void convolve_block(const ConvTileParams& params, const Conv3x3Band& band,
+                    const ConvTileBlock& block, bool is_packed, char* scratch) {
   if (!is_packed) pack_band<T>(params, band, block, scratch);
   float* const sums = reinterpret_cast<float*>(scratch + band.bytes(params));
   const int64_t tiles = band.rows * band.tiles;
-  for (Part part{}; part.phase < params.phases(); ++part.phase) {
+  for (Part part{}; part.phase < params.phases; ++part.phase) {
     for (int64_t n = block.column_tile_begin; n < block.column_tile_end; n += kConvColumnTiles) {
       part.column_tile_begin = n;
       part.column_tile_end = n + kConvColumnTiles < block.column_tile_end ? n + kConvColumnTiles
@@ -247,9 +220,9 @@ void convolve_block(const Conv3x3Params& params, const Conv3x3Band& band, const 
 
 }  // namespace
 
-Conv3x3Band::Conv3x3Band(const Conv3x3Params& params, int64_t count) {
+Conv3x3Band::Conv3x3Band(const ConvTileParams& params, int64_t count) {
   constexpr int64_t kMostBytes = 1 << 20, kMostTiles = 4, kFewestRows = 8;
-  const int64_t height = params.grid_height();
+  const int64_t height = params.grid_height;
   tiles = params.tiles_in_row() < kMostTiles ? params.tiles_in_row() : kMostTiles;
   const int64_t wanted = (height + count - 1) / count;
   const int64_t most = wanted > kFewestRows ? wanted : kFewestRows;
@@ -265,7 +238,7 @@ Conv3x3Band::Conv3x3Band(const Conv3x3Params& params, int64_t count) {
   rows = (height + bands - 1) / bands;  // alike
 }
 
-void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end) {
+void conv3x3_pack_weight(const ConvTileParams& params, int64_t unit_begin, int64_t unit_end) {
   if (params.element == ConvElement::float32) {
     return pack_weight<3, float>(params, unit_begin, unit_end);
   }
@@ -274,8 +247,8 @@ void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_
       : pack_weight<1, Bfloat16>(params, unit_begin, unit_end);
 }
 
-void conv3x3_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                   bool is_packed, char* scratch) {
+void conv3x3_block(const ConvTileParams& params, const Conv3x3Band& band,
+                   const ConvTileBlock& block, bool is_packed, char* scratch) {
   const TileScope scope;
   if (params.element == ConvElement::float32) {
     return convolve_block<float, float>(params, band, block, is_packed, scratch);

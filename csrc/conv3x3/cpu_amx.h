@@ -5,42 +5,18 @@
 // factor, packed for each block of 32 input channels with all taps behind each other.
 #pragma once
 
-#include <stdint.h>
-
-#include "conv3x3/resize.h"
+#include "conv3x3/cpu_params.h"
 
 namespace flexvar::amx {
 
-enum class ConvElement : int { float32, bfloat16 };
-
-// out = residual + bias + conv(x). The feature maps are channels-last: [batch, height, width, C].
-struct Conv3x3Params {
-  const void* x;
-  const void* weight;  // [out_channels], each 9 taps of in_channels at these strides
-  int64_t channel_stride, tap_stride;
-  const float* bias;     // [out_channels], or null
-  const void* residual;  // like out, or null
-  void* out;
-  ConvElement element, weight_element;  // of x, residual and out; of the weight
-  ConvResize resize;
-  int64_t batch, height, width, out_height, out_width, in_channels, out_channels;
+struct ConvTileParams : Conv3x3Params {
   char* weight_panels;  // packed: [phases][column_tiles][channel_blocks]
 
-  // Upsampling, the output's pixels are of four phases by the parity of their row and column, with
-  // 2x2 taps each.
-  int64_t phases() const { return resize == ConvResize::up ? 4 : 1; }
-  int64_t taps() const { return resize == ConvResize::up ? 4 : 9; }
-  int64_t stride() const { return resize == ConvResize::down ? 2 : 1; }
-  // Of a phase.
-  int64_t grid_height() const { return resize == ConvResize::up ? height : out_height; }
-  int64_t grid_width() const { return resize == ConvResize::up ? width : out_width; }
+  int64_t taps() const { return side * side; }
   int64_t parts() const { return element == ConvElement::bfloat16 ? 1 : 3; }
   int64_t channel_blocks() const { return (in_channels + 31) / 32; }
   int64_t column_tiles() const { return (out_channels + 15) / 16; }
-  int64_t tiles_in_row() const { return (grid_width() + 15) / 16; }
-
-  // The pixels of zeros before the first.
-  int64_t padding() const { return resize == ConvResize::down ? 0 : 1; }
+  int64_t tiles_in_row() const { return (grid_width + 15) / 16; }
   int64_t weight_block_bytes() const { return taps() * parts() * 1024; }
 };
 
@@ -50,22 +26,22 @@ struct Conv3x3Band {
   int64_t rows, tiles;
 
   // At least `count` of them where that takes no thin ones.
-  Conv3x3Band(const Conv3x3Params& params, int64_t count);
-  int64_t seen_rows(const Conv3x3Params& params) const { return (rows - 1) * params.stride() + 3; }
-  int64_t seen_columns(const Conv3x3Params& params) const {
-    return (tiles * 16 - 1) * params.stride() + 3;
+  Conv3x3Band(const ConvTileParams& params, int64_t count);
+  int64_t seen_rows(const ConvTileParams& params) const { return (rows - 1) * params.stride + 3; }
+  int64_t seen_columns(const ConvTileParams& params) const {
+    return (tiles * 16 - 1) * params.stride + 3;
   }
-  int64_t part_bytes(const Conv3x3Params& params) const {
+  int64_t part_bytes(const ConvTileParams& params) const {
     return seen_rows(params) * seen_columns(params) * 64;
   }
-  int64_t bytes(const Conv3x3Params& params) const {
+  int64_t bytes(const ConvTileParams& params) const {
     return params.channel_blocks() * params.parts() * part_bytes(params);
   }
 };
 
 // What one call of conv3x3_block computes: a band whose first pixel is at (row, 16 * tile), all
 // phases, for some of the output channels.
-struct Conv3x3Block {
+struct ConvTileBlock {
   int64_t image, row, tile, column_tile_begin, column_tile_end;
 };
 // Tiles of pixels and of columns that are summed together; the sums follow the band in the scratch
@@ -75,9 +51,9 @@ constexpr int64_t kConvColumnTiles = 8;
 constexpr int64_t kConvSumBytes = kConvTiles * kConvColumnTiles * 1024;
 
 // A unit is a tile of columns of a block of channels: column_tiles * channel_blocks.
-void conv3x3_pack_weight(const Conv3x3Params& params, int64_t unit_begin, int64_t unit_end);
+void conv3x3_pack_weight(const ConvTileParams& params, int64_t unit_begin, int64_t unit_end);
 // With `is_packed` the scratch memory holds the band from the call before.
-void conv3x3_block(const Conv3x3Params& params, const Conv3x3Band& band, const Conv3x3Block& block,
-                   bool is_packed, char* scratch);
+void conv3x3_block(const ConvTileParams& params, const Conv3x3Band& band,
+                   const ConvTileBlock& block, bool is_packed, char* scratch);
 
 }  // namespace flexvar::amx

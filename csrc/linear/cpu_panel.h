@@ -1,51 +1,14 @@
 // Panels of the weight as the product reads them: entry k of the depth of every column side by
-// side. An entry is 32 bits: a number, or a pair of bfloat16 where the CPU multiplies such.
+// side.
 #pragma once
 
-#include "common/cpu_gemm.h"
+#include "common/cpu_entry.h"
 #include "linear/cpu_kernel.h"
 
 namespace flexvar::FLEXVAR_ISA {
 
 constexpr int64_t kPanelColumns = kRegisterColumns * kFloatLanes;
 static_assert(kPanelColumns <= kLinearColumns && kLinearColumns % kPanelColumns == 0);
-
-// What elements of x and the weight are multiplied as, given the element of x.
-template <typename X>
-struct EntryOf {
-  using Type = float;
-};
-#ifdef __AVX512BF16__
-template <>
-struct EntryOf<Bfloat16> {
-  using Type = BfloatPair;
-};
-#endif
-template <typename Entry>
-constexpr int64_t kElementsPerEntry = 1;
-#ifdef __AVX512BF16__
-template <>
-constexpr int64_t kElementsPerEntry<BfloatPair> = 2;
-#endif
-
-// A vector of entries from the first `count` elements at p, the rest zero.
-template <typename Entry, typename W>
-static inline Vector<float> load_entries(const W* p, int64_t count) {
-#ifdef __AVX512BF16__
-  if constexpr (__is_same(Entry, BfloatPair)) {
-    if constexpr (__is_same(W, Bfloat16)) {
-      const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-      return (Vector<float>)_mm512_maskz_loadu_epi16(mask, p);
-    } else {
-      const Vector<float> low = load_first(p, count);
-      const Vector<float> high = count > 16 ? load_first(p + 16, count - 16) : Vector<float>{};
-      // Denormal numbers become zero, as they do in the products of bfloat16.
-      return (Vector<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    }
-  }
-#endif
-  return load_first(p, count);
-}
 
 constexpr int kGroups = kFloatLanes / 4;  // of 128 bits in a vector
 

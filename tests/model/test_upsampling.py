@@ -21,7 +21,7 @@ def plain(x: Tensor, conv: torch.nn.Conv2d) -> Tensor:
 
 @pytest.fixture
 def upsample(monkeypatch: pytest.MonkeyPatch) -> Upsample:
-    """On a CPU without a tile unit: where torch's convolution is the fastest."""
+    """On a CPU without AVX2, where the convolution is torch's."""
     monkeypatch.setenv("FLEXVAR_CPU_ISA", "baseline")
     module = Upsample(6, backend="native")
     with torch.no_grad():

@@ -16,6 +16,9 @@ RESIZES = ["none", "down", "up"]
 SHAPES = [(1, 1, 1, 2, 2), (2, 3, 5, 7, 9), (1, 5, 3, 3, 2), (2, 33, 17, 2, 5), (1, 40, 70, 17, 33), (2, 64, 3, 4, 4)]
 SHAPES += [(1, 128, 130, 20, 16), (1, 32, 16, 65, 70), (1, 256, 48, 33, 31), (3, 31, 31, 16, 16)]
 needs_tile_unit = pytest.mark.skipif(_host.cpu_isa() != "amx", reason="this CPU has no tile unit (AMX)")
+INSTRUCTION_SETS = _host.build_info()["cpu_instruction_sets"].split()
+INSTRUCTION_SETS = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_host.cpu_isa()) + 1]
+needs_kernel = pytest.mark.skipif(_host.cpu_isa() == "baseline", reason="this CPU has no AVX2")
 
 
 def randn(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -43,6 +46,12 @@ def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
+def call_op(tensors: dict[str, Tensor], resize: str) -> Tensor:
+    return torch.ops.flexvar.conv3x3(
+        tensors["x"], tensors["weight"], tensors.get("bias"), resize, tensors.get("residual")
+    )
+
+
 def assert_accurate(tensors: dict[str, Tensor], resize: str) -> None:
     assert_as_accurate_as_torch(
         flexvar_ext.conv3x3(**tensors, resize=resize),
@@ -68,7 +77,7 @@ def test_every_combination(device, left_out, resize, dtype):
     assert_accurate(without(arguments((2, 20, 18, 6, 5), resize, dtype, device), *left_out), resize)
 
 
-@needs_tile_unit
+@needs_kernel
 def test_what_runs_natively(monkeypatch):
     x = randn(1, 2, 3, 4)
     assert flexvar_ext.conv3x3_is_native(x)
@@ -83,6 +92,25 @@ def test_what_runs_natively(monkeypatch):
     assert not flexvar_ext.conv3x3_is_native(x)
     tensors = arguments((1, 3, 4, 5, 6), "up")
     assert torch.equal(flexvar_ext.conv3x3(**tensors, resize="up"), reference.conv3x3(**tensors, resize="up"))
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set(monkeypatch, dtype, resize, isa):
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", isa)
+    for shape in [(2, 3, 5, 7, 9), (1, 5, 7, 3, 2), (1, 131, 70, 6, 33), (1, 258, 3, 5, 70), (1, 70, 66, 65, 70)]:
+        tensors = arguments(shape, resize, dtype)
+        exact = reference.conv3x3(**doubled(tensors), resize=resize)
+        expected = reference.conv3x3(**tensors, resize=resize)
+        out = call_op(tensors, resize)
+        assert_as_accurate_as_torch(out, expected, exact, factor=FORWARD_FACTOR)
+        turned = dict(tensors, weight=tensors["weight"].contiguous(memory_format=torch.channels_last))
+        assert torch.equal(call_op(turned, resize), out)
+        alone = without(tensors, "bias", "residual")
+        exact = reference.conv3x3(**doubled(alone), resize=resize)
+        expected = reference.conv3x3(**alone, resize=resize)
+        assert_as_accurate_as_torch(call_op(alone, resize), expected, exact, factor=FORWARD_FACTOR)
 
 
 @needs_tile_unit
@@ -118,12 +146,6 @@ def test_numbers_near_zero(device):
 
 
 # The kernels of CUDA. The op itself takes every change of resolution there, whoever conv3x3 gives it to.
-
-
-def call_op(tensors: dict[str, Tensor], resize: str) -> Tensor:
-    return torch.ops.flexvar.conv3x3(
-        tensors["x"], tensors["weight"], tensors.get("bias"), resize, tensors.get("residual")
-    )
 
 
 @pytest.mark.cuda
@@ -242,11 +264,12 @@ def test_bad_arguments_do_not_reach_the_cuda_kernel(changed):
 # Determinism
 
 
-@needs_tile_unit
+@needs_kernel
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_thread_count_and_batch_change_nothing(resize, dtype):
-    tensors = arguments((3, 70, 50, 20, 90), resize, dtype)
+@pytest.mark.parametrize("shape", [(3, 70, 50, 20, 90), (3, 140, 3, 20, 90), (3, 70, 130, 4, 5)])
+def test_thread_count_and_batch_change_nothing(shape, resize, dtype):
+    tensors = arguments(shape, resize, dtype)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -331,7 +354,7 @@ def test_gradients_are_torchs(device, resize):
         assert_as_accurate_as_torch(grad, expected_grad, expected_grad.double(), factor=GRADIENT_FACTOR)
 
 
-@needs_tile_unit
+@needs_kernel
 @pytest.mark.parametrize("left_out", [(), ("bias",), ("residual",)])
 @pytest.mark.parametrize("resize", RESIZES)
 def test_opcheck(left_out, resize):
@@ -387,7 +410,7 @@ def test_bad_input(changed, error, message):
         flexvar_ext.conv3x3(**{"x": X, "weight": WEIGHT, **changed})
 
 
-@needs_tile_unit
+@needs_kernel
 @pytest.mark.parametrize(
     "call",
     [

@@ -1,0 +1,34 @@
+// One sum by the definition, for sums that a quicker way gave as no finite number though they may
+// be one, or another infinity.
+#pragma once
+
+#include "common/cpu_element.h"
+#include "conv3x3/cpu_params.h"
+
+namespace flexvar::FLEXVAR_ISA {
+
+template <typename T, typename W>
+static float convolve_plainly(const Conv3x3Params& params, int64_t image, int64_t y, int64_t x,
+                              int64_t channel) {
+  const bool up = params.resize == ConvResize::up;
+  const int64_t height = up ? 2 * params.height : params.height;
+  const int64_t width = up ? 2 * params.width : params.width;
+  const W* const weight = static_cast<const W*>(params.weight) + channel * params.in_channels * 9;
+  float sum = 0;
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    const int64_t row = y * params.stride + tap / 3 - params.padding;
+    const int64_t column = x * params.stride + tap % 3 - params.padding;
+    if (row < 0 || row >= height || column < 0 || column >= width) continue;
+    const T* const pixel = static_cast<const T*>(params.x) +
+                           ((image * params.height + (up ? row / 2 : row)) * params.width +
+                            (up ? column / 2 : column)) *
+                               params.in_channels;
+    for (int64_t c = 0; c < params.in_channels; ++c) {
+      sum += to_float(pixel[c]) *
+             to_float(weight[c * params.channel_stride + tap * params.tap_stride]);
+    }
+  }
+  return sum;
+}
+
+}  // namespace flexvar::FLEXVAR_ISA
