@@ -32,11 +32,13 @@ CpuIsa best_cpu_isa() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
     const bool amx =
         bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
     if (amx && may_use_tiles()) return CpuIsa::amx;
     if (bf16) return CpuIsa::avx512bf16;
+    if (vnni) return CpuIsa::avx512vnni;
     if (avx512) return CpuIsa::avx512;
     if (avx2) return CpuIsa::avx2;
     return CpuIsa::baseline;
@@ -53,6 +55,8 @@ const char* cpu_isa_name(CpuIsa isa) {
       return "amx";
     case CpuIsa::avx512bf16:
       return "avx512bf16";
+    case CpuIsa::avx512vnni:
+      return "avx512vnni";
     case CpuIsa::avx512:
       return "avx512";
     case CpuIsa::avx2:

@@ -13,10 +13,12 @@
 
 namespace flexvar {
 
-enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512bf16 = 4, amx = 5 };
 
-// amx is avx512bf16 and the tile unit: only csrc/<op>/cpu_amx.cpp is compiled for it, and what such
-// files do not hold runs as for avx512bf16.
+// Two sets have files of their own, csrc/<op>/cpu_vnni.cpp and cpu_amx.cpp, and nothing else is
+// compiled for them: avx512vnni is avx512 and products of 16-bit integers, which avx512bf16 has
+// too; amx is avx512bf16 and the tile unit. What such files do not hold runs as for avx512 and
+// avx512bf16.
 
 // The best instruction set of this CPU, or the one that the environment variable FLEXVAR_CPU_ISA
 // names (for tests and measurements). Throws std::runtime_error when that name is unknown or this
@@ -47,6 +49,7 @@ const char* cpu_isa_name(CpuIsa isa);
       case ::flexvar::CpuIsa::amx:           \
       case ::flexvar::CpuIsa::avx512bf16:    \
         return &::flexvar::avx512bf16::name; \
+      case ::flexvar::CpuIsa::avx512vnni:    \
       case ::flexvar::CpuIsa::avx512:        \
         return &::flexvar::avx512::name;     \
       case ::flexvar::CpuIsa::avx2:          \

@@ -10,6 +10,7 @@
 #include "resample/table.h"
 #include "vq_lookup/cpu_amx.h"
 #include "vq_lookup/cpu_kernel.h"
+#include "vq_lookup/cpu_vnni.h"
 
 namespace flexvar {
 namespace {
@@ -76,16 +77,19 @@ void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
 }
 
 #ifdef FLEXVAR_X86
+// Tiles: amx::VqTiles or avx512vnni::VqTiles, which bring the functions of the same names.
+template <typename Tiles>
 void look_up_on_tiles(const VqLookupParams& params) {
-  amx::VqTiles tiles{params, nullptr, nullptr, nullptr, nullptr, nullptr};
-  VqLookupParams& base = tiles.base;
+  using Score = typename Tiles::Score;
+  Tiles tiles{};
+  VqLookupParams& base = tiles.base = params;
   const int64_t code_tiles = tiles.code_tiles(), query_tiles = tiles.query_tiles();
-  const int64_t panel_bytes = tiles.steps() * 1024;
-  Scratch<char> codes(code_tiles * panel_bytes), queries(query_tiles * panel_bytes);
-  Scratch<float> negative_half(code_tiles * amx::kVqTile),
-      rows(query_tiles * amx::kVqTile * base.padded_dim());
-  Scratch<double> inverse_norms(code_tiles * amx::kVqTile), tile_norms(code_tiles),
-      query_norms(query_tiles * amx::kVqTile);
+  const int64_t padded_codes = code_tiles * kVqTile, padded_rows = tiles.queries_of_tiles();
+  Scratch<char> codes(code_tiles * tiles.code_tile_bytes()),
+      queries(query_tiles * tiles.query_tile_bytes());
+  Scratch<Score> negative_half(padded_codes);
+  Scratch<float> rows(padded_rows * base.padded_dim());
+  Scratch<double> inverse_norms(padded_codes), tile_norms(code_tiles), query_norms(padded_rows);
   tiles.codes = codes.data();
   tiles.queries = queries.data();
   tiles.negative_half = negative_half.data();
@@ -94,21 +98,20 @@ void look_up_on_tiles(const VqLookupParams& params) {
   base.queries = rows.data();
   base.query_norms = query_norms.data();
   torch::stable::parallel_for(0, code_tiles + query_tiles, 16, [&](int64_t begin, int64_t end) {
-    amx::vq_tiles_prepare_codes(tiles, begin, std::min(end, code_tiles));
-    amx::vq_tiles_prepare_queries(tiles, std::max(begin - code_tiles, int64_t(0)),
-                                  end - code_tiles);
+    vq_tiles_prepare_codes(tiles, begin, std::min(end, code_tiles));
+    vq_tiles_prepare_queries(tiles, std::max(begin - code_tiles, int64_t(0)), end - code_tiles);
   });
   base.max_code_norm = *std::max_element(base.block_norms, base.block_norms + code_tiles);
 
   // A few times as many products as elsewhere are as soon done.
-  const int64_t products = query_tiles * code_tiles * amx::kVqTile * amx::kVqTile * base.dim;
+  const int64_t products = padded_rows * padded_codes * base.dim;
   const int64_t workers =
       std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
   // Each worker has queries of its own; if there are few, all of them, with codes of its own.
   const bool splits_queries = query_tiles >= 2 * workers;
   const int64_t shares = splits_queries ? 1 : workers, blocks = tiles.code_blocks();
-  Scratch<float> thresholds(shares * tiles.queries_of_tiles());
-  Scratch<amx::VqCandidates> candidates(shares * tiles.queries_of_tiles());
+  Scratch<Score> thresholds(shares * padded_rows);
+  Scratch<VqCandidates<Score>> candidates(shares * padded_rows);
   tiles.thresholds = thresholds.data();
   tiles.candidates = candidates.data();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -116,15 +119,15 @@ void look_up_on_tiles(const VqLookupParams& params) {
       const int64_t first = query_tiles * worker / workers;
       const int64_t last = query_tiles * (worker + 1) / workers;
       if (splits_queries) {
-        amx::vq_tiles_score(tiles, 0, first, last, 0, blocks);
-        amx::vq_tiles_resolve(tiles, shares, first, last);
+        vq_tiles_score(tiles, 0, first, last, 0, blocks);
+        vq_tiles_resolve(tiles, shares, first, last);
       } else {
-        amx::vq_tiles_score(tiles, worker, 0, query_tiles, blocks * worker / workers,
-                            blocks * (worker + 1) / workers);
+        vq_tiles_score(tiles, worker, 0, query_tiles, blocks * worker / workers,
+                       blocks * (worker + 1) / workers);
       }
     }
   });
-  if (!splits_queries) amx::vq_tiles_resolve(tiles, shares, 0, query_tiles);
+  if (!splits_queries) vq_tiles_resolve(tiles, shares, 0, query_tiles);
 }
 #endif
 
@@ -145,8 +148,13 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   params.normalize = normalize;
   params.indices = indices.mutable_data_ptr<int64_t>();
 #ifdef FLEXVAR_X86
-  if (selected_cpu_isa() == CpuIsa::amx && params.dim <= amx::kVqMaxTileDim) {
-    look_up_on_tiles(params);
+  const CpuIsa isa = selected_cpu_isa();
+  if (isa == CpuIsa::amx && params.dim <= amx::VqTiles::kMaxDim) {
+    look_up_on_tiles<amx::VqTiles>(params);
+    return indices;
+  }
+  if (isa >= CpuIsa::avx512vnni && normalize && params.dim <= avx512vnni::VqTiles::kMaxDim) {
+    look_up_on_tiles<avx512vnni::VqTiles>(params);
     return indices;
   }
 #endif

@@ -1,11 +1,13 @@
 #include "vq_lookup/cpu_amx.h"
 
 #include "common/cpu_amx.h"
+#include "vq_lookup/cpu_candidates.h"
 #include "vq_lookup/cpu_codes.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
 
+constexpr int64_t kVqBlockTiles = VqTiles::kBlockTiles;
 constexpr int64_t kMostSteps = 16;
 constexpr int64_t kMostDepth = kMostSteps * kTileDepth;
 
@@ -16,19 +18,6 @@ BfloatLanes to_bfloat(Vector<float> v) {
 }
 Vector<float> to_float(BfloatLanes v) {
   return (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v) << 16);
-}
-float largest_lane(Vector<float> v) {
-  const auto max = [](auto a, auto b) { return a > b ? a : b; };
-  const auto eight = max(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-  const auto four = max(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
-                        __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
-  return max(max(four[0], four[1]), max(four[2], four[3]));
-}
-
-// The lanes that reach the threshold; NaN, on either side, does.
-unsigned reaching(Vector<float> v, float threshold) {
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
 }
 
 // (xh, xm, xh) of a query: [3 * dim] of the depth.
@@ -115,41 +104,10 @@ class ScoreError {
   double most_, roundings_, flushed_;
 };
 
-// The candidates that are still some to the best of them all.
-void settle(const VqLookupParams& params, int64_t n, float threshold, VqCandidates& of) {
-  Best best{of.best_score, of.best_code};
-  for (int64_t i = 0; i < of.count; ++i) {
-    if (of.groups[i].score < threshold) continue;
-    const int64_t group = of.groups[i].group;
-    find_best(params, params.queries + n * params.padded_dim(),
-              group / kVqTile * kVqBlockTiles * kVqTile + group % kVqTile, kVqTile, kVqBlockTiles,
-              best);
-  }
-  of.best_score = best.score;
-  of.best_code = best.code;
-  of.count = 0;
-}
-
-// Adds those of a block's groups, with these scores, that reach the threshold, which rises to the
-// best of them less the slack. What is NaN is a candidate, and a NaN the threshold of all.
-__attribute__((noinline)) void add_candidates(const VqLookupParams& params, int64_t n,
-                                              int64_t block, Vector<float> scores, float& threshold,
-                                              VqCandidates& of) {
-  const float rises = static_cast<float>(largest_lane(scores) - of.slack);
-  if (!(rises <= threshold)) threshold = rises;
-  float lanes[kFloatLanes];
-  store(lanes, scores);
-  for (unsigned mask = reaching(scores, threshold); mask != 0; mask &= mask - 1) {
-    const int64_t lane = __builtin_ctz(mask);
-    if (of.count == VqCandidates::kMost) settle(params, n, threshold, of);
-    of.groups[of.count++] = {lanes[lane], block * kVqTile + lane};
-  }
-}
-
 // The maxima over each group of a block for a tile of queries, and what they are candidates for.
 template <bool kAddsHalf>
 void reduce_tile(const VqTiles& tiles, const float (&sums)[kVqBlockTiles][256], int64_t block,
-                 int64_t tile, float* thresholds, VqCandidates* candidates) {
+                 int64_t tile, float* thresholds, VqCandidates<float>* candidates) {
   Vector<float> half[kVqBlockTiles];
   if (kAddsHalf) {
     const float* const place = tiles.negative_half + block * kVqBlockTiles * kVqTile;
@@ -181,7 +139,7 @@ void reduce_tile(const VqTiles& tiles, const float (&sums)[kVqBlockTiles][256], 
     if (__builtin_expect(reached == 0, 1)) continue;
     for (int64_t i = first; i < first + kRows; ++i) {
       if (reaching(best[i - first], thresholds[i]) == 0) continue;
-      add_candidates(tiles.base, tile * kVqTile + i, block, best[i - first], thresholds[i],
+      add_candidates(tiles, tile * kVqTile + i, block, best[i - first], thresholds[i],
                      candidates[i]);
     }
   }
@@ -192,7 +150,7 @@ void reduce_tile(const VqTiles& tiles, const float (&sums)[kVqBlockTiles][256], 
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
   const VqLookupParams& params = tiles.base;
   const int64_t dim = params.dim, steps = tiles.steps();
-  alignas(64) float columns[kVqMaxTileDim * kVqTile];
+  alignas(64) float columns[VqTiles::kMaxDim * kVqTile];
   BfloatLanes parts[kMostDepth] = {};  // (eh, eh, em), the parts of -|e|²/2, zeros
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t first = tile * kVqTile;
@@ -250,17 +208,10 @@ void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, in
   constexpr int64_t kQueryTiles = 16;  // that stay in the L1 cache
   const VqLookupParams& params = tiles.base;
   float* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
-  VqCandidates* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
+  VqCandidates<float>* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
   const ScoreError error(params.dim, params.max_code_norm);
-  for (int64_t n = query_begin * kVqTile; n < query_end * kVqTile; ++n) {
-    const double norm = n < params.num_latents ? params.query_norms[n] : __builtin_nan("");
-    thresholds[n] = norm == norm ? -kInfinity : kInfinity;
-    const Best none;
-    candidates[n].slack = 2 * error.bound(norm);
-    candidates[n].best_score = none.score;
-    candidates[n].best_code = none.code;
-    candidates[n].count = 0;
-  }
+  start_candidates(tiles, share, query_begin, query_end,
+                   [&](double norm) { return error.bound(norm); });
 
   const TileScope scope;
   const int64_t panel_bytes = tiles.steps() * kTileBytes;
@@ -286,24 +237,7 @@ void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, in
 
 void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin,
                       int64_t query_end) {
-  const VqLookupParams& params = tiles.base;
-  const int64_t queries = tiles.queries_of_tiles(), end = query_end * kVqTile;
-  for (int64_t n = query_begin * kVqTile; n < end && n < params.num_latents; ++n) {
-    float threshold = tiles.thresholds[n];
-    for (int64_t share = 1; share < shares; ++share) {
-      const float other = tiles.thresholds[share * queries + n];
-      if (!(other <= threshold)) threshold = other;
-    }
-    Best best;
-    for (int64_t share = 0; share < shares; ++share) {
-      VqCandidates& of = tiles.candidates[share * queries + n];
-      settle(params, n, threshold, of);
-      if (of.best_score > best.score || (of.best_score == best.score && of.best_code < best.code)) {
-        best = {of.best_score, of.best_code};
-      }
-    }
-    params.indices[n] = best.code;
-  }
+  resolve(tiles, shares, query_begin, query_end);
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

@@ -24,6 +24,13 @@ inline double sum(Double8 s) {
 
 // Eight components from `p`, those from `count` on zero, times `scale` and rounded to fp32.
 inline Double8 load_scaled(const float* p, int64_t count, double scale) {
+#if FLEXVAR_VECTOR_BYTES == 64  // GCC converts in halves
+  const __mmask8 mask = count >= 8 ? 0xff : (1u << count) - 1;
+  const auto widen = [](__m256 v) { return (Double8)_mm512_maskz_cvtps_pd(0xff, v); };
+  const Double8 values = widen(_mm256_maskz_loadu_ps(mask, p));
+  if (scale == 1.0) return values;
+  return widen(_mm512_maskz_cvtpd_ps(0xff, (__m512d)(values * scale)));
+#else
   Double8 values = {};
   if (count >= 8) {
     values = __builtin_convertvector(*reinterpret_cast<const UnalignedFloat8*>(p), Double8);
@@ -33,6 +40,7 @@ inline Double8 load_scaled(const float* p, int64_t count, double scale) {
   if (scale == 1.0) return values;
   typedef float Float8 __attribute__((vector_size(32)));
   return __builtin_convertvector(__builtin_convertvector(values * scale, Float8), Double8);
+#endif
 }
 
 inline double squared_norm(const float* row, int64_t dim, double scale) {
@@ -77,8 +85,7 @@ inline Double8 exact_scores(const float* x, const float* const (&rows)[8],
   for (int i = 0; i < 8; ++i) {
     for (int64_t c = 0; c < dim; c += 8) {
       const Double8 e = load_scaled(rows[i] + c, dim - c, scales[i]);
-      const auto& eight = *reinterpret_cast<const UnalignedFloat8*>(x + c);
-      dots[i] += e * __builtin_convertvector(eight, Double8);
+      dots[i] += e * load_scaled(x + c, 8, 1.0);
       squares[i] += e * e;
     }
   }

@@ -82,7 +82,7 @@ def test_native_equals_reference(vocabulary, dtype, device):
                 assert torch.equal(guided_sample(logits, **settings), reference.guided_sample(logits, **settings))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(isa, dtype, monkeypatch):
     logits = random_logits(2, 4, 1237, dtype=dtype)

@@ -384,10 +384,10 @@ def test_independent_of_threads_repeats_and_batch(device, dtype, normalized):
         assert all(torch.equal(a, e[i : i + 1]) for a, e in zip(alone, expected, strict=True))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_instruction_sets(monkeypatch, isa, dtype):
-    available = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
+    available = ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
     if isa not in available[: available.index(_host.cpu_isa()) + 1]:
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("FLEXVAR_CPU_ISA", isa)

@@ -209,6 +209,57 @@ def test_instruction_set_changes_nothing(monkeypatch, instruction_set, dim, norm
     assert excess_distance(expected, latents, codebook, normalize) <= 1e-12
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("ratio", [1e-42, 1e-30, 1e-13, 1e-11, 1e30])
+def test_rows_of_any_length(monkeypatch, instruction_set, ratio):
+    """Normalising leaves rows shorter than 1e-12 short; they stand beside unit vectors."""
+    latents, codebook = randn(90, 32), randn(400, 32, seed=1)
+    codebook[::3] *= ratio
+    codebook[7] = 0
+    latents[::5] *= ratio
+    latents[3] = 0
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    indices = flexvar_ext.vq_lookup(latents, codebook)
+    assert excess_distance(indices, latents, codebook, True) <= 1e-13
+
+
+@pytest.mark.parametrize("dim", [1, 7, 9, 64, 170, 171, 512, 513])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_dimensions(monkeypatch, instruction_set, dim):
+    latents, codebook = close_call(dim)
+    latents, codebook = latents[:100], codebook[200:1200]
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    assert excess_distance(flexvar_ext.vq_lookup(latents, codebook), latents, codebook, True) <= 1e-12
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("nearest", "second"), [(0, 299), (299, 0), (16, 1), (257, 256)])
+def test_codes_at_the_error_bound_of_16_bits(monkeypatch, instruction_set, nearest, second):
+    """16 bits round the nearest code, and the latent where they meet, down in every component, and the second up."""
+    unit = 32766  # of csrc/vq_lookup/cpu_vnni.h
+    halves = torch.arange(31).double() % 7 * 20 + 5700
+    signs = torch.where(randn(64) < 0, -1.0, 1.0)
+
+    def components(offset, length, turn=0):  # the last one makes the length, so that normalising changes no rounding
+        some = ((halves * length).floor() + turn * (-1) ** torch.arange(31) + 0.5 + offset) / unit
+        return torch.cat([some, (length**2 - some.square().sum()).sqrt()[None]])
+
+    def rounded(x):
+        return torch.round(x * unit).double()
+
+    nothing = torch.zeros(32)
+    latent = (signs * torch.cat([components(-0.02, 0.5**0.5), components(0.02, 0.5**0.5)])).float()
+    codes = torch.stack([torch.cat([components(-0.02, 1), nothing]), torch.cat([nothing, components(0.02, 1, turn=2)])])
+    codebook = F.normalize(randn(600, 64, seed=1), dim=1)
+    codebook[[nearest, second]] = (signs * codes).float()
+    scores = codebook.double() @ latent.double()
+    assert torch.equal(scores.topk(2).indices, torch.tensor([nearest, second]))
+    errors = rounded(codebook) @ rounded(latent) / unit**2 - scores
+    assert errors[second] - errors[nearest] > 0.5 * 2 * 64**0.5 / unit  # half of what the bound allows
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    assert flexvar_ext.vq_lookup(latent.expand(9, 64), codebook).eq(nearest).all()
+
+
 @pytest.mark.cuda
 def test_devices_agree():
     latents, codebook = close_call(32)

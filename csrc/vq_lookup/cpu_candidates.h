@@ -1,0 +1,127 @@
+// The candidates of cpu_tiles.h, with AVX-512: what keeps them in pass 1 and decides among them in
+// pass 2. Scores are float or int32.
+#pragma once
+
+#include "vq_lookup/cpu_exact.h"
+#include "vq_lookup/cpu_tiles.h"
+
+namespace flexvar::FLEXVAR_ISA {
+namespace {
+
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+
+template <typename Score>
+struct ScoreRange;
+template <>
+struct ScoreRange<float> {
+  static constexpr float least = -kInfinity, most = kInfinity, of_no_code = -kInfinity;
+};
+template <>
+struct ScoreRange<int32_t> {
+  static constexpr int32_t of_no_code = INT32_MIN, least = INT32_MIN + 1, most = INT32_MAX;
+};
+
+template <typename Lanes>
+auto largest_lane(Lanes v) {
+  const auto max = [](auto a, auto b) { return a > b ? a : b; };
+  const auto eight = max(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const auto four = max(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                        __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  return max(max(four[0], four[1]), max(four[2], four[3]));
+}
+
+// The lanes that reach the threshold; NaN, on either side, does.
+inline unsigned reaching(Vector<float> v, float threshold) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
+}
+inline unsigned reaching(IntLanes v, int32_t threshold) {
+  return _mm512_cmpge_epi32_mask((__m512i)v, _mm512_set1_epi32(threshold));
+}
+
+inline float lowered(float score, double slack) { return static_cast<float>(score - slack); }
+// Rounded down, and still more than the score of no code.
+inline int32_t lowered(int32_t score, double slack) {
+  constexpr int32_t least = ScoreRange<int32_t>::least;
+  const double exact = __builtin_floor(score - slack);
+  return exact > least ? static_cast<int32_t>(exact) : least;
+}
+
+// Empty lists for tiles of queries, given the error bound of a query by its norm.
+template <typename Tiles, typename Bound>
+void start_candidates(const Tiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
+                      const Bound& bound) {
+  using Range = ScoreRange<typename Tiles::Score>;
+  constexpr int64_t kTile = Tiles::kTileQueries;
+  auto* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
+  auto* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
+  for (int64_t n = query_begin * kTile; n < query_end * kTile; ++n) {
+    const double norm = n < tiles.base.num_latents ? tiles.base.query_norms[n] : __builtin_nan("");
+    thresholds[n] = norm == norm ? Range::least : Range::most;
+    const Best none;
+    candidates[n].slack = 2 * bound(norm);
+    candidates[n].best_score = none.score;
+    candidates[n].best_code = none.code;
+    candidates[n].count = 0;
+  }
+}
+
+// The candidates that are still some to the best of them all.
+template <typename Tiles, typename Score>
+void settle(const Tiles& tiles, int64_t n, Score threshold, VqCandidates<Score>& of) {
+  const VqLookupParams& params = tiles.base;
+  Best best{of.best_score, of.best_code};
+  for (int64_t i = 0; i < of.count; ++i) {
+    if (of.groups[i].score < threshold) continue;
+    const int64_t group = of.groups[i].group;
+    find_best(params, params.queries + n * params.padded_dim(),
+              group / kVqTile * Tiles::kBlockTiles * kVqTile + group % kVqTile, kVqTile,
+              Tiles::kBlockTiles, best);
+  }
+  of.best_score = best.score;
+  of.best_code = best.code;
+  of.count = 0;
+}
+
+// Adds those of a block's groups, with these scores, that reach the threshold, which rises to the
+// best of them less the slack. What is NaN is a candidate, and a NaN the threshold of all.
+template <typename Tiles, typename Lanes, typename Score>
+__attribute__((noinline)) void add_candidates(const Tiles& tiles, int64_t n, int64_t block,
+                                              Lanes scores, Score& threshold,
+                                              VqCandidates<Score>& of) {
+  const Score rises = lowered(largest_lane(scores), of.slack);
+  if (!(rises <= threshold)) threshold = rises;
+  Score lanes[kVqTile];
+  __builtin_memcpy(lanes, &scores, sizeof(lanes));
+  for (unsigned mask = reaching(scores, threshold); mask != 0; mask &= mask - 1) {
+    const int64_t lane = __builtin_ctz(mask);
+    if (of.count == VqCandidates<Score>::kMost) settle(tiles, n, threshold, of);
+    of.groups[of.count++] = {lanes[lane], block * kVqTile + lane};
+  }
+}
+
+template <typename Tiles>
+void resolve(const Tiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end) {
+  constexpr int64_t kTile = Tiles::kTileQueries;
+  const VqLookupParams& params = tiles.base;
+  const int64_t queries = tiles.queries_of_tiles(), end = query_end * kTile;
+  for (int64_t n = query_begin * kTile; n < end && n < params.num_latents; ++n) {
+    auto threshold = tiles.thresholds[n];
+    for (int64_t share = 1; share < shares; ++share) {
+      const auto other = tiles.thresholds[share * queries + n];
+      if (!(other <= threshold)) threshold = other;
+    }
+    Best best;
+    for (int64_t share = 0; share < shares; ++share) {
+      auto& of = tiles.candidates[share * queries + n];
+      settle(tiles, n, threshold, of);
+      if (of.best_score > best.score || (of.best_score == best.score && of.best_code < best.code)) {
+        best = {of.best_score, of.best_code};
+      }
+    }
+    params.indices[n] = best.code;
+  }
+}
+
+}  // namespace
+}  // namespace flexvar::FLEXVAR_ISA

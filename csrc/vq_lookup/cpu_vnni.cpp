@@ -1,0 +1,170 @@
+#include "vq_lookup/cpu_vnni.h"
+
+#include "vq_lookup/cpu_candidates.h"
+#include "vq_lookup/cpu_codes.h"
+
+namespace flexvar::FLEXVAR_ISA {
+namespace {
+
+constexpr int64_t kRows = VqTiles::kTileQueries;
+constexpr int kVectors = 2;  // tiles of codes at a time: 8 x 2 sums and 8 maxima of 32 registers
+using Range = ScoreRange<int32_t>;
+
+IntLanes to_integers(Vector<float> v) {
+  return (IntLanes)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(v * static_cast<float>(kVqUnit)));
+}
+IntLanes load_integers(const void* p) { return (IntLanes)_mm512_loadu_si512(p); }
+
+IntLanes maximum(IntLanes a, IntLanes b) {
+  return (IntLanes)_mm512_maskz_max_epi32(0xffff, (__m512i)a, (__m512i)b);
+}
+
+// |score - kVqUnit² (x·e - |e|²/2)| of a query with this norm and codes with norms up to `most`. A
+// component errs by half and by what float leaves of kVqUnit x (2^-9 and less), so by Cauchy and
+// Schwarz a product by 0.502 sqrt(dim) of each factor's length and by the product of both errors;
+// -|e|²/2 is rounded, too, and pass 2 rounds in double.
+double score_error(int64_t dim, double most, double norm) {
+  const double per_component = 0.502, length = per_component * __builtin_sqrt(dim);
+  return length * (kVqUnit * (norm + most) + length) + 1;
+}
+
+// The maxima over each group of a block for a tile of queries. kPairs = 0: any number.
+template <int kPairs>
+__attribute__((always_inline)) inline void score_block(const char* codes,
+                                                       const int32_t* negative_half,
+                                                       const char* queries, int64_t any_pairs,
+                                                       IntLanes (&best)[kRows]) {
+  const int64_t pairs = kPairs ? kPairs : any_pairs;
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < kRows; ++m) best[m] = IntLanes{} + Range::of_no_code;
+  for (int64_t first = 0; first < VqTiles::kBlockTiles; first += kVectors) {
+    IntLanes sum[kRows][kVectors];
+#pragma GCC unroll 2
+    for (int n = 0; n < kVectors; ++n) {
+      const IntLanes start = load_integers(negative_half + (first + n) * kVqTile);
+#pragma GCC unroll 8
+      for (int64_t m = 0; m < kRows; ++m) sum[m][n] = start;
+    }
+    // Not to be read before the loop, for which there are no registers.
+    asm("" : "+r"(queries));
+    for (int64_t some = 0; some < pairs; some += 4) {
+#pragma GCC unroll 4
+      for (int64_t pair = some; pair < some + 4; ++pair) {
+        IntLanes e[kVectors];
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) {
+          e[n] = load_integers(codes + ((first + n) * pairs + pair) * 64);
+        }
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < kRows; ++m) {
+          int32_t bits;
+          __builtin_memcpy(&bits, queries + (pair * kRows + m) * 4, sizeof(bits));
+          const __m512i x = _mm512_set1_epi32(bits);
+#pragma GCC unroll 2
+          for (int n = 0; n < kVectors; ++n) {
+            sum[m][n] = (IntLanes)_mm512_dpwssd_epi32((__m512i)sum[m][n], x, (__m512i)e[n]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) best[m] = maximum(best[m], sum[m][n]);
+    }
+  }
+}
+
+template <int kPairs>
+void score_tiles(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
+                 int64_t block) {
+  const char* const codes = tiles.codes + block * VqTiles::kBlockTiles * tiles.code_tile_bytes();
+  const int32_t* const negative_half = tiles.negative_half + block * VqTiles::kBlockTiles * kVqTile;
+  int32_t* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
+  auto* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
+  for (int64_t tile = query_begin; tile < query_end; ++tile) {
+    const int64_t first = tile * kRows;
+    IntLanes best[kRows];
+    score_block<kPairs>(codes, negative_half, tiles.queries + tile * tiles.query_tile_bytes(),
+                        tiles.pairs(), best);
+    unsigned reached = 0;
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < kRows; ++m) reached |= reaching(best[m], thresholds[first + m]);
+    if (__builtin_expect(reached == 0, 1)) continue;
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < kRows; ++m) {
+      if (reaching(best[m], thresholds[first + m]) == 0) continue;
+      add_candidates(tiles, first + m, block, best[m], thresholds[first + m],
+                     candidates[first + m]);
+    }
+  }
+}
+
+}  // namespace
+
+void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
+  const VqLookupParams& params = tiles.base;
+  const int64_t dim = params.dim, pairs = tiles.pairs();
+  alignas(64) float columns[VqTiles::kMaxDim * kVqTile];
+  for (int64_t c = dim; c < 2 * pairs; ++c) store(columns + c * kVqTile, Vector<float>{});
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const int64_t first = tile * kVqTile;
+    double squares[kVqTile], largest = 0;
+    double* const scales = params.inverse_norms + first;
+    make_codes(params, first, columns, scales, squares);
+    char* const out = tiles.codes + tile * tiles.code_tile_bytes();
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const IntLanes even = to_integers(load(columns + 2 * pair * kVqTile));
+      const IntLanes odd = to_integers(load(columns + (2 * pair + 1) * kVqTile));
+      _mm512_storeu_si512(out + pair * 64, (__m512i)((even & 0xffff) | odd << 16));
+    }
+    for (int64_t i = 0; i < kVqTile; ++i) {
+      const double half = squares[i] * (0.5 * kVqUnit * kVqUnit);
+      tiles.negative_half[first + i] =
+          scales[i] != 0.0 ? -static_cast<int32_t>(half + 0.5) : Range::of_no_code;
+      largest = squares[i] > largest ? squares[i] : largest;
+    }
+    params.block_norms[tile] = __builtin_sqrt(largest);
+  }
+}
+
+void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
+  const VqLookupParams& params = tiles.base;
+  const int64_t padded = params.padded_dim();
+  int32_t pairs[VqTiles::kMaxDim / 2];
+  for (int64_t n = tile_begin * kRows; n < tile_end * kRows; ++n) {
+    prepare_latent(params, n);
+    const float* const row = params.queries + n * padded;
+    for (int64_t c = 0; c < padded; c += kVqTile) {
+      const __mmask16 mask = padded - c < kVqTile ? 0xff : 0xffff;
+      const IntLanes x = to_integers((Vector<float>)_mm512_maskz_loadu_ps(mask, row + c));
+      _mm512_mask_cvtepi32_storeu_epi16(pairs + c / 2, mask, (__m512i)x);
+    }
+    char* const out = tiles.queries + n / kRows * tiles.query_tile_bytes() + n % kRows * 4;
+    for (int64_t pair = 0; pair < tiles.pairs(); ++pair) {
+      __builtin_memcpy(out + pair * kRows * 4, pairs + pair, 4);
+    }
+  }
+}
+
+void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
+                    int64_t block_begin, int64_t block_end) {
+  constexpr int64_t kQueryTiles = 64;  // that stay in the L2 cache
+  const int64_t dim = tiles.base.dim;
+  start_candidates(tiles, share, query_begin, query_end,
+                   [&](double norm) { return score_error(dim, tiles.base.max_code_norm, norm); });
+  const auto score = dim == 32 ? score_tiles<16> : dim == 8 ? score_tiles<4> : score_tiles<0>;
+  for (int64_t first = query_begin; first < query_end; first += kQueryTiles) {
+    const int64_t end = first + kQueryTiles < query_end ? first + kQueryTiles : query_end;
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      score(tiles, share, first, end, block);
+    }
+  }
+}
+
+void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin,
+                      int64_t query_end) {
+  resolve(tiles, shares, query_begin, query_end);
+}
+
+}  // namespace flexvar::FLEXVAR_ISA

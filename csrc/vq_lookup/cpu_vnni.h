@@ -1,0 +1,33 @@
+// Nearest codes of unit vectors in two passes as in cpu_kernel.h, the first in 16-bit integers
+// (AVX512-VNNI, which multiplies twice as many of them as floats).
+//
+// A component x in [-1, 1] is the integer nearest to kVqUnit x. Sums of their products are exact in
+// 32 bits: by Cauchy and Schwarz they are hardly more than kVqUnit², and -|e|²/2 adds half of that.
+// So a score errs by the components' rounding alone, which has a bound.
+#pragma once
+
+#include "vq_lookup/cpu_tiles.h"
+
+namespace flexvar::avx512vnni {
+
+constexpr int64_t kVqUnit = 32766;  // that 1 and a rounding fit into 16 bits
+
+struct VqTiles : VqTiling<int32_t, 8, 16> {
+  static constexpr int64_t kMaxDim = 512;
+
+  int64_t pairs() const { return base.padded_dim() / 2; }
+  int64_t code_tile_bytes() const { return pairs() * 64; }  // [pair of components][code]
+  int64_t query_tile_bytes() const {
+    return kTileQueries * pairs() * 4;
+  }  // [pair of components][query]
+};
+
+void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
+void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
+// Pass 1, of tiles of queries and blocks of codes: a share of them, all if there is but one.
+void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
+                    int64_t block_begin, int64_t block_end);
+// Pass 2, over all shares.
+void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end);
+
+}  // namespace flexvar::avx512vnni
