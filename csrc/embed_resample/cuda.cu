@@ -46,9 +46,8 @@ void launch_resample(const EmbedSource<T, Real>& source, const EmbedShape& s, vo
       s.dim,
       {make_resample_axis<Real>(s.mode, s.in_height, s.height), adjoint},
       {make_resample_axis<Real>(s.mode, s.in_width, s.width), adjoint}};
-  embed_resample_kernel<T, Real, Out>
-      <<<grid_size(embed_resample_blocks(params), op), kEmbedThreads, 0, stream>>>(params);
-  check_launch(op);
+  launch_kernel(op, stream, embed_resample_kernel<T, Real, Out>,
+                grid_size(embed_resample_blocks(params), op), kEmbedThreads, 0, params);
 }
 
 // The values of a flat int64 tensor in ascending order, and where they stood, ascending for equals.
@@ -109,14 +108,13 @@ Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
                                                  s.dim,
                                                  normalize};
     const int64_t blocks = (s.num_codes + kEmbedWarps - 1) / kEmbedWarps;
-    embed_scatter_kernel<T, Real>
-        <<<grid_size(blocks, op), kEmbedThreads, 0, scope.stream()>>>(params);
-    check_launch(op);
+    launch_kernel(op, scope.stream(), embed_scatter_kernel<T, Real>, grid_size(blocks, op),
+                  kEmbedThreads, 0, params);
   });
   return torch::stable::to(grad_codebook, codebook.scalar_type());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("embed_resample", TORCH_BOX(&embed_resample_cuda));
   m.impl("embed_resample_backward", TORCH_BOX(&embed_resample_backward_cuda));
 }
