@@ -93,6 +93,12 @@ def launcher(emulated: ModuleType) -> Callable[[str], Run]:
     return of
 
 
+@pytest.fixture
+def launch_in_every_order(launcher: Callable[[str], Run], run_in_every_order: Run) -> Run:
+    """launch_in_every_order(op, *arguments, **options): run_in_every_order of the op's launcher."""
+    return lambda op, *arguments, **options: run_in_every_order(launcher(op), *arguments, **options)
+
+
 def place(emulated: ModuleType, tensor: Tensor, name: str, misalignment: int, writable: bool) -> Tensor:
     """A copy with the same strides in device memory, ``misalignment`` elements behind the buffer's start. Between its
     elements nothing may be touched."""
