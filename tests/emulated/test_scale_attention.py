@@ -70,8 +70,8 @@ CASES = [
 
 def cases_of(dtype, dim):
     # The exact gradient of a lone token's query is 0, and torch's is: what is left is the rounding of sums as long as
-    # the rows, times the scale. At scale 1 it is above the absolute tolerance for the longest rows in float32.
-    is_beyond = dtype == torch.float32 and dim == 128
+    # the rows, times the scale. At scale 1 it is above the absolute tolerance for the longer rows in float32.
+    is_beyond = dtype == torch.float32 and dim >= 64
     return [(1, 1, [1], 0.5, None) if is_beyond and case[2] == [1] else case for case in CASES]
 
 
