@@ -36,10 +36,8 @@ void launch(const Tensor& qkv, const std::optional<Tensor>& q_scale, Tensor& q, 
     params.aligned = params.aligned && stride % kAppendChunk == 0;
   }
   const int64_t blocks = (params.vectors + kAppendVectors - 1) / kAppendVectors;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "append_qkv: qkv is too large, got ", qkv.numel(),
-                  " elements");
   const auto run = [&](void (*kernel)(AppendQkvCudaParams<From, To, Real>)) {
-    launch_kernel("append_qkv", stream, kernel, static_cast<unsigned>(blocks), kAppendThreads, 0,
+    launch_kernel("append_qkv", stream, kernel, grid_size(blocks, "append_qkv"), kAppendThreads, 0,
                   params);
   };
   switch (dim) {

@@ -60,6 +60,13 @@ inline void check_cuda(cudaError_t error, const char* op, const char* call) {
                           : "");
 }
 
+// CUDA counts the blocks of a launch in 31 bits.
+inline unsigned grid_size(int64_t blocks, const char* op) {
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), op, ": the tensors are too large, they take ",
+                  blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
 // kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), checked.
 template <class... Parameters>
 void launch_kernel(const char* op, cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,

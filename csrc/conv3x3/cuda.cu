@@ -7,12 +7,6 @@
 namespace flexvar {
 namespace {
 
-unsigned grid_size(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), kConv3x3, ": x is too large, got ", blocks,
-                  " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 // Offsets are of 64 bits; the pixels of an image and the depth of its sums are counted in 32.
 void check_size(const Conv3x3Shape& shape) {
   constexpr int64_t kLimit = int64_t{1} << 29;
@@ -36,7 +30,7 @@ void pack(Conv3x3PackParams<From, T> params, const Tensor& weight,
     params.narrow_bias = static_cast<const T*>(bias->const_data_ptr());
   }
   launch_kernel(kConv3x3, stream, conv3x3_pack_kernel<From, T>,
-                grid_size(conv3x3_pack_blocks(params.plan)), kConvPackThreads, 0, params);
+                grid_size(conv3x3_pack_blocks(params.plan), kConv3x3), kConvPackThreads, 0, params);
 }
 
 template <class T>
@@ -69,7 +63,7 @@ void run(const Conv3x3Plan& plan, const Tensor& x, const Tensor& weight,
   params.out = static_cast<T*>(out.mutable_data_ptr());
   params.out_in_chunks = conv3x3_in_chunks(params.out, plan.out_channels) &&
                          conv3x3_in_chunks(params.residual, plan.out_channels);
-  const unsigned blocks = grid_size(plan.blocks());
+  const unsigned blocks = grid_size(plan.blocks(), kConv3x3);
   with_conv_tile(plan.tile, [&]<class Tile>(Tile) {
     const auto kernel = conv3x3_in_chunks(params.x, plan.in_channels)
                             ? conv3x3_kernel<T, Tile, true>

@@ -15,12 +15,6 @@ template <class Real>
 constexpr ScalarType kRealType =
     sizeof(Real) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
 
-unsigned grid_size(int64_t blocks, const char* op) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": the result is too large, it takes ", blocks,
-                  " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 // Calls body(T(), Real()) for the types that elements are stored and summed in.
 template <class Body>
 void by_element(Element element, const Body& body) {

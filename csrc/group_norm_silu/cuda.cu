@@ -17,11 +17,6 @@ bool aligned(std::initializer_list<const Tensor*> maps) {
   return true;
 }
 
-unsigned grid_size(int64_t blocks, const char* op) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": x is too large, got ", blocks, " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 // f<T, vector length>(plan) for the dtype and the layout at hand.
 template <class F>
 void with_plan(const FeatureMaps& maps, bool is_aligned, const char* op, const F& f) {

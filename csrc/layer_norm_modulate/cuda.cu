@@ -29,11 +29,6 @@ NormCudaVectors pointer_to(const ImageVectors& vectors) {
   return {vectors.data(), vectors.stride()};
 }
 
-unsigned grid_size(int64_t blocks, const char* op) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": x has too many tokens, got ", blocks);
-  return static_cast<unsigned>(blocks);
-}
-
 void check_columns(const Tensor& x, const char* op) {
   STD_TORCH_CHECK(x.size(2) <= kNormMaxColumns, op, ": x must have at most ", kNormMaxColumns,
                   " channels, got ", x.size(2));

@@ -84,9 +84,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   STD_TORCH_CHECK(codebook.size(0) < largest && codebook.size(1) < largest, op,
                   ": codebook must have fewer than 2^31 rows and columns");
   const Tensor codes = torch::stable::contiguous(codebook);
-  int multiprocessors = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                         codebook.get_device_index());
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, codebook, op);
   VqPrepareParams prepare{};
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(codes.size(1)),
                                    normalize, multiprocessors);
@@ -98,7 +96,8 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   prepare.codebook = codes.const_data_ptr<float>();
   prepare.source = source;
   prepare.code_rows = prepare.problem.padded_codes();
-  cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream());
+  check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()), op,
+             "cudaMemsetAsync");
   if (scales.empty()) {
     prepare.latent_rows = num_latents;
     launch_prepare(prepare, scope.stream(), op);
