@@ -40,10 +40,9 @@ class CudaScope {
   cudaStream_t stream_;
 };
 #else
-class CudaScope {
+class CudaScope : public emulation::DeviceScope {
  public:
   explicit CudaScope(const torch::stable::Tensor&) {}
-  cudaStream_t stream() const { return nullptr; }
 };
 #endif
 
@@ -76,8 +75,7 @@ void launch_kernel(const char* op, cudaStream_t stream, void (*kernel)(Parameter
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   check_cuda(cudaGetLastError(), op, "CUDA launch");
 #else
-  emulation::launch_on_device(op, kernel, grid, threads, shared_bytes, arguments...);
-  static_cast<void>(stream);
+  emulation::launch_on_device(op, stream, kernel, grid, threads, shared_bytes, arguments...);
 #endif
 }
 

@@ -35,7 +35,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return fits ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  flexvar::emulation::check_stream("cudaMemsetAsync", stream);
   flexvar::emulation::fill_from_host(data, value, bytes);
   return cudaSuccess;
 }
@@ -43,8 +44,10 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 namespace flexvar::emulation {
 
 template <class... Parameters>
-void launch_on_device(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 threads,
-                      size_t shared_bytes, const std::type_identity_t<Parameters>&... arguments) {
+void launch_on_device(const char* op, cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
+                      dim3 threads, size_t shared_bytes,
+                      const std::type_identity_t<Parameters>&... arguments) {
+  check_stream(op, stream);
   const Options options =
       begin_device_launch(op, reinterpret_cast<const void*>(kernel), shared_bytes);
   emulate(options, kernel,

@@ -16,6 +16,8 @@ constexpr size_t kSharedWithoutLeave = 48 * 1024;
 Options device;
 bool is_open = false;
 std::map<const void*, size_t> allowed_shared;  // by kernel
+void* current_stream = nullptr;
+uintptr_t scopes = 0;
 
 // torch may allocate from several threads.
 std::mutex mutex;
@@ -101,6 +103,18 @@ void restrict_to(uintptr_t buffer, uintptr_t data, const std::string& name,
 const Options& device_options() {
   if (!is_open) throw KernelError("flexvar_emulated: ops run within `with _emulated.Device(...)`");
   return device;
+}
+
+DeviceScope::DeviceScope() : stream_(pointer(++scopes)) {
+  device_options();
+  current_stream = stream_;
+}
+DeviceScope::~DeviceScope() { current_stream = nullptr; }
+
+void check_stream(const char* op, const void* stream) {
+  if (current_stream == nullptr || stream != current_stream) {
+    throw KernelError(std::string(op) + ": not on the current stream of the device");
+  }
 }
 
 bool allow_dynamic_shared(const void* kernel, size_t bytes) {

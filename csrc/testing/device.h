@@ -11,6 +11,21 @@ namespace flexvar::emulation {
 // Of the device that is open; throws KernelError when none is.
 const Options& device_options();
 
+// A launcher's time on the device, whose current stream is new in every scope: launches must use
+// it.
+class DeviceScope {
+ public:
+  DeviceScope();
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  void* stream() const { return stream_; }
+
+ private:
+  void* stream_;
+};
+void check_stream(const char* op, const void* stream);
+
 // cudaFuncSetAttribute: how much dynamic shared memory a kernel may ask for. False: more than the
 // device has.
 bool allow_dynamic_shared(const void* kernel, size_t bytes);

@@ -18,7 +18,8 @@ __global__ void static_and_dynamic_kernel() {
 }
 
 void launch(const dim3& grid, const dim3& threads, size_t shared_bytes) {
-  launch_on_device("planted", nothing_kernel, grid, threads, shared_bytes);
+  const DeviceScope scope;
+  launch_on_device("planted", scope.stream(), nothing_kernel, grid, threads, shared_bytes);
 }
 
 void planted_launch(const std::string& name) {
@@ -32,7 +33,13 @@ void planted_launch(const std::string& name) {
     return launch(dim3(1), dim3(32), 60 * 1024 + 1);
   }
   if (name == "static_and_dynamic_without_leave") {
-    return launch_on_device("planted", static_and_dynamic_kernel, dim3(1), dim3(32), 9 * 1024);
+    const DeviceScope scope;
+    return launch_on_device("planted", scope.stream(), static_and_dynamic_kernel, dim3(1), dim3(32),
+                            9 * 1024);
+  }
+  if (name == "default_stream") {
+    const DeviceScope scope;
+    return launch_on_device("planted", nullptr, nothing_kernel, dim3(1), dim3(32), 0);
   }
   throw std::invalid_argument("no planted launch '" + name + "'");
 }

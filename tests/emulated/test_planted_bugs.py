@@ -97,6 +97,7 @@ def test_unknown_order(emulated):
 
 
 LAUNCHES = {
+    "default_stream": "planted: not on the current stream of the device",
     "no_blocks": "no GPU takes a grid of",
     "too_many_blocks_in_y": "no GPU takes a grid of",
     "too_many_blocks_in_z": "no GPU takes a grid of",
