@@ -94,6 +94,12 @@ def launcher(emulated: ModuleType) -> Callable[[str], Run]:
 
 
 @pytest.fixture
+def launch_once(emulated: ModuleType, launcher: Callable[[str], Run]) -> Run:
+    """launch_once(op, *arguments, **options): the op's launcher in one order of the threads, for what takes long."""
+    return lambda op, *arguments, **options: launcher(op)(*arguments, emulated.Options(**options))
+
+
+@pytest.fixture
 def launch_in_every_order(launcher: Callable[[str], Run], run_in_every_order: Run) -> Run:
     """launch_in_every_order(op, *arguments, **options): run_in_every_order of the op's launcher."""
     return lambda op, *arguments, **options: run_in_every_order(launcher(op), *arguments, **options)

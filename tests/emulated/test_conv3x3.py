@@ -60,11 +60,6 @@ def assert_exact(out: Tensor, tensors: dict[str, Tensor], resize: str) -> None:
     assert ((out.double() - expected).abs() <= bound).all()
 
 
-@pytest.fixture
-def launch_once(emulated, launcher):
-    return lambda op, *arguments, **options: launcher(op)(*arguments, emulated.Options(**options))
-
-
 def check(launch, shape, resize, dtype, *, left_out=(), multiprocessors=1, **options) -> Tensor:
     tensors = {name: tensor for name, tensor in arguments(shape, resize, dtype).items() if name not in left_out}
     out = run(launch, tensors, resize, multiprocessors, **options)

@@ -96,21 +96,16 @@ def test_result_in_another_dtype(launch_in_every_order, dtype):
     assert_close(out, exact)
 
 
-@pytest.fixture
-def launch_once(emulated, launcher):
-    """The result for maps, weight and bias drawn for their channels."""
-
-    def launch(x, groups, silu):
-        vectors = (draw(x.shape[1], seed=3), draw(x.shape[1], seed=4))
-        return launcher("group_norm_silu")(x, groups, *vectors, EPS, silu, x.dtype, emulated.Options())[0]
-
-    return launch
+def normalised(launch, x, groups, silu):
+    """With a weight and a bias drawn for its channels."""
+    vectors = (draw(x.shape[1], seed=3), draw(x.shape[1], seed=4))
+    return launch("group_norm_silu", x, groups, *vectors, EPS, silu, x.dtype)[0]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_mean_far_from_zero(launch_once, channels_last):
     x = draw(1, 8, 24, 24, seed=1) * 1e-2 + 100
-    out = launch_once(stored(x, channels_last), 2, False)
+    out = normalised(launch_once, stored(x, channels_last), 2, False)
     weight, bias = draw(8, seed=3), draw(8, seed=4)
     exact = reference.group_norm_silu(x.double(), 2, weight.double(), bias.double(), eps=EPS, silu=False)
     assert (out - exact).abs().max() < 5e-3  # the rounding of x itself is 4e-4 of its deviation
@@ -120,9 +115,9 @@ def test_mean_far_from_zero(launch_once, channels_last):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stay_in_their_group(launch_once, value, channels_last):
     x = draw(2, 8, 5, 4, seed=1)
-    expected = launch_once(stored(x, channels_last), 2, True)
+    expected = normalised(launch_once, stored(x, channels_last), 2, True)
     x[1, 5, 3, 2] = value
-    out = launch_once(stored(x, channels_last), 2, True)
+    out = normalised(launch_once, stored(x, channels_last), 2, True)
     assert out[1, 4:].isnan().all()
     assert torch.equal(out[0], expected[0])
     assert torch.equal(out[1, :4], expected[1, :4])
@@ -131,6 +126,6 @@ def test_values_that_are_not_finite_stay_in_their_group(launch_once, value, chan
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_an_image_is_the_same_in_any_batch(launch_once, channels_last):
     x = stored(draw(3, 8, 20, 20, seed=1), channels_last)
-    together = launch_once(x, 4, True)
+    together = normalised(launch_once, x, 4, True)
     for image in range(3):
-        assert torch.equal(launch_once(x[image : image + 1], 4, True), together[image : image + 1])
+        assert torch.equal(normalised(launch_once, x[image : image + 1], 4, True), together[image : image + 1])

@@ -45,7 +45,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("op", "arguments", "message"), REFUSED)
-def test_refused(emulated, launcher, op, arguments, message):
+def test_refused(launch_once, op, arguments, message):
     with pytest.raises(RuntimeError) as error:
-        launcher(op)(*arguments, emulated.Options())
+        launch_once(op, *arguments)
     assert message in str(error.value)

@@ -138,7 +138,7 @@ class TestTensors:
             with pytest.raises(RuntimeError, match=r"out of bounds: reads 4 bytes at byte 12 of buffer 'x'"):
                 self.resample(x)
 
-    def test_an_argument_is_read_only(self, emulated, launcher):
+    def test_an_argument_is_read_only(self, emulated):
         qkv, cache = torch.ones(1, 1, 3, 1, 32), torch.ones(1, 1, 1, 32)
         with emulated.Device(emulated.Options()):
             caches = [torch.ones(1, 1, 1, 32), torch.ones(1, 1, 1, 32)]

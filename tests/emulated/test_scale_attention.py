@@ -84,11 +84,8 @@ def test_forward_and_backward(launch_in_every_order, batch, heads, lengths, scal
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.bfloat16, 32)])
-def test_more_tiles_than_a_launch_takes(emulated, launcher, dtype, dim):
-    def launch(op, *arguments):
-        return launcher(op)(*arguments, emulated.Options())
-
-    check_passes(launch, 1, 1, [1] * 257, 0.2, None, dtype, dim)
+def test_more_tiles_than_a_launch_takes(launch_once, dtype, dim):
+    check_passes(launch_once, 1, 1, [1] * 257, 0.2, None, dtype, dim)
 
 
 def check_step(launch, q, cache, kv_length, scale, bound=None, **options):
@@ -158,19 +155,16 @@ LAYOUTS = {
 @pytest.mark.parametrize("misalignment", [0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_inputs_that_lie_otherwise(emulated, launcher, dtype, layout, misalignment):
+def test_inputs_that_lie_otherwise(launch_once, dtype, layout, misalignment):
     """The same bits as from contiguous ones."""
     lengths, q_scale = [1, 4], bounds_of(dtype, 2.0, 3.0)
 
-    def launch(op, *arguments, **options):
-        return launcher(op)(*arguments, emulated.Options(**options))
-
     def results(change, **options):
         q, k, v, grad_out = (change(random((2, 5, 2, 32), dtype, seed)) for seed in range(4))
-        out, logsumexp, inverse = launch("scale_attention", q, k, v, lengths, 0.2, q_scale, **options)
+        out, logsumexp, inverse = launch_once("scale_attention", q, k, v, lengths, 0.2, q_scale, **options)
         saved = (change(out), logsumexp.mT.contiguous().mT, lengths, 0.2, q_scale, inverse)
-        grads = launch("scale_attention_backward", grad_out, q, k, v, *saved, **options)
-        return out, *grads, *launch("scale_attention_step", q, k, v, 3, 0.2, q_scale, **options)
+        grads = launch_once("scale_attention_backward", grad_out, q, k, v, *saved, **options)
+        return out, *grads, *launch_once("scale_attention_step", q, k, v, 3, 0.2, q_scale, **options)
 
     def plain(t):  # with the values of the layout
         return (t[:1].expand(t.shape) if layout.startswith("one") else t).contiguous()
@@ -180,12 +174,12 @@ def test_inputs_that_lie_otherwise(emulated, launcher, dtype, layout, misalignme
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 32), (2, 5, 0, 32)])
-def test_nothing_to_do(emulated, launcher, shape):
+def test_nothing_to_do(launch_once, shape):
     t = torch.zeros(shape)
-    saved = launcher("scale_attention")(t, t, t, [1, 4], 0.2, torch.ones(shape[2]), emulated.Options())
+    saved = launch_once("scale_attention", t, t, t, [1, 4], 0.2, torch.ones(shape[2]))
     assert saved[0].shape == shape
     arguments = (t, t, t, t, saved[0], saved[1], [1, 4], 0.2, torch.ones(shape[2]), saved[2])
-    *grads, grad_q_scale = launcher("scale_attention_backward")(*arguments, emulated.Options())
+    *grads, grad_q_scale = launch_once("scale_attention_backward", *arguments)
     assert [g.shape for g in grads] == [shape] * 3
     assert torch.equal(grad_q_scale, torch.zeros(shape[2]))
-    assert launcher("scale_attention_step")(t, t, t, 5, 0.2, None, emulated.Options())[0].shape == shape
+    assert launch_once("scale_attention_step", t, t, t, 5, 0.2, None)[0].shape == shape
