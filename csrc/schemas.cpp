@@ -1,7 +1,11 @@
 // Every op's schema, once. Semantics: flexvar_ext/reference.py; arguments: flexvar_ext/<op>.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(flexvar, m) {
+#ifndef FLEXVAR_NAMESPACE  // the tests have a library of the CUDA launchers, emulated
+#define FLEXVAR_NAMESPACE flexvar
+#endif
+
+STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
   m.def(
       "scale_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lengths, float softmax_scale, "
       "Tensor? q_scale) -> (Tensor out, Tensor logsumexp, Tensor inverse_lengths)");

@@ -36,10 +36,9 @@ void launch(const Tensor& qkv, const std::optional<Tensor>& q_scale, Tensor& q, 
     params.aligned = params.aligned && stride % kAppendChunk == 0;
   }
   const int64_t blocks = (params.vectors + kAppendVectors - 1) / kAppendVectors;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "append_qkv: qkv is too large, got ", qkv.numel(),
-                  " elements");
-  const auto run = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(blocks), kAppendThreads, 0, stream>>>(params);
+  const auto run = [&](void (*kernel)(AppendQkvCudaParams<From, To, Real>)) {
+    launch_kernel("append_qkv", stream, kernel, grid_size(blocks, "append_qkv"), kAppendThreads, 0,
+                  params);
   };
   switch (dim) {
     case 32:
@@ -55,7 +54,6 @@ void launch(const Tensor& qkv, const std::optional<Tensor>& q_scale, Tensor& q, 
       STD_TORCH_CHECK(dim == 128, "append_qkv: head dim must be 32, 64, 96 or 128, got ", dim);
       run(append_qkv_kernel<From, To, Real, 128>);
   }
-  check_launch("append_qkv");
 }
 
 // Calls run(element()) for a tensor's 16- or 32-bit type.
@@ -93,7 +91,7 @@ Tensor append_qkv_cuda(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int
   return q;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) { m.impl("append_qkv", TORCH_BOX(&append_qkv_cuda)); }
+FLEXVAR_LAUNCHERS(m) { m.impl("append_qkv", TORCH_BOX(&append_qkv_cuda)); }
 
 }  // namespace
 }  // namespace flexvar

@@ -1,14 +1,29 @@
-// What every CUDA launcher does around its kernels: device guard, current stream, launch check.
+// What every CUDA launcher does around its kernels: device guard, current stream, checked launches,
+// registration. Under any other compiler than nvcc the launchers become the ops
+// flexvar_emulated::*, which the tests run on the CPU (csrc/testing).
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#define FLEXVAR_LAUNCHERS(m) STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m)
+#else
+#include "testing/cuda_runtime_on_cpu.h"
+
+#define FLEXVAR_LAUNCHERS(m) STABLE_TORCH_LIBRARY_IMPL(flexvar_emulated, CPU, m)
+#endif
+
 namespace flexvar {
 
+#ifdef __CUDACC__
 // Makes the tensor's device current for the scope, and holds that device's current stream.
 class CudaScope {
  public:
@@ -24,6 +39,12 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
+#else
+class CudaScope : public emulation::DeviceScope {
+ public:
+  explicit CudaScope(const torch::stable::Tensor&) {}
+};
+#endif
 
 // `call` is what returned the error. Whichever call is the first to name a kernel notices that the
 // build has no code for the GPU, and CUDA has two errors for that.
@@ -38,7 +59,25 @@ inline void check_cuda(cudaError_t error, const char* op, const char* call) {
                           : "");
 }
 
-inline void check_launch(const char* op) { check_cuda(cudaGetLastError(), op, "CUDA launch"); }
+// CUDA counts the blocks of a launch in 31 bits.
+inline unsigned grid_size(int64_t blocks, const char* op) {
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), op, ": the tensors are too large, they take ",
+                  blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), checked.
+template <class... Parameters>
+void launch_kernel(const char* op, cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
+                   dim3 threads, size_t shared_bytes,
+                   const std::type_identity_t<Parameters>&... arguments) {
+#ifdef __CUDACC__
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+  check_cuda(cudaGetLastError(), op, "CUDA launch");
+#else
+  emulation::launch_on_device(op, stream, kernel, grid, threads, shared_bytes, arguments...);
+#endif
+}
 
 inline int device_attribute(cudaDeviceAttr which, const torch::stable::Tensor& tensor,
                             const char* op) {

@@ -7,20 +7,6 @@
 namespace flexvar {
 namespace {
 
-int multiprocessors(const Tensor& t) {
-  int count = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, kConv3x3, ": ", cudaGetErrorString(error));
-  return count;
-}
-
-unsigned grid_size(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), kConv3x3, ": x is too large, got ", blocks,
-                  " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 // Offsets are of 64 bits; the pixels of an image and the depth of its sums are counted in 32.
 void check_size(const Conv3x3Shape& shape) {
   constexpr int64_t kLimit = int64_t{1} << 29;
@@ -43,9 +29,8 @@ void pack(Conv3x3PackParams<From, T> params, const Tensor& weight,
   } else if (bias) {
     params.narrow_bias = static_cast<const T*>(bias->const_data_ptr());
   }
-  conv3x3_pack_kernel<From, T>
-      <<<grid_size(conv3x3_pack_blocks(params.plan)), kConvPackThreads, 0, stream>>>(params);
-  check_launch(kConv3x3);
+  launch_kernel(kConv3x3, stream, conv3x3_pack_kernel<From, T>,
+                grid_size(conv3x3_pack_blocks(params.plan), kConv3x3), kConvPackThreads, 0, params);
 }
 
 template <class T>
@@ -78,15 +63,13 @@ void run(const Conv3x3Plan& plan, const Tensor& x, const Tensor& weight,
   params.out = static_cast<T*>(out.mutable_data_ptr());
   params.out_in_chunks = conv3x3_in_chunks(params.out, plan.out_channels) &&
                          conv3x3_in_chunks(params.residual, plan.out_channels);
-  const unsigned blocks = grid_size(plan.blocks());
+  const unsigned blocks = grid_size(plan.blocks(), kConv3x3);
   with_conv_tile(plan.tile, [&]<class Tile>(Tile) {
-    if (conv3x3_in_chunks(params.x, plan.in_channels)) {
-      conv3x3_kernel<T, Tile, true><<<blocks, kConvThreads, 0, stream>>>(params);
-    } else {
-      conv3x3_kernel<T, Tile, false><<<blocks, kConvThreads, 0, stream>>>(params);
-    }
+    const auto kernel = conv3x3_in_chunks(params.x, plan.in_channels)
+                            ? conv3x3_kernel<T, Tile, true>
+                            : conv3x3_kernel<T, Tile, false>;
+    launch_kernel(kConv3x3, stream, kernel, blocks, kConvThreads, 0, params);
   });
-  check_launch(kConv3x3);
 }
 
 Tensor conv3x3_cuda(const Tensor& x_in, const Tensor& weight, std::optional<Tensor> bias_in,
@@ -106,8 +89,9 @@ Tensor conv3x3_cuda(const Tensor& x_in, const Tensor& weight, std::optional<Tens
   std::optional<Tensor> bias, residual;
   if (bias_in) bias = torch::stable::contiguous(*bias_in);
   if (residual_in) residual = channels_last(*residual_in);
-  const Conv3x3Plan plan = plan_conv3x3(shape.batch, shape.in_channels, shape.height, shape.width,
-                                        shape.out_channels, shape.resize, multiprocessors(x));
+  const Conv3x3Plan plan =
+      plan_conv3x3(shape.batch, shape.in_channels, shape.height, shape.width, shape.out_channels,
+                   shape.resize, device_attribute(cudaDevAttrMultiProcessorCount, x, kConv3x3));
   if (is_half) {
     run<__half>(plan, x, weight, bias, residual, out, scope.stream());
   } else {
@@ -116,7 +100,7 @@ Tensor conv3x3_cuda(const Tensor& x_in, const Tensor& weight, std::optional<Tens
   return channels_first_view(out);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_cuda)); }
+FLEXVAR_LAUNCHERS(m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_cuda)); }
 
 }  // namespace
 }  // namespace flexvar

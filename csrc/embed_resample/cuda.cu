@@ -15,12 +15,6 @@ template <class Real>
 constexpr ScalarType kRealType =
     sizeof(Real) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
 
-unsigned grid_size(int64_t blocks, const char* op) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": the result is too large, it takes ", blocks,
-                  " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 // Calls body(T(), Real()) for the types that elements are stored and summed in.
 template <class Body>
 void by_element(Element element, const Body& body) {
@@ -46,9 +40,8 @@ void launch_resample(const EmbedSource<T, Real>& source, const EmbedShape& s, vo
       s.dim,
       {make_resample_axis<Real>(s.mode, s.in_height, s.height), adjoint},
       {make_resample_axis<Real>(s.mode, s.in_width, s.width), adjoint}};
-  embed_resample_kernel<T, Real, Out>
-      <<<grid_size(embed_resample_blocks(params), op), kEmbedThreads, 0, stream>>>(params);
-  check_launch(op);
+  launch_kernel(op, stream, embed_resample_kernel<T, Real, Out>,
+                grid_size(embed_resample_blocks(params), op), kEmbedThreads, 0, params);
 }
 
 // The values of a flat int64 tensor in ascending order, and where they stood, ascending for equals.
@@ -109,14 +102,13 @@ Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
                                                  s.dim,
                                                  normalize};
     const int64_t blocks = (s.num_codes + kEmbedWarps - 1) / kEmbedWarps;
-    embed_scatter_kernel<T, Real>
-        <<<grid_size(blocks, op), kEmbedThreads, 0, scope.stream()>>>(params);
-    check_launch(op);
+    launch_kernel(op, scope.stream(), embed_scatter_kernel<T, Real>, grid_size(blocks, op),
+                  kEmbedThreads, 0, params);
   });
   return torch::stable::to(grad_codebook, codebook.scalar_type());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("embed_resample", TORCH_BOX(&embed_resample_cuda));
   m.impl("embed_resample_backward", TORCH_BOX(&embed_resample_backward_cuda));
 }

@@ -17,11 +17,6 @@ bool aligned(std::initializer_list<const Tensor*> maps) {
   return true;
 }
 
-unsigned grid_size(int64_t blocks, const char* op) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": x is too large, got ", blocks, " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
 // f<T, vector length>(plan) for the dtype and the layout at hand.
 template <class F>
 void with_plan(const FeatureMaps& maps, bool is_aligned, const char* op, const F& f) {
@@ -81,10 +76,12 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     params.silu = silu;
     const unsigned blocks = grid_size(plan.blocks(), op);
     const auto groups = static_cast<unsigned>(maps.images() * maps.groups());
-    group_norm_moments_kernel<T, kVector><<<blocks, plan.threads(), 0, scope.stream()>>>(params);
-    group_norm_statistics_kernel<<<groups, kGroupNormCombineThreads, 0, scope.stream()>>>(params);
-    group_norm_silu_apply_kernel<T, kVector><<<blocks, plan.threads(), 0, scope.stream()>>>(params);
-    check_launch(op);
+    const auto launch = [&](auto kernel, unsigned grid, unsigned threads) {
+      launch_kernel(op, scope.stream(), kernel, grid, threads, 0, params);
+    };
+    launch(&group_norm_moments_kernel<T, kVector>, blocks, plan.threads());
+    launch(&group_norm_statistics_kernel, groups, kGroupNormCombineThreads);
+    launch(&group_norm_silu_apply_kernel<T, kVector>, blocks, plan.threads());
   });
   return {FeatureMaps::in_dtype(out, dtype), statistics};
 }
@@ -129,21 +126,18 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
         const auto groups = static_cast<unsigned>(maps.images() * maps.groups());
         const auto weight_blocks = static_cast<unsigned>((channels + kGroupNormCombineThreads - 1) /
                                                          kGroupNormCombineThreads);
-        const cudaStream_t stream = scope.stream();
-        group_norm_silu_backward_sums_kernel<T, kVector>
-            <<<blocks, plan.threads(), 0, stream>>>(params);
-        group_norm_silu_backward_means_kernel<<<groups, kGroupNormCombineThreads, 0, stream>>>(
-            params);
-        group_norm_silu_backward_weight_kernel<<<weight_blocks, kGroupNormCombineThreads, 0,
-                                                 stream>>>(params);
-        group_norm_silu_backward_apply_kernel<T, kVector>
-            <<<blocks, plan.threads(), 0, stream>>>(params);
-        check_launch(op);
+        const auto launch = [&](auto kernel, unsigned grid, unsigned threads) {
+          launch_kernel(op, scope.stream(), kernel, grid, threads, 0, params);
+        };
+        launch(&group_norm_silu_backward_sums_kernel<T, kVector>, blocks, plan.threads());
+        launch(&group_norm_silu_backward_means_kernel, groups, kGroupNormCombineThreads);
+        launch(&group_norm_silu_backward_weight_kernel, weight_blocks, kGroupNormCombineThreads);
+        launch(&group_norm_silu_backward_apply_kernel<T, kVector>, blocks, plan.threads());
       });
   return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_cuda));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_cuda));
 }

@@ -24,15 +24,14 @@ void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t
   if (bytes <= shared_limit) {
     const auto kernel = guided_sample_kernel<T, true>;
     allow_shared_memory(kernel, bytes, kOp);
-    kernel<<<all_rows, kSampleThreads, bytes, stream>>>(params);
+    launch_kernel(kOp, stream, kernel, all_rows, kSampleThreads, bytes, params);
   } else {
     const auto blocks = std::min<unsigned>(
         all_rows, 4u * device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp));
     const Tensor workspace = torch::stable::new_empty(logits, {blocks, words}, ScalarType::Int);
     params.workspace = workspace.mutable_data_ptr<int32_t>();
-    guided_sample_kernel<T, false><<<blocks, kSampleThreads, 0, stream>>>(params);
+    launch_kernel(kOp, stream, guided_sample_kernel<T, false>, blocks, kSampleThreads, 0, params);
   }
-  check_launch(kOp);
 }
 
 Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, const Tensor& seeds,
@@ -63,9 +62,7 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
   return tokens;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
-  m.impl("guided_sample", TORCH_BOX(&guided_sample_cuda));
-}
+FLEXVAR_LAUNCHERS(m) { m.impl("guided_sample", TORCH_BOX(&guided_sample_cuda)); }
 
 }  // namespace
 }  // namespace flexvar

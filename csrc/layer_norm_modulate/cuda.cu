@@ -29,11 +29,6 @@ NormCudaVectors pointer_to(const ImageVectors& vectors) {
   return {vectors.data(), vectors.stride()};
 }
 
-unsigned grid_size(int64_t blocks, const char* op) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": x has too many tokens, got ", blocks);
-  return static_cast<unsigned>(blocks);
-}
-
 void check_columns(const Tensor& x, const char* op) {
   STD_TORCH_CHECK(x.size(2) <= kNormMaxColumns, op, ": x must have at most ", kNormMaxColumns,
                   " channels, got ", x.size(2));
@@ -60,8 +55,8 @@ void launch_forward(const LayerNormModulateCudaParams& params, bool is_aligned, 
                     const char* op) {
   const auto kernel = norm_in_vectors(params.columns, is_aligned) ? layer_norm_modulate_kernel<4>
                                                                   : layer_norm_modulate_kernel<1>;
-  kernel<<<grid_size(params.rows, op), norm_threads(params.columns), 0, stream>>>(params);
-  check_launch(op);
+  launch_kernel(op, stream, kernel, grid_size(params.rows, op), norm_threads(params.columns), 0,
+                params);
 }
 
 Tensor layer_norm_modulate_cuda(const Tensor& x_in, const Tensor& scale_in, const Tensor& shift_in,
@@ -140,22 +135,20 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cuda(const Tenso
   const auto kernel = norm_in_vectors(columns, aligned({&x, &grad, &grad_x, &sums}, {&scale}))
                           ? layer_norm_modulate_backward_kernel<4>
                           : layer_norm_modulate_backward_kernel<1>;
-  kernel<<<grid_size(groups * params.parts, op), norm_threads(columns), 0, scope.stream()>>>(
-      params);
-  check_launch(op);
+  launch_kernel(op, scope.stream(), kernel, grid_size(groups * params.parts, op),
+                norm_threads(columns), 0, params);
 
   NormSumParams sum{params.sums, grad_scale.mutable_data_ptr<float>(), groups, params.parts,
                     params.columns};
   const unsigned blocks = grid_size((groups * columns + kNormSumThreads - 1) / kNormSumThreads, op);
-  norm_sum_parts_kernel<<<blocks, kNormSumThreads, 0, scope.stream()>>>(sum);
+  launch_kernel(op, scope.stream(), norm_sum_parts_kernel, blocks, kNormSumThreads, 0, sum);
   sum.sums += groups * params.parts * columns;
   sum.out = grad_shift.mutable_data_ptr<float>();
-  norm_sum_parts_kernel<<<blocks, kNormSumThreads, 0, scope.stream()>>>(sum);
-  check_launch(op);
+  launch_kernel(op, scope.stream(), norm_sum_parts_kernel, blocks, kNormSumThreads, 0, sum);
   return {grad_x, grad_scale, grad_shift};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate_cuda));
   m.impl("residual_layer_norm_modulate", TORCH_BOX(&residual_layer_norm_modulate_cuda));
   m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward_cuda));

@@ -28,11 +28,8 @@ void launch(const Tensor& in, Tensor& out, const TapAxis<Real>& y, const TapAxis
   int64_t blocks = plan_resample2d(params, planes);
   const bool many = blocks >= kManyBlocks;
   if (!many) blocks = plan_resample2d(params, 1);
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), op, ": the result is too large, got ", out.numel(),
-                  " elements");
   const auto kernel = many ? resample2d_kernel<T, Real, planes> : resample2d_kernel<T, Real, 1>;
-  kernel<<<static_cast<unsigned>(blocks), kResampleThreads, 0, stream>>>(params);
-  check_launch(op);
+  launch_kernel(op, stream, kernel, grid_size(blocks, op), kResampleThreads, 0, params);
 }
 
 Tensor run(const Tensor& t, int64_t height, int64_t width, const std::string& mode_name,
@@ -82,7 +79,7 @@ Tensor resample2d_backward_cuda(const Tensor& grad, int64_t height, int64_t widt
   return run(grad, height, width, mode, antialias, true, "resample2d_backward");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("resample2d", TORCH_BOX(&resample2d_cuda));
   m.impl("resample2d_backward", TORCH_BOX(&resample2d_backward_cuda));
 }

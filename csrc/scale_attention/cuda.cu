@@ -68,10 +68,9 @@ void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_b
     const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(count),
+    const dim3 grid(grid_size(heads, "scale_attention"), static_cast<unsigned>(count),
                     static_cast<unsigned>(parts));
-    kernel<<<grid, threads, shared_bytes, stream>>>(params, list);
-    check_launch("scale_attention");
+    launch_kernel("scale_attention", stream, kernel, grid, threads, shared_bytes, params, list);
   }
 }
 
@@ -157,10 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
     using Kernels = AttentionKernels<T, kDim>;
     constexpr size_t kShared = sizeof(typename Kernels::BackwardShared);
     const int64_t all_tokens = batch * heads * tokens;
-    attention_delta<T, kDim>
-        <<<static_cast<unsigned>((all_tokens + 15) / 16), kPlainThreads, 0, scope.stream()>>>(
-            params, all_tokens);
-    check_launch("scale_attention_backward");
+    launch_kernel("scale_attention_backward", scope.stream(), &attention_delta<T, kDim>,
+                  grid_size((all_tokens + 15) / 16, "scale_attention_backward"), kPlainThreads, 0,
+                  params, all_tokens);
     launch(Kernels::kGradQueries, Kernels::kThreads, kShared, params,
            longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
            scope.stream());
@@ -169,11 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
            scope.stream());
     if (q_scale) {
       using A = AttentionArithmetic<T>;
-      attention_grad_q_scale<A>
-          <<<static_cast<unsigned>(heads), kQScaleThreads, 0, scope.stream()>>>(
-              static_cast<const A*>(params.grad_q_scale_parts),
-              static_cast<A*>(grad_q_scale.mutable_data_ptr()), batch, tokens);
-      check_launch("scale_attention_backward");
+      launch_kernel("scale_attention_backward", scope.stream(), &attention_grad_q_scale<A>,
+                    grid_size(heads, "scale_attention_backward"), kQScaleThreads, 0,
+                    static_cast<const A*>(params.grad_q_scale_parts),
+                    static_cast<A*>(grad_q_scale.mutable_data_ptr()), batch, tokens);
     }
   });
   return {grad_q, grad_k, grad_v, grad_q_scale};
@@ -216,16 +213,15 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
     if (parts > 1) {
       static_assert(sizeof(AttentionPart<A>) == 2 * sizeof(A));
       constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
-      attention_combine<T, kDim>
-          <<<static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock), kCombineThreads, 0,
-             scope.stream()>>>(params, rows, static_cast<int>(parts));
-      check_launch("scale_attention_step");
+      launch_kernel("scale_attention_step", scope.stream(), &attention_combine<T, kDim>,
+                    grid_size((rows + kRowsPerBlock - 1) / kRowsPerBlock, "scale_attention_step"),
+                    kCombineThreads, 0, params, rows, static_cast<int>(parts));
     }
   });
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("scale_attention", TORCH_BOX(&scale_attention_cuda));
   m.impl("scale_attention_backward", TORCH_BOX(&scale_attention_backward_cuda));
   m.impl("scale_attention_step", TORCH_BOX(&scale_attention_step_cuda));

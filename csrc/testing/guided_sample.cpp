@@ -2,50 +2,12 @@
 #include "testing/arrays.h"
 
 namespace flexvar::emulation {
-namespace {
-
-template <class T>
-py::array run(const py::array& logits, const py::array& seeds, const py::array& image_ids,
-              int64_t top_k, double top_p, int64_t step, bool in_shared, unsigned blocks,
-              const EmulationOptions& options) {
-  DeviceMemory memory(options);
-  const py::ssize_t batch = logits.shape(0), length = logits.shape(1), rows = batch * length;
-  const auto vocabulary = static_cast<int32_t>(logits.shape(2));
-  const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
-  const int64_t words = guided_sample_words(vocabulary, kept);
-  auto* tokens = memory.output<int64_t>("tokens", {batch, length});
-  const GuidedSampleCudaParams<T> params{
-      memory.input<T>("logits", logits),
-      memory.input<int64_t>("seeds", seeds),
-      memory.input<int64_t>("image_ids", image_ids),
-      tokens,
-      in_shared ? nullptr
-                : memory.output<int32_t>("workspace", {static_cast<py::ssize_t>(blocks), words}),
-      rows,
-      length,
-      step,
-      top_p,
-      vocabulary,
-      kept};
-  const LaunchShape shape{
-      {blocks, 1, 1}, {kSampleThreads, 1, 1}, in_shared ? words * sizeof(int32_t) : 0};
-  if (in_shared) {
-    memory.launch(guided_sample_kernel<T, true>, shape, params);
-  } else {
-    memory.launch(guided_sample_kernel<T, false>, shape, params);
-  }
-  return memory.fetch(tokens);
-}
-
-}  // namespace
 
 EMULATED_BINDINGS(guided_sample, module) {
-  module.def("guided_sample_float32", &run<float>);
-  module.def("guided_sample_float16", &run<__half>);
-  module.def("guided_sample_bfloat16", &run<__nv_bfloat16>);
   module.def("guided_sample_shared_bytes", [](int64_t vocabulary, int64_t top_k) {
     return guided_sample_words(vocabulary, top_k) * sizeof(int32_t);
   });
+  module.attr("guided_sample_static_shared_bytes") = sizeof(SampleStorage);
   // The arithmetic that CPU and CUDA share, for comparison with the specification.
   module.def("philox4x32", [](const std::array<uint32_t, 4>& counter, uint64_t key) {
     const PhiloxWords random = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key);

@@ -1,6 +1,8 @@
 // CUDA's vector types and per-thread intrinsics in plain C++. Included by cuda_on_cpu.h.
 #pragma once
 
+#include <math.h>  // isnan without std::, as CUDA has it
+
 #include <bit>
 #include <cmath>
 #include <cstdint>

@@ -31,6 +31,7 @@ std::vector<Buffer> buffers;  // global ones, by offset
 constexpr size_t kSharedStart = kArenaBytes - (size_t{1} << 20);
 constexpr size_t kBufferGap = size_t{1} << 16, kSharedGap = 1024;
 size_t arena_used = kBufferGap;
+uint64_t times_freed;
 
 struct StaticObject {
   const void* key;
@@ -66,6 +67,14 @@ void discard(size_t start, size_t end) {
 
 size_t offset_of(const void* pointer) {
   return static_cast<size_t>(static_cast<const char*>(pointer) - arena);
+}
+
+Buffer& buffer_at(const void* start) {
+  const size_t offset = offset_of(start);
+  const auto found = std::find_if(buffers.begin(), buffers.end(),
+                                  [&](const Buffer& b) { return b.offset == offset; });
+  if (found == buffers.end()) throw KernelError("emulation: no buffer starts there");
+  return *found;
 }
 
 bool is_epoch(uint64_t record) { return record >> 32 != 0; }
@@ -242,10 +251,41 @@ void* allocate(const std::string& name, size_t bytes, ByteState state, size_t mi
 }
 
 void free_all() {
+  ++times_freed;
   if (arena == nullptr) return;
   discard(0, arena_used);
   arena_used = kBufferGap;
   buffers.clear();
+}
+
+uint64_t generation() { return times_freed; }
+
+void set_buffer(void* pointer, const std::string& name, ByteState state) {
+  Buffer& buffer = buffer_at(pointer);
+  buffer.name = name;
+  set_state(pointer, buffer.bytes, state);
+}
+
+void free_buffer(void* pointer) {
+  set_buffer(pointer, buffer_at(pointer).name + ", freed", no_buffer);
+}
+
+void set_state(void* data, size_t bytes, ByteState state) {
+  std::fill_n(writers + offset_of(data), bytes, static_cast<uint64_t>(state));
+}
+
+void adopt_host_writes(uint8_t poison) {
+  for (const Buffer& buffer : buffers) {
+    uint64_t* records = writers + buffer.offset;
+    const auto* bytes = reinterpret_cast<const uint8_t*>(arena + buffer.offset);
+    bool written = false;
+    for (size_t i = 0; i < buffer.bytes && !written; ++i) {
+      written = records[i] == unwritten && bytes[i] != poison;
+    }
+    if (written) {
+      std::replace(records, records + buffer.bytes, uint64_t{unwritten}, uint64_t{written_by_host});
+    }
+  }
 }
 
 size_t count_unwritten(const void* buffer, size_t bytes) {
@@ -260,10 +300,10 @@ bool in_shared(const void* pointer) {
 
 void begin_launch(size_t dynamic_bytes) {
   ensure_arena();
-  if (dynamic_bytes > kSharedLimit) {
+  if (dynamic_bytes > options.shared_memory) {
     throw KernelError("launch: " + std::to_string(dynamic_bytes) +
                       " bytes of dynamic shared memory, a block has at most " +
-                      std::to_string(kSharedLimit));
+                      std::to_string(options.shared_memory));
   }
   discard(kSharedStart, kArenaBytes);
   static_objects.clear();
@@ -282,9 +322,9 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, const char*
   const size_t gaps = kSharedGap * (static_objects.size() + 1);
   const size_t offset = (kSharedStart + shared_used + gaps + alignment - 1) / alignment * alignment;
   shared_used += bytes;
-  if (shared_used > kSharedLimit) {
+  if (shared_used > options.shared_memory) {
     fail("shared memory: " + std::to_string(shared_used) + " bytes, a block has at most " +
-         std::to_string(kSharedLimit));
+         std::to_string(options.shared_memory));
   }
   // "... [with T = Tile]"
   std::string name = type_name;

@@ -38,7 +38,6 @@ struct Epoch {
 enum ByteState : uint64_t { no_buffer, unwritten, read_only, written_by_host, in_flight };
 
 inline constexpr size_t kArenaBytes = size_t{1} << 30;
-inline constexpr size_t kSharedLimit = 227 * 1024;  // a block's shared memory on sm_90
 
 extern char* arena;  // null before the first use
 
@@ -46,7 +45,14 @@ extern char* arena;  // null before the first use
 // 256.
 void* allocate(const std::string& name, size_t bytes, ByteState state, size_t misalignment,
                uint8_t poison);
+void free_buffer(void* buffer);
 void free_all();
+uint64_t generation();  // how often all was freed
+void set_buffer(void* buffer, const std::string& name, ByteState state);
+void set_state(void* data, size_t bytes, ByteState state);
+// Host code is not instrumented: what no thread has written and is not poison any more, it wrote,
+// and the rest of that buffer with it.
+void adopt_host_writes(uint8_t poison);
 size_t count_unwritten(const void* buffer, size_t bytes);
 
 // Shared memory: forgotten with a launch, unwritten again with a block.

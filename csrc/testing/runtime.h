@@ -30,6 +30,9 @@ struct Options {
   ThreadOrder order = ThreadOrder::forward;
   uint64_t seed = 0;      // of ThreadOrder::random
   uint8_t poison = 0xff;  // byte that fills memory nobody has written (0xff: NaN in every format)
+  // The device:
+  int multiprocessors = 132;
+  size_t shared_memory = 227 * 1024;  // the most that a block may have
 };
 
 struct LaunchShape {

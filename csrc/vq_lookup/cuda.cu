@@ -44,30 +44,33 @@ VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   return workspace;
 }
 
-void launch_prepare(const VqPrepareParams& params, cudaStream_t stream) {
+void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const char* op) {
   const int64_t rows = params.code_rows + params.latent_rows;
-  vq_prepare_kernel<<<vq_prepare_grid(rows), kVqPrepareThreads, 0, stream>>>(params);
+  launch_kernel(op, stream, vq_prepare_kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
 }
 
 template <int kSteps>
 void launch_tensor(const VqProblem& problem, const VqWorkspace& workspace, dim3 grid,
-                   cudaStream_t stream) {
-  vq_score_tensor_kernel<kSteps><<<grid, kVqTensorThreads, 0, stream>>>(problem, workspace);
+                   cudaStream_t stream, const char* op) {
+  launch_kernel(op, stream, vq_score_tensor_kernel<kSteps>, grid, kVqTensorThreads, 0, problem,
+                workspace);
 }
 
-void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream) {
+void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream,
+                  const char* op) {
   const dim3 grid(static_cast<unsigned>(problem.row_tiles), static_cast<unsigned>(problem.splits));
   switch (problem.tensor_dim / 16) {
     case 1:
-      return launch_tensor<1>(problem, workspace, grid, stream);
+      return launch_tensor<1>(problem, workspace, grid, stream, op);
     case 2:
-      return launch_tensor<2>(problem, workspace, grid, stream);
+      return launch_tensor<2>(problem, workspace, grid, stream, op);
     case 3:
-      return launch_tensor<3>(problem, workspace, grid, stream);
+      return launch_tensor<3>(problem, workspace, grid, stream, op);
     case 4:
-      return launch_tensor<4>(problem, workspace, grid, stream);
+      return launch_tensor<4>(problem, workspace, grid, stream, op);
     default:
-      vq_score_float_kernel<<<grid, kVqFloatThreads, 0, stream>>>(problem, workspace);
+      launch_kernel(op, stream, vq_score_float_kernel, grid, kVqFloatThreads, 0, problem,
+                    workspace);
   }
 }
 
@@ -81,9 +84,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   STD_TORCH_CHECK(codebook.size(0) < largest && codebook.size(1) < largest, op,
                   ": codebook must have fewer than 2^31 rows and columns");
   const Tensor codes = torch::stable::contiguous(codebook);
-  int multiprocessors = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                         codebook.get_device_index());
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, codebook, op);
   VqPrepareParams prepare{};
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(codes.size(1)),
                                    normalize, multiprocessors);
@@ -95,10 +96,11 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   prepare.codebook = codes.const_data_ptr<float>();
   prepare.source = source;
   prepare.code_rows = prepare.problem.padded_codes();
-  cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream());
+  check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()), op,
+             "cudaMemsetAsync");
   if (scales.empty()) {
     prepare.latent_rows = num_latents;
-    launch_prepare(prepare, scope.stream());
+    launch_prepare(prepare, scope.stream(), op);
   }
   for (size_t first = 0; first < scales.size(); first += kVqMaxScales) {
     const size_t end = std::min(scales.size(), first + kVqMaxScales);
@@ -108,15 +110,14 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
     part.first_token = scales[first].first_token;
     part.end_token = end < scales.size() ? scales[end].first_token : source.tokens;
     prepare.latent_rows = num_latents / source.tokens * (part.end_token - part.first_token);
-    launch_prepare(prepare, scope.stream());
+    launch_prepare(prepare, scope.stream(), op);
     prepare.code_rows = 0;
   }
-  launch_score(prepare.problem, prepare.workspace, scope.stream());
+  launch_score(prepare.problem, prepare.workspace, scope.stream(), op);
   const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
                                 indices.mutable_data_ptr<int64_t>()};
-  vq_resolve_kernel<<<vq_resolve_grid(prepare.problem), kVqResolveThreads, 0, scope.stream()>>>(
-      resolve);
-  check_launch(op);
+  launch_kernel(op, scope.stream(), vq_resolve_kernel, vq_resolve_grid(prepare.problem),
+                kVqResolveThreads, 0, resolve);
   return indices;
 }
 
@@ -169,7 +170,7 @@ Tensor vq_lookup_multiscale_cuda(const Tensor& latent, const Tensor& codebook,
   return torch::stable::view(indices, {images.size(0), source.tokens});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CUDA, m) {
+FLEXVAR_LAUNCHERS(m) {
   m.impl("vq_lookup", TORCH_BOX(&vq_lookup_cuda));
   m.impl("vq_lookup_multiscale", TORCH_BOX(&vq_lookup_multiscale_cuda));
 }

@@ -1,8 +1,5 @@
-"""The CUDA kernels of conv3x3, run on the CPU against float64."""
+"""The CUDA launcher of conv3x3, run on the CPU against float64."""
 
-from collections.abc import Callable
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,11 +18,6 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
 def arguments(shape, resize: str, dtype: torch.dtype) -> dict[str, Tensor]:
     batch, channels, out_channels, height, width = shape
     size = {"none": (height, width), "down": (height // 2, width // 2), "up": (2 * height, 2 * width)}[resize]
@@ -37,21 +29,10 @@ def arguments(shape, resize: str, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def run(call, kernel, tensors: dict[str, Tensor], resize: str, multiprocessors: int = 1, **options) -> Tensor:
-    """``call`` is run_in_every_order or runs once."""
-    bias, residual = tensors.get("bias"), tensors.get("residual")
-    (out,) = call(
-        kernel,
-        array(tensors["x"].permute(0, 2, 3, 1)),
-        array(tensors["weight"]),
-        None if bias is None else array(bias),
-        RESIZES.index(resize),
-        None if residual is None else array(residual.permute(0, 2, 3, 1)),
-        multiprocessors,
-        **options,
-    )
-    result = torch.from_numpy(out)
-    return (result.view(torch.bfloat16) if result.dtype == torch.uint16 else result).permute(0, 3, 1, 2)
+def run(launch, tensors: dict[str, Tensor], resize: str, multiprocessors: int = 1, **options) -> Tensor:
+    x, weight, bias, residual = (tensors.get(name) for name in ("x", "weight", "bias", "residual"))
+    (out,) = launch("conv3x3", x, weight, bias, resize, residual, multiprocessors=multiprocessors, **options)
+    return out
 
 
 def exact(x: Tensor, weight: Tensor, resize: str, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -79,13 +60,9 @@ def assert_exact(out: Tensor, tensors: dict[str, Tensor], resize: str) -> None:
     assert ((out.double() - expected).abs() <= bound).all()
 
 
-def once(emulated) -> Callable[..., tuple[np.ndarray, ...]]:
-    return lambda kernel, *arguments, **options: (kernel(*arguments, emulated.Options(**options)),)
-
-
-def check(call, kernel, shape, resize, dtype, *, left_out=(), multiprocessors=1, **options) -> Tensor:
+def check(launch, shape, resize, dtype, *, left_out=(), multiprocessors=1, **options) -> Tensor:
     tensors = {name: tensor for name, tensor in arguments(shape, resize, dtype).items() if name not in left_out}
-    out = run(call, kernel, tensors, resize, multiprocessors, **options)
+    out = run(launch, tensors, resize, multiprocessors, **options)
     assert_exact(out, tensors, resize)
     return out
 
@@ -97,39 +74,53 @@ CHANNELS = [(2, 3, 16, 5, 3), (2, 8, 3, 5, 3), (1, 20, 100, 5, 3), (1, 64, 130, 
 
 
 @pytest.mark.parametrize(("size", "resize"), RESIZED)
-def test_sizes(run_in_every_order, emulated, size, resize):
+def test_sizes(launch_in_every_order, size, resize):
     for shape in ((2, 8, 16, *size), (2, 3, 3, *size)):
-        check(run_in_every_order, emulated.conv3x3, shape, resize, torch.bfloat16)
+        check(launch_in_every_order, shape, resize, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("shape", CHANNELS)
-def test_channels(run_in_every_order, emulated, shape, resize, dtype):
-    check(run_in_every_order, emulated.conv3x3, shape, resize, dtype)
+def test_channels(launch_in_every_order, shape, resize, dtype):
+    check(launch_in_every_order, shape, resize, dtype)
 
 
 @pytest.mark.parametrize("left_out", [("bias",), ("residual",), ("bias", "residual")])
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("shape", [(2, 8, 16, 5, 3), (1, 20, 35, 3, 3)])
-def test_left_out(run_in_every_order, emulated, shape, resize, left_out):
-    check(run_in_every_order, emulated.conv3x3, shape, resize, torch.float16, left_out=left_out)
+def test_left_out(launch_in_every_order, shape, resize, left_out):
+    check(launch_in_every_order, shape, resize, torch.float16, left_out=left_out)
 
 
 @pytest.mark.parametrize("resize", RESIZES)
-def test_misaligned(run_in_every_order, emulated, resize):
+def test_misaligned(launch_in_every_order, resize):
     """Pointers that allow no copies of 16 bytes, for all the numbers of channels do."""
-    check(run_in_every_order, emulated.conv3x3, (1, 32, 16, 5, 3), resize, torch.bfloat16, misalignment=1)
-    check(run_in_every_order, emulated.conv3x3, (1, 3, 130, 3, 2), resize, torch.float16, misalignment=1)
+    check(launch_in_every_order, (1, 32, 16, 5, 3), resize, torch.bfloat16, misalignment=1)
+    check(launch_in_every_order, (1, 3, 130, 3, 2), resize, torch.float16, misalignment=1)
 
 
 @pytest.mark.parametrize("resize", RESIZES)
-def test_float32_weight_and_bias(run_in_every_order, emulated, resize):
+def test_inputs_that_lie_otherwise(launch_in_every_order, resize):
+    tensors = arguments((2, 16, 24, 5, 3), resize, torch.bfloat16)
+    changed = {
+        "x": tensors["x"].transpose(2, 3).contiguous().transpose(2, 3),
+        "weight": tensors["weight"].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "bias": tensors["bias"][:, None].expand(24, 2).contiguous()[:, 0],
+        "residual": tensors["residual"].to(memory_format=torch.channels_last),
+    }
+    assert torch.equal(run(launch_in_every_order, changed, resize), run(launch_in_every_order, tensors, resize))
+    empty = dict(tensors, x=tensors["x"][:0], residual=tensors["residual"][:0])
+    assert run(launch_in_every_order, empty, resize).numel() == 0
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_float32_weight_and_bias(launch_in_every_order, resize):
     """Taps are summed before they are rounded; the bias is not rounded at all."""
     tensors = arguments((1, 24, 40, 4, 3), resize, torch.bfloat16)
     tensors["weight"] = tensors["weight"].float() + 1e-4 * draw(40, 24, 3, 3, seed=8)
     tensors["bias"] = tensors["bias"].float() + 1e-4 * draw(40, seed=9)
-    assert_exact(run(run_in_every_order, emulated.conv3x3, tensors, resize), tensors, resize)
+    assert_exact(run(launch_in_every_order, tensors, resize), tensors, resize)
 
 
 # B, C, N, H, W: more than one tile of rows and of columns, tiles that end inside of an image and behind the last.
@@ -143,34 +134,33 @@ def test_float32_weight_and_bias(run_in_every_order, emulated, resize):
         ((3, 40, 136, 11, 10), 1, "large"),
     ],
 )
-def test_tiles(emulated, shape, multiprocessors, tile, resize):
+def test_tiles(emulated, launch_once, shape, multiprocessors, tile, resize):
     batch, channels, out_channels, height, width = shape
     found = emulated.conv3x3_tile(batch, channels, height, width, out_channels, RESIZES.index(resize), multiprocessors)
     assert found == tile
-    check(once(emulated), emulated.conv3x3, shape, resize, torch.float16, multiprocessors=multiprocessors)
+    check(launch_once, shape, resize, torch.float16, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("resize", RESIZES)
-def test_neither_batch_nor_tile_changes_a_bit(emulated, resize):
+def test_neither_batch_nor_tile_changes_a_bit(launch_once, resize):
     tensors = arguments((3, 40, 72, 7, 9), resize, torch.bfloat16)
-    call = once(emulated)
-    together = run(call, emulated.conv3x3, tensors, resize)
-    assert torch.equal(run(call, emulated.conv3x3, tensors, resize, MANY), together)
+    together = run(launch_once, tensors, resize)
+    assert torch.equal(run(launch_once, tensors, resize, MANY), together)
     for i in range(3):
         alone = dict(tensors, x=tensors["x"][i : i + 1], residual=tensors["residual"][i : i + 1])
-        assert torch.equal(run(call, emulated.conv3x3, alone, resize), together[i : i + 1])
+        assert torch.equal(run(launch_once, alone, resize), together[i : i + 1])
     few = dict(tensors, weight=tensors["weight"][:20], bias=tensors["bias"][:20], residual=tensors["residual"][:, :20])
-    assert torch.equal(run(call, emulated.conv3x3, few, resize), together[:, :20])
+    assert torch.equal(run(launch_once, few, resize), together[:, :20])
 
 
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("channels", [5, 8])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_stay_where_they_are_seen(emulated, value, channels, resize):
+def test_values_that_are_not_finite_stay_where_they_are_seen(launch_once, value, channels, resize):
     tensors = arguments((2, channels, 12, 5, 6), resize, torch.float16)
-    plain = run(once(emulated), emulated.conv3x3, tensors, resize)
+    plain = run(launch_once, tensors, resize)
     tensors["x"][1, 2, 3, 2] = value
-    out = run(once(emulated), emulated.conv3x3, tensors, resize)
+    out = run(launch_once, tensors, resize)
     seen = (
         reference.conv3x3(
             tensors["x"].double().isfinite().logical_not().double(),
@@ -183,8 +173,8 @@ def test_values_that_are_not_finite_stay_where_they_are_seen(emulated, value, ch
     assert torch.equal(out[~seen], plain[~seen])
 
 
-def test_results_beyond_the_range_become_infinite(emulated):
+def test_results_beyond_the_range_become_infinite(launch_once):
     tensors = arguments((1, 8, 16, 3, 3), "up", torch.float16)
     tensors["residual"].fill_(6e4)
     tensors["bias"].fill_(6e4)
-    assert (run(once(emulated), emulated.conv3x3, tensors, "up") == float("inf")).all()
+    assert (run(launch_once, tensors, "up") == float("inf")).all()

@@ -1,6 +1,5 @@
-"""The CUDA kernels of group_norm_silu and its backward, run on the CPU against float64."""
+"""The CUDA launchers of group_norm_silu and its backward, run on the CPU against float64."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,26 +23,12 @@ CASES = [
 ]
 
 
-def array(tensor: Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def tensor(values: np.ndarray) -> Tensor:
-    found = torch.from_numpy(values)
-    return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
-
-
 def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(maps: Tensor, channels_last: bool) -> np.ndarray:
-    return array((maps.permute(0, 2, 3, 1) if channels_last else maps).contiguous())
-
-
-def maps_of(found: np.ndarray, channels_last: bool) -> Tensor:
-    result = tensor(found)
-    return result.permute(0, 3, 1, 2) if channels_last else result
+def stored(maps: Tensor, channels_last: bool) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def assert_close(result: Tensor, exact: Tensor) -> None:
@@ -51,90 +36,96 @@ def assert_close(result: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=bound)
 
 
-def check(emulated, run_in_every_order, shape, groups, dtype, channels_last, silu=True, misalignment=0, mean=0.5):
-    x, grad_out = ((draw(*shape, seed=seed) + mean).to(dtype) for seed in (1, 2))
-    weight, bias = draw(shape[1], seed=3), draw(shape[1], seed=4)
-    x_stored, vectors = stored(x, channels_last), (array(weight), array(bias))
-    out, statistics = run_in_every_order(
-        emulated.group_norm_silu, x_stored, groups, *vectors, EPS, silu, channels_last, misalignment=misalignment
-    )
-    gradients = run_in_every_order(
-        emulated.group_norm_silu_backward,
-        stored(grad_out, channels_last),
-        x_stored,
-        groups,
-        *vectors,
-        statistics,
-        silu,
-        channels_last,
-        misalignment=misalignment,
-    )
+def check(launch, x, grad_out, groups, silu=True, **options):
+    weight, bias = draw(x.shape[1], seed=3), draw(x.shape[1], seed=4)
+    out, statistics = launch("group_norm_silu", x, groups, weight, bias, EPS, silu, x.dtype, **options)
+    saved = (x, groups, weight, bias, statistics, silu)
+    gradients = launch("group_norm_silu_backward", grad_out, *saved, **options)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     exact = reference.group_norm_silu(leaves[0], groups, *leaves[1:], eps=EPS, silu=silu)
-    exact_x, *exact_vectors = torch.autograd.grad(exact, leaves, grad_out.double())
-    assert_close(maps_of(out, channels_last), exact.detach())
-    assert_close(maps_of(gradients[0], channels_last), exact_x)
-    for found, expected in zip(gradients[1:], exact_vectors, strict=True):
-        assert_close(tensor(found), expected)
+    for found, expected in zip(
+        (out, *gradients), (exact.detach(), *torch.autograd.grad(exact, leaves, grad_out.double())), strict=True
+    ):
+        assert_close(found, expected)
+
+
+def maps(shape, dtype, channels_last):
+    return [stored((draw(*shape, seed=seed) + 0.5).to(dtype), channels_last) for seed in (1, 2)]
 
 
 @pytest.mark.parametrize("misalignment", [0, 1])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("shape", "groups"), CASES)
-def test_shapes(emulated, run_in_every_order, shape, groups, channels_last, misalignment):
-    check(emulated, run_in_every_order, shape, groups, torch.float32, channels_last, misalignment=misalignment)
+def test_shapes(launch_in_every_order, shape, groups, channels_last, misalignment):
+    check(launch_in_every_order, *maps(shape, torch.float32, channels_last), groups, misalignment=misalignment)
 
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(emulated, run_in_every_order, dtype, channels_last, silu):
+def test_dtypes(launch_in_every_order, dtype, channels_last, silu):
     for shape, groups in CASES[1:3] + CASES[7:]:
-        check(emulated, run_in_every_order, shape, groups, dtype, channels_last, silu)
+        check(launch_in_every_order, *maps(shape, dtype, channels_last), groups, silu)
+
+
+def test_inputs_that_lie_otherwise(launch_in_every_order):
+    """Gradients in another memory format than x, neither format at all."""
+    x, grad = maps((2, 6, 4, 8), torch.float32, False)
+    strided = x.mT.contiguous().mT
+    for inputs in ((x, stored(grad, True)), (stored(x, True), grad), (strided, grad), (x, grad[:1].expand_as(grad))):
+        check(launch_in_every_order, *inputs, 2)
+
+
+def test_no_image(launch_in_every_order):
+    x, vector = torch.empty(0, 6, 4, 8), torch.ones(6)
+    out, statistics = launch_in_every_order("group_norm_silu", x, 2, vector, vector, EPS, True, torch.half)
+    assert out.shape == x.shape
+    saved = (x, 2, vector, vector, statistics, True)
+    grad_x, *gradients = launch_in_every_order("group_norm_silu_backward", x, *saved)
+    assert grad_x.shape == x.shape
+    assert all(torch.equal(gradient, torch.zeros(6)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_in_another_dtype(launch_in_every_order, dtype):
+    x = maps((2, 6, 4, 8), torch.bfloat16, True)[0]
+    weight, bias = draw(6, seed=3), draw(6, seed=4)
+    out, _ = launch_in_every_order("group_norm_silu", x, 2, weight, bias, EPS, True, dtype)
+    assert out.dtype == dtype
+    exact = reference.group_norm_silu(x.double(), 2, weight.double(), bias.double(), eps=EPS)
+    assert_close(out, exact)
+
+
+def normalised(launch, x, groups, silu):
+    """With a weight and a bias drawn for its channels."""
+    vectors = (draw(x.shape[1], seed=3), draw(x.shape[1], seed=4))
+    return launch("group_norm_silu", x, groups, *vectors, EPS, silu, x.dtype)[0]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_mean_far_from_zero(emulated, channels_last):
+def test_mean_far_from_zero(launch_once, channels_last):
     x = draw(1, 8, 24, 24, seed=1) * 1e-2 + 100
+    out = normalised(launch_once, stored(x, channels_last), 2, False)
     weight, bias = draw(8, seed=3), draw(8, seed=4)
-    out, _ = emulated.group_norm_silu(
-        stored(x, channels_last), 2, array(weight), array(bias), EPS, False, channels_last, emulated.Options()
-    )
     exact = reference.group_norm_silu(x.double(), 2, weight.double(), bias.double(), eps=EPS, silu=False)
-    assert (maps_of(out, channels_last) - exact).abs().max() < 5e-3  # the rounding of x itself is 4e-4 of its deviation
+    assert (out - exact).abs().max() < 5e-3  # the rounding of x itself is 4e-4 of its deviation
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_stay_in_their_group(emulated, value, channels_last):
+def test_values_that_are_not_finite_stay_in_their_group(launch_once, value, channels_last):
     x = draw(2, 8, 5, 4, seed=1)
-    vectors = [array(draw(8, seed=seed)) for seed in (3, 4)]
-
-    def run() -> Tensor:
-        return maps_of(
-            emulated.group_norm_silu(
-                stored(x, channels_last), 2, *vectors, EPS, True, channels_last, emulated.Options()
-            )[0],
-            channels_last,
-        )
-
-    expected = run().clone()
+    expected = normalised(launch_once, stored(x, channels_last), 2, True)
     x[1, 5, 3, 2] = value
-    out = run()
+    out = normalised(launch_once, stored(x, channels_last), 2, True)
     assert out[1, 4:].isnan().all()
     assert torch.equal(out[0], expected[0])
     assert torch.equal(out[1, :4], expected[1, :4])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_an_image_is_the_same_in_any_batch(emulated, channels_last):
-    x = draw(3, 8, 20, 20, seed=1)
-    vectors = [array(draw(8, seed=seed)) for seed in (3, 4)]
-
-    def run(images: Tensor) -> np.ndarray:
-        maps = stored(images, channels_last)
-        return emulated.group_norm_silu(maps, 4, *vectors, EPS, True, channels_last, emulated.Options())[0]
-
-    together = run(x)
+def test_an_image_is_the_same_in_any_batch(launch_once, channels_last):
+    x = stored(draw(3, 8, 20, 20, seed=1), channels_last)
+    together = normalised(launch_once, x, 4, True)
     for image in range(3):
-        assert run(x[image : image + 1]).tobytes() == together[image : image + 1].tobytes()
+        assert torch.equal(normalised(launch_once, x[image : image + 1], 4, True), together[image : image + 1])

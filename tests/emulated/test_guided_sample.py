@@ -1,4 +1,4 @@
-"""guided_sample's CUDA kernel, run on the CPU, gives the specification's tokens; so does the arithmetic it shares."""
+"""guided_sample's CUDA launcher, run on the CPU, gives the specification's tokens; so does the arithmetic it shares."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,9 @@ from flexvar_ext import reference
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def as_numpy(x):
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
 def random_logits(vocabulary, dtype):
     generator = torch.Generator().manual_seed(vocabulary)
-    logits = (3 * torch.randn(2, 2, vocabulary, generator=generator)).to(dtype)
+    logits = (3 * torch.randn(2, 3, vocabulary, generator=generator)).to(dtype)
     logits[0, 1, ::3] = logits[0, 1, 0].clone()
     logits[1, 0, ::5] = torch.nan
     logits[1, 1, ::2] = -torch.inf
@@ -28,29 +24,47 @@ def random_logits(vocabulary, dtype):
     ("vocabulary", "top_k", "top_p"),
     [(1, 0, 0.0), (2, 1, 0.5), (33, 7, 0.0), (300, 0, 0.0), (300, 0, 0.9), (1500, 40, 0.9), (1500, 1200, 0.99)],
 )
-def test_equals_reference(emulated, run_in_every_order, vocabulary, top_k, top_p, dtype, in_shared):
+def test_equals_reference(emulated, launch_in_every_order, vocabulary, top_k, top_p, dtype, in_shared):
     logits = random_logits(vocabulary, dtype)
     settings = {"seed": [5, 2**64 - 1], "image_ids": [0, 9], "step": 3}
     expected = reference.guided_sample(logits, top_k=top_k, top_p=top_p, **settings)
-    kernel = getattr(emulated, f"guided_sample_{str(dtype).removeprefix('torch.')}")
-    blocks = 4 if in_shared else 3  # fewer blocks than rows: each keeps its workspace for several
-    seeds, images = np.array([5, -1]), np.array([0, 9])
-    (tokens,) = run_in_every_order(kernel, as_numpy(logits), seeds, images, top_k, top_p, 3, in_shared, blocks)
-    assert tokens.tolist() == expected.tolist()
+    # Without shared memory for them: fewer blocks than rows, each keeps its workspace for several.
+    small = {"shared_memory": emulated.guided_sample_static_shared_bytes, "multiprocessors": 1}
+    device = {} if in_shared else small
+    arguments = (logits, top_k, top_p, torch.tensor([5, -1]), torch.tensor([0, 9]), 3)
+    (tokens,) = launch_in_every_order("guided_sample", *arguments, **device)
+    assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize(
     "row", [[np.nan] * 3, [-np.inf] * 3, [np.inf, 0.0, np.inf], [0.0, -0.0, 0.0], [1e-45, 0.0, -1e-45]]
 )
-def test_degenerate_rows(emulated, run_in_every_order, row):
-    logits = torch.tensor(row).expand(1, 8, 3).contiguous()
+def test_degenerate_rows(launch_in_every_order, row):
+    logits = torch.tensor(row).expand(1, 8, 3)
     for top_k, top_p in [(0, 0.0), (2, 0.0), (0, 0.6)]:
         expected = reference.guided_sample(logits, top_k=top_k, top_p=top_p, seed=1, image_ids=[2], step=0)
-        one = np.array([1])
-        (tokens,) = run_in_every_order(
-            emulated.guided_sample_float32, logits.numpy(), one, 2 * one, top_k, top_p, 0, True, 8
-        )
-        assert tokens.tolist() == expected.tolist()
+        arguments = (logits, top_k, top_p, torch.tensor([1]), torch.tensor([2]), 0)
+        (tokens,) = launch_in_every_order("guided_sample", *arguments)
+        assert torch.equal(tokens, expected)
+
+
+def test_more_than_48_kib_of_shared_memory(launch_once):
+    """Which a kernel may have only with leave."""
+    logits = random_logits(20000, torch.float16)
+    expected = reference.guided_sample(logits, top_k=900, top_p=0.9, seed=1, image_ids=[2, 3], step=0)
+    arguments = (logits, 900, 0.9, torch.tensor([1, 1]), torch.tensor([2, 3]), 0)
+    (tokens,) = launch_once("guided_sample", *arguments)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("misalignment", [0, 1])
+def test_inputs_that_lie_otherwise(launch_in_every_order, misalignment):
+    logits, seeds = random_logits(70, torch.bfloat16), torch.tensor([7, 0, 8, 0])[::2]
+    strided = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = reference.guided_sample(logits, top_k=9, top_p=0.0, seed=[7, 8], image_ids=[4, 4], step=1)
+    arguments = (strided, 9, 0.0, seeds, torch.tensor([4]).expand(2), 1)
+    (tokens,) = launch_in_every_order("guided_sample", *arguments, misalignment=misalignment)
+    assert torch.equal(tokens, expected)
 
 
 def test_weights_for_every_fraction(emulated):

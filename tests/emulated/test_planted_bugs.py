@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 MESSAGES = {
     "accumulate_into_output": r"uninitialised: reads 4 bytes at byte \d+ of buffer 'y'",
@@ -93,3 +94,83 @@ def test_a_failed_kernel_leaves_nothing_behind(emulated, x):
 def test_unknown_order(emulated):
     with pytest.raises(ValueError, match="order must be forward, reversed or random, got 'sideways'"):
         emulated.Options(order="sideways")
+
+
+LAUNCHES = {
+    "default_stream": "planted: not on the current stream of the device",
+    "no_blocks": "no GPU takes a grid of",
+    "too_many_blocks_in_y": "no GPU takes a grid of",
+    "too_many_blocks_in_z": "no GPU takes a grid of",
+    "too_many_threads": "no GPU takes a grid of",
+    "shared_memory_without_leave": r"planted: launch: 49153 bytes .* may have 49152 \(allow_shared_memory\)",
+    "more_shared_memory_than_allowed": "planted: launch: 61441 bytes .* may have 61440",
+    "static_and_dynamic_without_leave": "shared memory: 50176 bytes, a block has at most 49152",
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launch_is_caught(emulated, name):
+    with emulated.Device(emulated.Options()), pytest.raises(emulated.KernelError, match=LAUNCHES[name]):
+        emulated.planted_launch(name)
+
+
+def test_device_has_so_much_shared_memory(emulated):
+    with emulated.Device(emulated.Options()):
+        assert emulated.allow_shared_memory(227 * 1024)
+        assert not emulated.allow_shared_memory(227 * 1024 + 1)
+    with emulated.Device(emulated.Options(shared_memory=99 * 1024)):
+        assert not emulated.allow_shared_memory(227 * 1024)
+
+
+class TestTensors:
+    """What a launcher's kernels may touch: the elements of its arguments, and tensors while they live."""
+
+    def resample(self, x):
+        return torch.ops.flexvar_emulated.resample2d(x, 2, 2, "area", False)
+
+    def restrict(self, emulated, x, sizes, writable=False):
+        emulated.restrict_to(x.data_ptr(), x.data_ptr(), "x", sizes, x.stride(), 4, writable)
+
+    def test_only_elements_of_an_argument(self, emulated):
+        with emulated.Device(emulated.Options()):
+            x = torch.ones(1, 1, 4, 4)
+            self.restrict(emulated, x, (1, 1, 4, 3))
+            with pytest.raises(RuntimeError, match=r"out of bounds: reads 4 bytes at byte 12 of buffer 'x'"):
+                self.resample(x)
+
+    def test_an_argument_is_read_only(self, emulated):
+        qkv, cache = torch.ones(1, 1, 3, 1, 32), torch.ones(1, 1, 1, 32)
+        with emulated.Device(emulated.Options()):
+            caches = [torch.ones(1, 1, 1, 32), torch.ones(1, 1, 1, 32)]
+            self.restrict(emulated, caches[1], cache.shape)
+            with pytest.raises(RuntimeError, match=r"write to an input: writes .*buffer 'x'"):
+                torch.ops.flexvar_emulated.append_qkv(qkv.clone(), *caches, 0, None)
+
+    def test_nobody_wrote_a_tensor(self, emulated):
+        with emulated.Device(emulated.Options()):
+            x = torch.empty(1, 1, 4, 4)
+            with pytest.raises(RuntimeError, match="uninitialised: reads 4 bytes at byte 0 of buffer 'tensor 1'"):
+                self.resample(x)
+            x.fill_(3)  # by the host
+            assert (self.resample(x) == 3).all()
+
+    def test_host_memory(self, emulated):
+        x = torch.ones(1, 1, 4, 4)
+        with emulated.Device(emulated.Options()), pytest.raises(RuntimeError, match="which is no device memory"):
+            self.resample(x)
+
+    def test_no_device(self, emulated):
+        with pytest.raises(RuntimeError, match=r"run within `with _emulated.Device"):
+            self.resample(torch.ones(1, 1, 4, 4))
+
+    def test_devices_follow_each_other(self, emulated):
+        """Tensors of the first outlive it, and free nothing of the second when they go."""
+        with emulated.Device(emulated.Options()):
+            first = torch.ones(1, 1, 4, 4)
+            with pytest.raises(emulated.KernelError, match="one is open already"), emulated.Device(emulated.Options()):
+                pass
+        with emulated.Device(emulated.Options()):
+            second = torch.ones(1, 1, 4, 4)
+            del first
+            assert (self.resample(second) == 1).all()
+        assert torch.ones(3).sum() == 3
