@@ -12,23 +12,21 @@ py::array run(const py::array& logits, const py::array& seeds, const py::array& 
   const py::ssize_t batch = logits.shape(0), length = logits.shape(1), rows = batch * length;
   const auto vocabulary = static_cast<int32_t>(logits.shape(2));
   const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
-  const int64_t words = guided_sample_words(vocabulary, kept);
+  const int32_t pivot_rank = guided_sample_pivot_rank(vocabulary, kept);
   auto* tokens = memory.output<int64_t>("tokens", {batch, length});
-  const GuidedSampleCudaParams<T> params{
-      memory.input<T>("logits", logits),
-      memory.input<int64_t>("seeds", seeds),
-      memory.input<int64_t>("image_ids", image_ids),
-      tokens,
-      in_shared ? nullptr
-                : memory.output<int32_t>("workspace", {static_cast<py::ssize_t>(blocks), words}),
-      rows,
-      length,
-      step,
-      top_p,
-      vocabulary,
-      kept};
-  const LaunchShape shape{
-      {blocks, 1, 1}, {kSampleThreads, 1, 1}, in_shared ? words * sizeof(int32_t) : 0};
+  const GuidedSampleCudaParams<T> params{memory.input<T>("logits", logits),
+                                         memory.input<int64_t>("seeds", seeds),
+                                         memory.input<int64_t>("image_ids", image_ids),
+                                         tokens,
+                                         rows,
+                                         length,
+                                         step,
+                                         top_p,
+                                         vocabulary,
+                                         kept,
+                                         pivot_rank};
+  const int64_t bytes = in_shared ? guided_sample_shared_bytes<T>(vocabulary, pivot_rank) : 0;
+  const LaunchShape shape{{blocks, 1, 1}, {kSampleThreads, 1, 1}, static_cast<size_t>(bytes)};
   if (in_shared) {
     memory.launch(guided_sample_kernel<T, true>, shape, params);
   } else {
@@ -43,8 +41,11 @@ EMULATED_BINDINGS(guided_sample, module) {
   module.def("guided_sample_float32", &run<float>);
   module.def("guided_sample_float16", &run<__half>);
   module.def("guided_sample_bfloat16", &run<__nv_bfloat16>);
+  // By the size of a logit.
   module.def("guided_sample_shared_bytes", [](int64_t vocabulary, int64_t top_k) {
-    return guided_sample_words(vocabulary, top_k) * sizeof(int32_t);
+    const int32_t rank = guided_sample_pivot_rank(vocabulary, top_k);
+    return std::map<int, int64_t>{{2, guided_sample_shared_bytes<__half>(vocabulary, rank)},
+                                  {4, guided_sample_shared_bytes<float>(vocabulary, rank)}};
   });
   // The arithmetic that CPU and CUDA share, for comparison with the specification.
   module.def("philox4x32", [](const std::array<uint32_t, 4>& counter, uint64_t key) {

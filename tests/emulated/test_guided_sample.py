@@ -13,6 +13,11 @@ def as_numpy(x):
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def run_once(emulated):
+    """In one order of the threads: for rows that take long."""
+    return lambda kernel, *arguments: (kernel(*arguments, emulated.Options()),)
+
+
 def random_logits(vocabulary, dtype):
     generator = torch.Generator().manual_seed(vocabulary)
     logits = (3 * torch.randn(2, 2, vocabulary, generator=generator)).to(dtype)
@@ -22,21 +27,61 @@ def random_logits(vocabulary, dtype):
     return logits
 
 
-@pytest.mark.parametrize("in_shared", [True, False], ids=["shared", "workspace"])
+def check(run, emulated, logits, top_k, top_p, in_shared=True, **options):
+    expected = reference.guided_sample(logits, top_k=top_k, top_p=top_p, seed=[5, 2**64 - 1], image_ids=[0, 9], step=3)
+    kernel = getattr(emulated, f"guided_sample_{str(logits.dtype).removeprefix('torch.')}")
+    blocks = 3  # fewer than rows: each takes several
+    seeds, images = np.array([5, -1]), np.array([0, 9])
+    (tokens,) = run(kernel, as_numpy(logits), seeds, images, top_k, top_p, 3, in_shared, blocks, **options)
+    assert tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("in_shared", [True, False], ids=["shared", "global"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("vocabulary", "top_k", "top_p"),
     [(1, 0, 0.0), (2, 1, 0.5), (33, 7, 0.0), (300, 0, 0.0), (300, 0, 0.9), (1500, 40, 0.9), (1500, 1200, 0.99)],
 )
 def test_equals_reference(emulated, run_in_every_order, vocabulary, top_k, top_p, dtype, in_shared):
-    logits = random_logits(vocabulary, dtype)
-    settings = {"seed": [5, 2**64 - 1], "image_ids": [0, 9], "step": 3}
-    expected = reference.guided_sample(logits, top_k=top_k, top_p=top_p, **settings)
-    kernel = getattr(emulated, f"guided_sample_{str(dtype).removeprefix('torch.')}")
-    blocks = 4 if in_shared else 3  # fewer blocks than rows: each keeps its workspace for several
-    seeds, images = np.array([5, -1]), np.array([0, 9])
-    (tokens,) = run_in_every_order(kernel, as_numpy(logits), seeds, images, top_k, top_p, 3, in_shared, blocks)
-    assert tokens.tolist() == expected.tolist()
+    check(run_in_every_order, emulated, random_logits(vocabulary, dtype), top_k, top_p, in_shared)
+
+
+@pytest.mark.parametrize("misalignment", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_at_any_address(emulated, run_in_every_order, dtype, misalignment):
+    check(run_in_every_order, emulated, random_logits(1037, dtype), 100, 0.9, misalignment=misalignment)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("top_k", [1, 30, 900])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates_of_a_large_vocabulary(emulated, dtype, top_k, top_p):
+    logits = 3 * torch.randn(2, 8, 8912, generator=torch.Generator().manual_seed(top_k))
+    check(run_once(emulated), emulated, logits.to(dtype), top_k, top_p)
+
+
+def misleading_rows():
+    """Rows of which the sample of every 17th logit tells nothing, and rows with crowds at the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 5, 8912, generator=generator)
+    sampled = torch.zeros(8912, dtype=torch.bool)
+    sampled[torch.arange(512) * 8912 // 512] = True
+    noise[:, 0] = torch.where(sampled, noise[:, 0] + 10, noise[:, 0])  # too few reach the pivot
+    noise[:, 1] = torch.where(sampled, noise[:, 1] - 10, noise[:, 1])  # too many
+    noise[:, 2] = noise[:, 2].round()  # hundreds of ties
+    noise[:, 3] = 5 + 1e-6 * noise[:, 3]  # a few neighbouring floats
+    noise[:, 4] = torch.where(noise[:, 4] > 2.5, noise[:, 4], -torch.inf)  # fewer than top_k are finite
+    return noise
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (200, 0.3), (0, 0.8)])
+def test_misleading_rows(emulated, top_k, top_p):
+    check(run_once(emulated), emulated, misleading_rows(), top_k, top_p)
+
+
+def test_candidates_in_every_order(emulated, run_in_every_order):
+    logits = torch.cat([misleading_rows()[:, :3, :1500], 2 * torch.randn(2, 1, 1500)], 1).contiguous()
+    check(run_in_every_order, emulated, logits, 100, 0.9)
 
 
 @pytest.mark.parametrize(
