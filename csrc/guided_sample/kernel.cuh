@@ -4,9 +4,9 @@
 // Top-k passes over the row once: a sample of it tells a pivot that a few more than k logits reach,
 // and what reaches it is copied out. A cut (top-k's, top-p's, and that of the sample) is the token
 // at which a limit of mass is reached in descending order. It is found by a histogram of the
-// order keys, whose bin that reaches the limit is ranked by one warp, or split by another histogram
-// while it holds too many. Every sum is an integer, so the order of threads and of atomics does not
-// matter.
+// logits, whose bin that reaches the limit is ranked by one warp, or split by another histogram, of
+// order keys, while it holds too many. Every sum is an integer, so the order of threads and of
+// atomics does not matter.
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,7 @@ constexpr int kSampleThreads = 256, kSampleWarps = kSampleThreads / 32;
 constexpr int kSampleBins = 512, kLog2SampleBins = 9, kBinsPerLane = kSampleBins / 32;
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
 constexpr int kMaxCandidates = 2048;
+constexpr float kWeighedSpan = 21.5f;  // tokens further below the largest logit weigh nothing
 
 template <class T>
 struct GuidedSampleCudaParams {
@@ -70,7 +71,7 @@ struct SampleStorage {
   int64_t before, limit, target;
   float largest[kSampleWarps];
   int32_t member_keys[32], member_indices[32];
-  int32_t members, bin, warp, found;
+  int32_t members, low, high, bin, warp, found;
   Cut cut;
 };
 
@@ -140,71 +141,90 @@ __device__ inline int32_t find_in_order(int32_t n, ValueOf value_of, TargetOf ta
   return shared.found;
 }
 
-// The cut that keeps the tokens with less than `limit` mass before them in descending order of
-// keys, then of indices; limit_of(mass of all) is at least 1, mass_of(key, index) not negative.
-// Keys lie in [low, high]. Mass: what holds the sum of all masses.
-template <class Mass, class Keys, class MassOf, class LimitOf>
-__device__ inline Cut find_cut(const Keys& keys, int32_t n, int32_t low, int32_t high,
-                               MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
+// Weighs the bins of a histogram and finds the one in which `limit` mass is reached; its mass
+// before, how many tokens it holds, the first of them and the range of their keys are left in
+// `shared`. bin_of(key) grows as keys fall, and is kSampleBins for keys that do not take part.
+template <class Mass, class Keys, class MassOf, class BinOf, class LimitOf>
+__device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, BinOf bin_of,
+                                int64_t before, LimitOf limit_of, SampleStorage& shared) {
   auto* const histogram = reinterpret_cast<Mass*>(shared.histogram);
   const int lane = threadIdx.x % 32;
-  int64_t before = 0, limit = 0;  // mass of the keys above `high`
-  int32_t members = 0;
-  do {
-    const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
-    const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
-    const auto below_high = [&](int32_t key) {
-      return static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
-    };
-    for (int b = threadIdx.x; b < kSampleBins + 32; b += kSampleThreads) histogram[b] = 0;
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-      const int32_t key = keys[i];
-      const uint32_t below = below_high(key);
-      if (below > range) continue;
-      const Mass mass = mass_of(key, i);
-      if (mass != 0) atomicAdd(&histogram[bin_slot(static_cast<int>(below >> shift))], mass);
+  for (int b = threadIdx.x; b < kSampleBins + 32; b += kSampleThreads) histogram[b] = 0;
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
+    const int32_t key = keys[i];
+    const int bin = bin_of(key);
+    if (bin == kSampleBins) continue;
+    const Mass mass = mass_of(key, i);
+    if (mass != 0) atomicAdd(&histogram[bin_slot(bin)], mass);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const Mass* const bins = histogram + lane * (kBinsPerLane + 1);
+    int64_t own = 0;
+    for (int b = 0; b < kBinsPerLane; ++b) own += static_cast<int64_t>(bins[b]);
+    const int64_t until = warp_inclusive_sum(own);
+    const int64_t all = __shfl_sync(0xffffffffu, until, 31);
+    const int64_t limit = limit_of(all);
+    int64_t sum = before + until - own;
+    if (sum < limit && limit <= sum + own) {
+      int b = 0;
+      for (; sum + static_cast<int64_t>(bins[b]) < limit; ++b) sum += bins[b];
+      shared.bin = lane * kBinsPerLane + b;
+      shared.before = sum;
+      shared.limit = limit;
     }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      Mass* const bins = histogram + lane * (kBinsPerLane + 1);
-      int64_t own = 0;
-      for (int b = 0; b < kBinsPerLane; ++b) own += static_cast<int64_t>(bins[b]);
-      const int64_t until = warp_inclusive_sum(own);
-      const int64_t all = __shfl_sync(0xffffffffu, until, 31);
-      if (limit == 0) limit = min(limit_of(all), all);
-      int64_t sum = before + until - own;
-      if (sum < limit && limit <= sum + own) {
-        int b = 0;
-        for (; sum + static_cast<int64_t>(bins[b]) < limit; ++b) sum += bins[b];
-        shared.bin = lane * kBinsPerLane + b;
-        shared.before = sum;
-      }
-      if (lane == 0) {
-        shared.limit = limit;
-        shared.members = 0;
-      }
+    if (lane == 0) {
+      shared.members = 0;
+      shared.low = INT32_MAX;
+      shared.high = INT32_MIN;
     }
-    __syncthreads();
-    before = shared.before;
-    limit = shared.limit;
-    const uint32_t first = static_cast<uint32_t>(shared.bin) << shift;
-    const uint32_t width = min((1u << shift) - 1, range - first);
-    for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-      const int32_t key = keys[i];
-      if (below_high(key) - first > width) continue;
-      const int32_t member = atomicAdd(&shared.members, 1);
-      if (member < 32) {
-        shared.member_keys[member] = key;
-        shared.member_indices[member] = i;
-      }
+  }
+  __syncthreads();
+  const int crossed = shared.bin;
+  for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
+    const int32_t key = keys[i];
+    if (bin_of(key) != crossed) continue;
+    atomicMin(&shared.low, key);
+    atomicMax(&shared.high, key);
+    const int32_t member = atomicAdd(&shared.members, 1);
+    if (member < 32) {
+      shared.member_keys[member] = key;
+      shared.member_indices[member] = i;
     }
-    __syncthreads();
-    high = static_cast<int32_t>(static_cast<uint32_t>(high) - first);
-    low = static_cast<int32_t>(static_cast<uint32_t>(high) - width);
-    members = shared.members;
-  } while (members > 32 && low != high);
+  }
+  __syncthreads();
+}
 
+// The cut that keeps the tokens with less than `limit` mass before them in descending order of
+// keys, then of indices; limit_of(mass of all) is at least 1 and at most that, mass_of(key, index)
+// not negative. Mass: what holds the sum of all masses. Bins of the first histogram divide the
+// logits down to `span` below `maximum`; what is further below shares the last.
+template <class Mass, class Keys, class MassOf, class LimitOf>
+__device__ inline Cut find_cut(const Keys& keys, int32_t n, float maximum, float span,
+                               MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
+  const float scale = kSampleBins / span;
+  find_bin<Mass>(
+      keys, n, mass_of,
+      [&](int32_t key) {
+        return min(kSampleBins - 1, __float2int_rz((maximum - logit_of_key(key)) * scale));
+      },
+      0, limit_of, shared);
+  const int64_t limit = shared.limit;
+  while (shared.members > 32 && shared.low != shared.high) {
+    const int32_t high = shared.high;
+    const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(shared.low);
+    const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
+    find_bin<Mass>(
+        keys, n, mass_of,
+        [&](int32_t key) {
+          const uint32_t below = static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
+          return below > range ? kSampleBins : static_cast<int>(below >> shift);
+        },
+        shared.before, [&](int64_t) { return limit; }, shared);
+  }
+  const int64_t before = shared.before;
+  const int32_t members = shared.members, high = shared.high;
   if (members > 32) {  // all at one key
     const int64_t mass = mass_of(high, -1);
     const int64_t ties = (limit - before + mass - 1) / mass;
@@ -213,6 +233,7 @@ __device__ inline Cut find_cut(const Keys& keys, int32_t n, int32_t low, int32_t
     return {high, last + 1};
   }
   if (threadIdx.x < 32) {
+    const int lane = static_cast<int>(threadIdx.x);
     const bool member = lane < members;
     const int32_t key = member ? shared.member_keys[lane] : high;
     const int32_t index = member ? shared.member_indices[lane] : n;
@@ -231,25 +252,24 @@ __device__ inline Cut find_cut(const Keys& keys, int32_t n, int32_t low, int32_t
   return shared.cut;
 }
 
-// The place among `keys`, all in [low, high], of the token that is drawn for `row`.
+// The place among `keys` of the token that is drawn for `row`; see find_cut.
 template <class T, class Keys>
 __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t row,
-                               const Keys& keys, int32_t n, int32_t low, int32_t high,
+                               const Keys& keys, int32_t n, float maximum, float span,
                                SampleStorage& shared) {
   Cut cut{INT32_MIN, 0};
   if (params.top_k > 0) {
     cut = find_cut<unsigned>(
-        keys, n, low, high, [](int32_t, int32_t) { return 1u; },
+        keys, n, maximum, span, [](int32_t, int32_t) { return 1u; },
         [&](int64_t) { return int64_t{params.top_k}; }, shared);
   }
-  const float maximum = logit_of_key(high);
   const auto weight = [&](int32_t key, int32_t i) {
     return cut.keeps(key, i) ? token_weight(logit_of_key(key), maximum) : 0u;
   };
   if (params.top_p > 0 && params.top_p < 1) {
     cut = find_cut<unsigned long long>(
-        keys, n, low, high, weight, [&](int64_t all) { return mass_limit(all, params.top_p); },
-        shared);
+        keys, n, maximum, span, weight,
+        [&](int64_t all) { return min(mass_limit(all, params.top_p), all); }, shared);
   }
   const int64_t image = row / params.length;
   return find_in_order(
@@ -345,7 +365,7 @@ __device__ inline BitCount mark(const T* logits, int32_t n, float pivot, unsigne
 // others, and all of them where too few or too many reach it, get -1 and false.
 template <class T>
 __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& params, int64_t row,
-                                            const T* logits, int32_t largest, int32_t* candidates,
+                                            const T* logits, float maximum, int32_t* candidates,
                                             SampleStorage& shared, int32_t& token) {
   const int32_t n = params.vocabulary;
   const LogitKeys<T> keys{logits, false};
@@ -353,13 +373,12 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
     candidates[i] = keys[static_cast<int32_t>(int64_t{i} * n / kPivotSample)];
   }
   __syncthreads();
-  const int32_t pivot =
-      find_cut<unsigned>(
-          candidates, kPivotSample, kMinusInfinityKey, largest, [](int32_t, int32_t) { return 1u; },
-          [&](int64_t) { return int64_t{params.pivot_rank}; }, shared)
-          .key;
+  const Cut cut = find_cut<unsigned>(
+      candidates, kPivotSample, maximum, kWeighedSpan, [](int32_t, int32_t) { return 1u; },
+      [&](int64_t) { return int64_t{params.pivot_rank}; }, shared);
+  const float pivot = logit_of_key(cut.key);
   auto* const bits = reinterpret_cast<unsigned*>(candidates + kMaxCandidates);
-  const BitCount count = mark(logits, n, logit_of_key(pivot), bits, shared);
+  const BitCount count = mark(logits, n, pivot, bits, shared);
   if (count.all < params.top_k || count.all > kMaxCandidates) return false;
   int32_t rank = count.before;
   for (int32_t w = count.words.begin; w < count.words.end; ++w) {
@@ -368,7 +387,8 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
     }
   }
   __syncthreads();
-  int32_t left = draw(params, row, candidates, count.all, pivot, largest, shared) - count.before;
+  int32_t left =
+      draw(params, row, candidates, count.all, maximum, maximum - pivot, shared) - count.before;
   if (left >= 0 && left < count.own) {
     int32_t w = count.words.begin;
     while (left >= __popc(bits[w])) left -= __popc(bits[w++]);
@@ -400,17 +420,17 @@ __global__ void __launch_bounds__(kSampleThreads, 4)
     int32_t token = -1;
     if (maximum > -INFINITY) {
       const bool infinite = maximum == INFINITY;
-      const int32_t largest = infinite ? 0 : order_key(__float_as_int(maximum));
+      if (infinite) maximum = 0;  // see key_beside_infinity
       bool drawn = false;
       if (kInShared && params.pivot_rank > 0 && !infinite) {
         auto* const behind_row =
             dynamic_shared<unsigned char>() + guided_sample_shared_bytes<T>(n, 0);
-        drawn = draw_from_candidates(params, row, logits, largest,
+        drawn = draw_from_candidates(params, row, logits, maximum,
                                      reinterpret_cast<int32_t*>(behind_row), shared, token);
       }
       if (!drawn) {
-        const int32_t place = draw(params, row, LogitKeys<T>{logits, infinite}, n,
-                                   kMinusInfinityKey, largest, shared);
+        const int32_t place =
+            draw(params, row, LogitKeys<T>{logits, infinite}, n, maximum, kWeighedSpan, shared);
         if (threadIdx.x == 0) token = place;
       }
     }
