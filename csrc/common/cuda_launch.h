@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <type_traits>
+
 namespace flexvar {
 
 // Makes the tensor's device current for the scope, and holds that device's current stream.
@@ -39,6 +41,28 @@ inline void check_cuda(cudaError_t error, const char* op, const char* call) {
 }
 
 inline void check_launch(const char* op) { check_cuda(cudaGetLastError(), op, "CUDA launch"); }
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), checked, which may begin before
+// the kernel launched just before it has ended: see ptx::griddepcontrol_wait. Code compiled for
+// less than sm_90 does not wait there, so it begins afterwards.
+template <class... Parameters>
+void launch_overlapping(const char* op, cudaStream_t stream, void (*kernel)(Parameters...),
+                        dim3 grid, dim3 threads, size_t shared_bytes,
+                        const std::type_identity_t<Parameters>&... arguments) {
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), op, "cudaFuncGetAttributes");
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), op, "CUDA launch");
+}
 
 inline int device_attribute(cudaDeviceAttr which, const torch::stable::Tensor& tensor,
                             const char* op) {

@@ -9,7 +9,7 @@ namespace {
 void launch_score(DeviceMemory& memory, const VqProblem& problem, const VqWorkspace& workspace) {
   const auto tiles = static_cast<unsigned>(problem.row_tiles);
   const auto splits = static_cast<unsigned>(problem.splits);
-  const LaunchShape tensor{{tiles, splits, 1}, {kVqTensorThreads, 1, 1}, 0};
+  const LaunchShape tensor{{tiles, splits, 1}, {kVqTensorThreads, 1, 1}, 0, true};
   switch (problem.tensor_dim / 16) {
     case 1:
       return memory.launch(vq_score_tensor_kernel<1>, tensor, problem, workspace);
@@ -20,7 +20,7 @@ void launch_score(DeviceMemory& memory, const VqProblem& problem, const VqWorksp
     case 4:
       return memory.launch(vq_score_tensor_kernel<4>, tensor, problem, workspace);
     default:
-      memory.launch(vq_score_float_kernel, {{tiles, splits, 1}, {kVqFloatThreads, 1, 1}, 0},
+      memory.launch(vq_score_float_kernel, {{tiles, splits, 1}, {kVqFloatThreads, 1, 1}, 0, true},
                     problem, workspace);
   }
 }
@@ -41,9 +41,11 @@ py::array look_up(DeviceMemory& memory, VqPrepareParams prepare,
   workspace.half_norms = memory.workspace<double>("half_norms", {codes});
   workspace.negative_half = memory.workspace<float>("negative_half", {codes});
   workspace.latent_norms = memory.workspace<double>("latent_norms", {rows});
-  py::array_t<float> zero(1);
-  zero.mutable_data()[0] = 0;
-  workspace.max_code_norm = memory.input_output<float>("max_code_norm", zero);
+  if (!problem.normalize) {
+    py::array_t<float> zero(1);
+    zero.mutable_data()[0] = 0;
+    workspace.max_code_norm = memory.input_output<float>("max_code_norm", zero);
+  }
   if (problem.tensor_dim > 0) {
     workspace.codes_half = memory.workspace<__half>("codes_half", {codes, problem.tensor_dim});
     workspace.latents_half = memory.workspace<__half>("latents_half", {rows, problem.tensor_dim});
@@ -69,7 +71,7 @@ py::array look_up(DeviceMemory& memory, VqPrepareParams prepare,
   launch_score(memory, problem, workspace);
   auto* indices = memory.output<int64_t>("indices", {rows});
   memory.launch(vq_resolve_kernel,
-                {{vq_resolve_grid(problem).x, 1, 1}, {kVqResolveThreads, 1, 1}, 0},
+                {{vq_resolve_grid(problem).x, 1, 1}, {kVqResolveThreads, 1, 1}, 0, true},
                 VqResolveParams{problem, workspace, vq_error_bound(problem), indices});
   return memory.fetch(indices);
 }

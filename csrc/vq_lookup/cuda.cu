@@ -51,23 +51,26 @@ void launch_prepare(const VqPrepareParams& params, cudaStream_t stream) {
 
 template <int kSteps>
 void launch_tensor(const VqProblem& problem, const VqWorkspace& workspace, dim3 grid,
-                   cudaStream_t stream) {
-  vq_score_tensor_kernel<kSteps><<<grid, kVqTensorThreads, 0, stream>>>(problem, workspace);
+                   cudaStream_t stream, const char* op) {
+  launch_overlapping(op, stream, vq_score_tensor_kernel<kSteps>, grid, kVqTensorThreads, 0, problem,
+                     workspace);
 }
 
-void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream) {
+void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream,
+                  const char* op) {
   const dim3 grid(static_cast<unsigned>(problem.row_tiles), static_cast<unsigned>(problem.splits));
   switch (problem.tensor_dim / 16) {
     case 1:
-      return launch_tensor<1>(problem, workspace, grid, stream);
+      return launch_tensor<1>(problem, workspace, grid, stream, op);
     case 2:
-      return launch_tensor<2>(problem, workspace, grid, stream);
+      return launch_tensor<2>(problem, workspace, grid, stream, op);
     case 3:
-      return launch_tensor<3>(problem, workspace, grid, stream);
+      return launch_tensor<3>(problem, workspace, grid, stream, op);
     case 4:
-      return launch_tensor<4>(problem, workspace, grid, stream);
+      return launch_tensor<4>(problem, workspace, grid, stream, op);
     default:
-      vq_score_float_kernel<<<grid, kVqFloatThreads, 0, stream>>>(problem, workspace);
+      launch_overlapping(op, stream, vq_score_float_kernel, grid, kVqFloatThreads, 0, problem,
+                         workspace);
   }
 }
 
@@ -95,7 +98,10 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   prepare.codebook = codes.const_data_ptr<float>();
   prepare.source = source;
   prepare.code_rows = prepare.problem.padded_codes();
-  cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream());
+  if (!normalize) {
+    check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()),
+               op, "cudaMemsetAsync");
+  }
   if (scales.empty()) {
     prepare.latent_rows = num_latents;
     launch_prepare(prepare, scope.stream());
@@ -111,12 +117,12 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
     launch_prepare(prepare, scope.stream());
     prepare.code_rows = 0;
   }
-  launch_score(prepare.problem, prepare.workspace, scope.stream());
+  check_launch(op);
+  launch_score(prepare.problem, prepare.workspace, scope.stream(), op);
   const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
                                 indices.mutable_data_ptr<int64_t>()};
-  vq_resolve_kernel<<<vq_resolve_grid(prepare.problem), kVqResolveThreads, 0, scope.stream()>>>(
-      resolve);
-  check_launch(op);
+  launch_overlapping(op, scope.stream(), vq_resolve_kernel, vq_resolve_grid(prepare.problem),
+                     kVqResolveThreads, 0, resolve);
   return indices;
 }
 
