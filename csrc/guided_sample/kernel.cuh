@@ -48,12 +48,13 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k) {
   return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
 }
 
-// Dynamic shared memory: the row, at the place within 16 bytes that it has in memory, and, with a
-// pivot, the candidates' keys and a bit for each logit.
+// Dynamic shared memory: the row, at the place within 16 bytes that it has in memory and filled up
+// to whole words of bits, and, with a pivot, the candidates' keys and a bit for each logit.
 template <class T>
 FLEXVAR_HOST_DEVICE int64_t guided_sample_shared_bytes(int64_t vocabulary, int32_t pivot_rank) {
-  const int64_t row = (vocabulary * static_cast<int64_t>(sizeof(T)) + 31) / 16 * 16;
-  return pivot_rank == 0 ? row : row + kMaxCandidates * 4 + (vocabulary + 31) / 32 * 4;
+  const int64_t words = (vocabulary + 31) / 32;
+  const int64_t row = 16 + words * 32 * static_cast<int64_t>(sizeof(T));
+  return pivot_rank == 0 ? row : row + kMaxCandidates * 4 + words * 4;
 }
 
 // Kept are keys above `key`, and those at it in front of `end`.
@@ -144,13 +145,15 @@ __device__ inline int32_t find_in_order(int32_t n, ValueOf value_of, TargetOf ta
 // Weighs the bins of a histogram and finds the one in which `limit` mass is reached; its mass
 // before, how many tokens it holds, the first of them and the range of their keys are left in
 // `shared`. bin_of(key) grows as keys fall, and is kSampleBins for keys that do not take part.
-template <class Mass, class Keys, class MassOf, class BinOf, class LimitOf>
+template <class Mass, int kUnroll, class Keys, class MassOf, class BinOf, class LimitOf>
 __device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, BinOf bin_of,
                                 int64_t before, LimitOf limit_of, SampleStorage& shared) {
   auto* const histogram = reinterpret_cast<Mass*>(shared.histogram);
   const int lane = threadIdx.x % 32;
+#pragma unroll
   for (int b = threadIdx.x; b < kSampleBins + 32; b += kSampleThreads) histogram[b] = 0;
   __syncthreads();
+#pragma unroll kUnroll
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
     const int32_t key = keys[i];
     const int bin = bin_of(key);
@@ -182,6 +185,7 @@ __device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, Bin
   }
   __syncthreads();
   const int crossed = shared.bin;
+#pragma unroll kUnroll
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
     const int32_t key = keys[i];
     if (bin_of(key) != crossed) continue;
@@ -204,7 +208,7 @@ template <class Mass, class Keys, class MassOf, class LimitOf>
 __device__ inline Cut find_cut(const Keys& keys, int32_t n, float maximum, float span,
                                MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
   const float scale = kSampleBins / span;
-  find_bin<Mass>(
+  find_bin<Mass, 4>(
       keys, n, mass_of,
       [&](int32_t key) {
         return min(kSampleBins - 1, __float2int_rz((maximum - logit_of_key(key)) * scale));
@@ -215,7 +219,7 @@ __device__ inline Cut find_cut(const Keys& keys, int32_t n, float maximum, float
     const int32_t high = shared.high;
     const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(shared.low);
     const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
-    find_bin<Mass>(
+    find_bin<Mass, 1>(  // seldom
         keys, n, mass_of,
         [&](int32_t key) {
           const uint32_t below = static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
@@ -239,6 +243,7 @@ __device__ inline Cut find_cut(const Keys& keys, int32_t n, float maximum, float
     const int32_t index = member ? shared.member_indices[lane] : n;
     const int64_t own = member ? mass_of(key, index) : 0;
     int64_t sum = before;
+#pragma unroll 1
     for (int other = 0; other < members; ++other) {
       const int32_t other_key = shared.member_keys[other];
       const bool in_front =
@@ -286,8 +291,8 @@ struct alignas(16) LogitPiece {
   T values[16 / sizeof(T)];
 };
 
-// Copies a row to `place`, which lies as far behind a multiple of 16 bytes as the row does; returns
-// this thread's largest logit. NaN counts as -inf.
+// Copies a row to `place`, which lies as far behind a multiple of 16 bytes as the row does, and NaN
+// behind it; returns this thread's largest logit. NaN counts as -inf.
 template <class T>
 __device__ inline float stage_row(const T* logits, int32_t n, T* place) {
   constexpr int kPiece = 16 / sizeof(T);
@@ -305,6 +310,9 @@ __device__ inline float stage_row(const T* logits, int32_t n, T* place) {
                           : static_cast<int32_t>(threadIdx.x) + pieces * kPiece;
     place[i] = logits[i];
     largest = fmaxf(largest, to_float(place[i]));
+  }
+  if (static_cast<int>(threadIdx.x) < (32 - n % 32) % 32) {
+    place[n + static_cast<int32_t>(threadIdx.x)] = from_float<T>(NAN);
   }
   ptx::cp_async_wait();
   for (int32_t p = threadIdx.x; p < pieces; p += kSampleThreads) {
@@ -340,8 +348,7 @@ __device__ inline BitCount mark(const T* logits, int32_t n, float pivot, unsigne
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 4
   for (int32_t w = warp; w < words; w += kSampleWarps) {
-    const int32_t i = w * 32 + lane;
-    const unsigned word = __ballot_sync(0xffffffffu, i < n && to_float(logits[i]) >= pivot);
+    const unsigned word = __ballot_sync(0xffffffffu, to_float(logits[w * 32 + lane]) >= pivot);
     if (lane == 0) bits[w] = word;
   }
   __syncthreads();
