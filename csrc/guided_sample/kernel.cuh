@@ -49,7 +49,7 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k) {
 }
 
 // Dynamic shared memory: the row, at the place within 16 bytes that it has in memory and filled up
-// to whole words of bits, and, with a pivot, the candidates' keys and a bit for each logit.
+// to whole words of bits, and, with a pivot, the candidates and a bit for each logit.
 template <class T>
 FLEXVAR_HOST_DEVICE int64_t guided_sample_shared_bytes(int64_t vocabulary, int32_t pivot_rank) {
   const int64_t words = (vocabulary + 31) / 32;
@@ -57,11 +57,12 @@ FLEXVAR_HOST_DEVICE int64_t guided_sample_shared_bytes(int64_t vocabulary, int32
   return pivot_rank == 0 ? row : row + kMaxCandidates * 4 + words * 4;
 }
 
-// Kept are keys above `key`, and those at it in front of `end`.
+// Kept are logits above `logit`, and those at it in front of `end`.
 struct Cut {
-  int32_t key, end;
-  __device__ bool keeps(int32_t other, int32_t index) const {
-    return other > key || (other == key && index < end);
+  float logit;
+  int32_t end;
+  __device__ bool keeps(float other, int32_t index) const {
+    return other > logit || (other == logit && index < end);
   }
 };
 
@@ -71,21 +72,22 @@ struct SampleStorage {
   int64_t sums[kSampleWarps];
   int64_t before, limit, target;
   float largest[kSampleWarps];
-  int32_t member_keys[32], member_indices[32];
+  float member_logits[32];
+  int32_t member_indices[32];
   int32_t members, low, high, bin, warp, found;
   Cut cut;
 };
 
 __device__ inline int bin_slot(int bin) { return bin + bin / kBinsPerLane; }
 
-// Keys of a row's logits. With +inf among them, see key_beside_infinity.
+// A row's logits in fp32, NaN as -inf. With +inf among them, see key_beside_infinity.
 template <class T>
-struct LogitKeys {
+struct RowLogits {
   const T* logits;
   bool infinite;
-  __device__ int32_t operator[](int32_t i) const {
-    const int32_t key = order_key(__float_as_int(to_float(logits[i])));
-    return infinite ? key_beside_infinity(key) : key;
+  __device__ float operator[](int32_t i) const {
+    const float logit = fmaxf(to_float(logits[i]), -INFINITY);
+    return !infinite ? logit : logit == INFINITY ? 0.0f : -INFINITY;
   }
 };
 
@@ -143,10 +145,10 @@ __device__ inline int32_t find_in_order(int32_t n, ValueOf value_of, TargetOf ta
 }
 
 // Weighs the bins of a histogram and finds the one in which `limit` mass is reached; its mass
-// before, how many tokens it holds, the first of them and the range of their keys are left in
-// `shared`. bin_of(key) grows as keys fall, and is kSampleBins for keys that do not take part.
-template <class Mass, int kUnroll, class Keys, class MassOf, class BinOf, class LimitOf>
-__device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, BinOf bin_of,
+// before, how many tokens it holds, the first of them and the range of their order keys are left in
+// `shared`. bin_of(logit) grows as logits fall, and is kSampleBins for those that take no part.
+template <class Mass, int kUnroll, class Logits, class MassOf, class BinOf, class LimitOf>
+__device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of, BinOf bin_of,
                                 int64_t before, LimitOf limit_of, SampleStorage& shared) {
   auto* const histogram = reinterpret_cast<Mass*>(shared.histogram);
   const int lane = threadIdx.x % 32;
@@ -155,10 +157,10 @@ __device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, Bin
   __syncthreads();
 #pragma unroll kUnroll
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-    const int32_t key = keys[i];
-    const int bin = bin_of(key);
+    const float logit = logits[i];
+    const int bin = bin_of(logit);
     if (bin == kSampleBins) continue;
-    const Mass mass = mass_of(key, i);
+    const Mass mass = mass_of(logit, i);
     if (mass != 0) atomicAdd(&histogram[bin_slot(bin)], mass);
   }
   __syncthreads();
@@ -187,13 +189,14 @@ __device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, Bin
   const int crossed = shared.bin;
 #pragma unroll kUnroll
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-    const int32_t key = keys[i];
-    if (bin_of(key) != crossed) continue;
+    const float logit = logits[i];
+    if (bin_of(logit) != crossed) continue;
+    const int32_t key = order_key(__float_as_int(logit));
     atomicMin(&shared.low, key);
     atomicMax(&shared.high, key);
     const int32_t member = atomicAdd(&shared.members, 1);
     if (member < 32) {
-      shared.member_keys[member] = key;
+      shared.member_logits[member] = logit;
       shared.member_indices[member] = i;
     }
   }
@@ -201,18 +204,16 @@ __device__ inline void find_bin(const Keys& keys, int32_t n, MassOf mass_of, Bin
 }
 
 // The cut that keeps the tokens with less than `limit` mass before them in descending order of
-// keys, then of indices; limit_of(mass of all) is at least 1 and at most that, mass_of(key, index)
-// not negative. Mass: what holds the sum of all masses. Bins of the first histogram divide the
-// logits down to `span` below `maximum`; what is further below shares the last.
-template <class Mass, class Keys, class MassOf, class LimitOf>
-__device__ inline Cut find_cut(const Keys& keys, int32_t n, float maximum, float span,
+// logits, then of indices; limit_of(mass of all) is at least 1 and at most that, mass_of(logit,
+// index) not negative. Mass: what holds the sum of all masses. Bins of the first histogram divide
+// the logits down to `span` below `maximum`; what is further below shares the last.
+template <class Mass, class Logits, class MassOf, class LimitOf>
+__device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, float span,
                                MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
   const float scale = kSampleBins / span;
   find_bin<Mass, 4>(
-      keys, n, mass_of,
-      [&](int32_t key) {
-        return min(kSampleBins - 1, __float2int_rz((maximum - logit_of_key(key)) * scale));
-      },
+      logits, n, mass_of,
+      [&](float logit) { return min(kSampleBins - 1, __float2int_rz((maximum - logit) * scale)); },
       0, limit_of, shared);
   const int64_t limit = shared.limit;
   while (shared.members > 32 && shared.low != shared.high) {
@@ -220,65 +221,68 @@ __device__ inline Cut find_cut(const Keys& keys, int32_t n, float maximum, float
     const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(shared.low);
     const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
     find_bin<Mass, 1>(  // seldom
-        keys, n, mass_of,
-        [&](int32_t key) {
+        logits, n, mass_of,
+        [&](float logit) {
+          const int32_t key = order_key(__float_as_int(logit));
           const uint32_t below = static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
           return below > range ? kSampleBins : static_cast<int>(below >> shift);
         },
         shared.before, [&](int64_t) { return limit; }, shared);
   }
   const int64_t before = shared.before;
-  const int32_t members = shared.members, high = shared.high;
-  if (members > 32) {  // all at one key
-    const int64_t mass = mass_of(high, -1);
+  const int32_t members = shared.members;
+  const float highest = logit_of_key(shared.high);
+  if (members > 32) {  // all the same
+    const int64_t mass = mass_of(highest, -1);
     const int64_t ties = (limit - before + mass - 1) / mass;
     const int32_t last = find_in_order(
-        n, [&](int32_t i) { return keys[i] == high; }, [&](int64_t) { return ties - 1; }, shared);
-    return {high, last + 1};
+        n, [&](int32_t i) { return logits[i] == highest; }, [&](int64_t) { return ties - 1; },
+        shared);
+    return {highest, last + 1};
   }
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);
     const bool member = lane < members;
-    const int32_t key = member ? shared.member_keys[lane] : high;
+    const float logit = member ? shared.member_logits[lane] : highest;
     const int32_t index = member ? shared.member_indices[lane] : n;
-    const int64_t own = member ? mass_of(key, index) : 0;
+    const int64_t own = member ? mass_of(logit, index) : 0;
     int64_t sum = before;
 #pragma unroll 1
     for (int other = 0; other < members; ++other) {
-      const int32_t other_key = shared.member_keys[other];
+      const float other_logit = shared.member_logits[other];
       const bool in_front =
-          other_key > key || (other_key == key && shared.member_indices[other] < index);
+          other_logit > logit || (other_logit == logit && shared.member_indices[other] < index);
       const int64_t mass = __shfl_sync(0xffffffffu, own, other);
       if (in_front) sum += mass;
     }
-    if (sum < limit && limit <= sum + own) shared.cut = {key, index + 1};
+    if (sum < limit && limit <= sum + own) shared.cut = {logit, index + 1};
   }
   __syncthreads();
   return shared.cut;
 }
 
-// The place among `keys` of the token that is drawn for `row`; see find_cut.
-template <class T, class Keys>
+// The place among `logits` of the token that is drawn for `row`; see find_cut.
+template <class T, class Logits>
 __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t row,
-                               const Keys& keys, int32_t n, float maximum, float span,
+                               const Logits& logits, int32_t n, float maximum, float span,
                                SampleStorage& shared) {
-  Cut cut{INT32_MIN, 0};
+  Cut cut{-INFINITY, INT32_MAX};
   if (params.top_k > 0) {
     cut = find_cut<unsigned>(
-        keys, n, maximum, span, [](int32_t, int32_t) { return 1u; },
+        logits, n, maximum, span, [](float, int32_t) { return 1u; },
         [&](int64_t) { return int64_t{params.top_k}; }, shared);
   }
-  const auto weight = [&](int32_t key, int32_t i) {
-    return cut.keeps(key, i) ? token_weight(logit_of_key(key), maximum) : 0u;
+  const auto weight = [&](float logit, int32_t i) {
+    return cut.keeps(logit, i) ? token_weight(logit, maximum) : 0u;
   };
   if (params.top_p > 0 && params.top_p < 1) {
     cut = find_cut<unsigned long long>(
-        keys, n, maximum, span, weight,
+        logits, n, maximum, span, weight,
         [&](int64_t all) { return min(mass_limit(all, params.top_p), all); }, shared);
   }
   const int64_t image = row / params.length;
   return find_in_order(
-      n, [&](int32_t i) { return weight(keys[i], i); },
+      n, [&](int32_t i) { return weight(logits[i], i); },
       [&](int64_t all) {
         return draw_below(all, params.seeds[image], params.image_ids[image], params.step,
                           row % params.length);
@@ -372,25 +376,25 @@ __device__ inline BitCount mark(const T* logits, int32_t n, float pivot, unsigne
 // others, and all of them where too few or too many reach it, get -1 and false.
 template <class T>
 __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& params, int64_t row,
-                                            const T* logits, float maximum, int32_t* candidates,
+                                            const T* logits, float maximum, float* candidates,
                                             SampleStorage& shared, int32_t& token) {
   const int32_t n = params.vocabulary;
-  const LogitKeys<T> keys{logits, false};
+  const RowLogits<T> row_logits{logits, false};
   for (int32_t i = threadIdx.x; i < kPivotSample; i += kSampleThreads) {
-    candidates[i] = keys[static_cast<int32_t>(int64_t{i} * n / kPivotSample)];
+    candidates[i] = row_logits[static_cast<int32_t>(int64_t{i} * n / kPivotSample)];
   }
   __syncthreads();
   const Cut cut = find_cut<unsigned>(
-      candidates, kPivotSample, maximum, kWeighedSpan, [](int32_t, int32_t) { return 1u; },
+      candidates, kPivotSample, maximum, kWeighedSpan, [](float, int32_t) { return 1u; },
       [&](int64_t) { return int64_t{params.pivot_rank}; }, shared);
-  const float pivot = logit_of_key(cut.key);
+  const float pivot = cut.logit;
   auto* const bits = reinterpret_cast<unsigned*>(candidates + kMaxCandidates);
   const BitCount count = mark(logits, n, pivot, bits, shared);
   if (count.all < params.top_k || count.all > kMaxCandidates) return false;
   int32_t rank = count.before;
   for (int32_t w = count.words.begin; w < count.words.end; ++w) {
     for (unsigned word = bits[w]; word != 0; word &= word - 1) {
-      candidates[rank++] = keys[w * 32 + __ffs(static_cast<int>(word)) - 1];
+      candidates[rank++] = row_logits[w * 32 + __ffs(static_cast<int>(word)) - 1];
     }
   }
   __syncthreads();
@@ -433,11 +437,11 @@ __global__ void __launch_bounds__(kSampleThreads, 4)
         auto* const behind_row =
             dynamic_shared<unsigned char>() + guided_sample_shared_bytes<T>(n, 0);
         drawn = draw_from_candidates(params, row, logits, maximum,
-                                     reinterpret_cast<int32_t*>(behind_row), shared, token);
+                                     reinterpret_cast<float*>(behind_row), shared, token);
       }
       if (!drawn) {
         const int32_t place =
-            draw(params, row, LogitKeys<T>{logits, infinite}, n, maximum, kWeighedSpan, shared);
+            draw(params, row, RowLogits<T>{logits, infinite}, n, maximum, kWeighedSpan, shared);
         if (threadIdx.x == 0) token = place;
       }
     }
