@@ -146,8 +146,9 @@ __device__ inline int32_t find_in_order(int32_t n, ValueOf value_of, TargetOf ta
 
 // Weighs the bins of a histogram and finds the one in which `limit` mass is reached; its mass
 // before, how many tokens it holds, the first of them and the range of their order keys are left in
-// `shared`. bin_of(logit) grows as logits fall, and is kSampleBins for those that take no part.
-template <class Mass, int kUnroll, class Logits, class MassOf, class BinOf, class LimitOf>
+// `shared`. bin_of(logit) grows as logits fall, and is kSampleBins for those that take no part, of
+// which there are none in the first histogram.
+template <class Mass, bool kFirst, class Logits, class MassOf, class BinOf, class LimitOf>
 __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of, BinOf bin_of,
                                 int64_t before, LimitOf limit_of, SampleStorage& shared) {
   auto* const histogram = reinterpret_cast<Mass*>(shared.histogram);
@@ -155,11 +156,11 @@ __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of,
 #pragma unroll
   for (int b = threadIdx.x; b < kSampleBins + 32; b += kSampleThreads) histogram[b] = 0;
   __syncthreads();
-#pragma unroll kUnroll
+#pragma unroll kFirst ? 4 : 1
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
     const float logit = logits[i];
     const int bin = bin_of(logit);
-    if (bin == kSampleBins) continue;
+    if (!kFirst && bin == kSampleBins) continue;
     const Mass mass = mass_of(logit, i);
     if (mass != 0) atomicAdd(&histogram[bin_slot(bin)], mass);
   }
@@ -187,7 +188,7 @@ __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of,
   }
   __syncthreads();
   const int crossed = shared.bin;
-#pragma unroll kUnroll
+#pragma unroll kFirst ? 4 : 1
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
     const float logit = logits[i];
     if (bin_of(logit) != crossed) continue;
@@ -211,7 +212,7 @@ template <class Mass, class Logits, class MassOf, class LimitOf>
 __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, float span,
                                MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
   const float scale = kSampleBins / span;
-  find_bin<Mass, 4>(
+  find_bin<Mass, true>(
       logits, n, mass_of,
       [&](float logit) { return min(kSampleBins - 1, __float2int_rz((maximum - logit) * scale)); },
       0, limit_of, shared);
@@ -220,7 +221,7 @@ __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, f
     const int32_t high = shared.high;
     const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(shared.low);
     const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
-    find_bin<Mass, 1>(  // seldom
+    find_bin<Mass, false>(
         logits, n, mass_of,
         [&](float logit) {
           const int32_t key = order_key(__float_as_int(logit));
@@ -273,17 +274,17 @@ __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t 
         [&](int64_t) { return int64_t{params.top_k}; }, shared);
   }
   const auto weight = [&](float logit, int32_t i) {
-    return cut.keeps(logit, i) ? token_weight(logit, maximum) : 0u;
+    return token_weight(logit, maximum) & -static_cast<uint32_t>(cut.keeps(logit, i));
   };
   if (params.top_p > 0 && params.top_p < 1) {
     cut = find_cut<unsigned long long>(
         logits, n, maximum, span, weight,
         [&](int64_t all) { return min(mass_limit(all, params.top_p), all); }, shared);
   }
-  const int64_t image = row / params.length;
   return find_in_order(
       n, [&](int32_t i) { return weight(logits[i], i); },
       [&](int64_t all) {
+        const int64_t image = row / params.length;
         return draw_below(all, params.seeds[image], params.image_ids[image], params.step,
                           row % params.length);
       },
