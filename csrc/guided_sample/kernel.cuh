@@ -16,11 +16,13 @@
 
 namespace flexvar {
 
-constexpr int kSampleThreads = 256, kSampleWarps = kSampleThreads / 32;
+// Few threads: what each does besides its share of the row is half the work.
+constexpr int kSampleThreads = 128, kSampleWarps = kSampleThreads / 32;
 constexpr int kSampleBins = 512, kLog2SampleBins = 9, kBinsPerLane = kSampleBins / 32;
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
 constexpr int kMaxCandidates = 2048;
-constexpr float kWeighedSpan = 21.5f;  // tokens further below the largest logit weigh nothing
+// Bins for each unit of logits: tokens further than 21.5 below the largest logit weigh nothing.
+constexpr float kRowBins = kSampleBins / 21.5f;
 
 template <class T>
 struct GuidedSampleCudaParams {
@@ -206,15 +208,14 @@ __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of,
 
 // The cut that keeps the tokens with less than `limit` mass before them in descending order of
 // logits, then of indices; limit_of(mass of all) is at least 1 and at most that, mass_of(logit,
-// index) not negative. Mass: what holds the sum of all masses. Bins of the first histogram divide
-// the logits down to `span` below `maximum`; what is further below shares the last.
+// index) not negative. Mass: what holds the sum of all masses. The first histogram has `bins` for
+// each unit that a logit is below `maximum`; its last bin holds all that is further below.
 template <class Mass, class Logits, class MassOf, class LimitOf>
-__device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, float span,
+__device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, float bins,
                                MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
-  const float scale = kSampleBins / span;
   find_bin<Mass, true>(
       logits, n, mass_of,
-      [&](float logit) { return min(kSampleBins - 1, __float2int_rz((maximum - logit) * scale)); },
+      [&](float logit) { return min(kSampleBins - 1, __float2int_rz((maximum - logit) * bins)); },
       0, limit_of, shared);
   const int64_t limit = shared.limit;
   while (shared.members > 32 && shared.low != shared.high) {
@@ -265,12 +266,12 @@ __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, f
 // The place among `logits` of the token that is drawn for `row`; see find_cut.
 template <class T, class Logits>
 __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t row,
-                               const Logits& logits, int32_t n, float maximum, float span,
+                               const Logits& logits, int32_t n, float maximum, float bins,
                                SampleStorage& shared) {
   Cut cut{-INFINITY, INT32_MAX};
   if (params.top_k > 0) {
     cut = find_cut<unsigned>(
-        logits, n, maximum, span, [](float, int32_t) { return 1u; },
+        logits, n, maximum, bins, [](float, int32_t) { return 1u; },
         [&](int64_t) { return int64_t{params.top_k}; }, shared);
   }
   const auto weight = [&](float logit, int32_t i) {
@@ -278,7 +279,7 @@ __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t 
   };
   if (params.top_p > 0 && params.top_p < 1) {
     cut = find_cut<unsigned long long>(
-        logits, n, maximum, span, weight,
+        logits, n, maximum, bins, weight,
         [&](int64_t all) { return min(mass_limit(all, params.top_p), all); }, shared);
   }
   return find_in_order(
@@ -360,6 +361,7 @@ __device__ inline BitCount mark(const T* logits, int32_t n, float pivot, unsigne
   const int32_t each = (words + kSampleThreads - 1) / kSampleThreads;
   const int32_t begin = min(words, each * static_cast<int32_t>(threadIdx.x));
   BitCount count{{begin, min(words, begin + each)}, 0, 0, 0};
+#pragma unroll 1
   for (int32_t w = count.words.begin; w < count.words.end; ++w) count.own += __popc(bits[w]);
   const int32_t until = warp_inclusive_sum(count.own);
   if (lane == 31) shared.sums[warp] = until;
@@ -386,7 +388,7 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   }
   __syncthreads();
   const Cut cut = find_cut<unsigned>(
-      candidates, kPivotSample, maximum, kWeighedSpan, [](float, int32_t) { return 1u; },
+      candidates, kPivotSample, maximum, kRowBins, [](float, int32_t) { return 1u; },
       [&](int64_t) { return int64_t{params.pivot_rank}; }, shared);
   const float pivot = cut.logit;
   auto* const bits = reinterpret_cast<unsigned*>(candidates + kMaxCandidates);
@@ -400,7 +402,8 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   }
   __syncthreads();
   int32_t left =
-      draw(params, row, candidates, count.all, maximum, maximum - pivot, shared) - count.before;
+      draw(params, row, candidates, count.all, maximum, kSampleBins / (maximum - pivot), shared) -
+      count.before;
   if (left >= 0 && left < count.own) {
     int32_t w = count.words.begin;
     while (left >= __popc(bits[w])) left -= __popc(bits[w++]);
@@ -412,7 +415,7 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
 }
 
 template <class T, bool kInShared>
-__global__ void __launch_bounds__(kSampleThreads, 4)
+__global__ void __launch_bounds__(kSampleThreads, 7)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
   auto& shared = shared_storage<SampleStorage>();
   const int32_t n = params.vocabulary;
@@ -442,7 +445,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4)
       }
       if (!drawn) {
         const int32_t place =
-            draw(params, row, RowLogits<T>{logits, infinite}, n, maximum, kWeighedSpan, shared);
+            draw(params, row, RowLogits<T>{logits, infinite}, n, maximum, kRowBins, shared);
         if (threadIdx.x == 0) token = place;
       }
     }
