@@ -1,12 +1,11 @@
 // guided_sample on CUDA: one block samples one row, which it reads from memory once (from then on
 // out of shared memory, where it fits).
 //
-// Top-k passes over the row once: a sample of it tells a pivot that a few more than k logits reach,
-// and what reaches it is copied out. A cut (top-k's, top-p's, and that of the sample) is the token
-// at which a limit of mass is reached in descending order. It is found by a histogram of the
-// logits, whose bin that reaches the limit is ranked by one warp, or split by another histogram, of
-// order keys, while it holds too many. Every sum is an integer, so the order of threads and of
-// atomics does not matter.
+// Top-k passes over the row once: the histogram of a sample tells a pivot that a few more than k
+// logits reach, and what reaches it is copied out. A cut, top-k's or top-p's, is the token at which
+// a limit of mass is reached in descending order: in a bin of a histogram of the logits, which one
+// warp ranks, or another histogram, of order keys, divides while it holds too many. Every sum is an
+// integer, so the order of threads and of atomics does not matter.
 #pragma once
 
 #include <cmath>
@@ -39,8 +38,9 @@ struct GuidedSampleCudaParams {
   int32_t pivot_rank;  // see guided_sample_pivot_rank
 };
 
-// The pivot's place in the sample of a row, from the largest: such that at least top_k logits reach
-// it, but for one row in a hundred. 0: candidates of the whole row would be too many, or no fewer.
+// The pivot's place in the sample of a row, from the largest (down to the end of its bin): such
+// that at least top_k logits reach it, but for one row in a hundred. 0: candidates of the whole row
+// would be too many, or no fewer.
 inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k) {
   if (top_k == 0 || vocabulary < 2 * kPivotSample) return 0;
   const double share = static_cast<double>(top_k) / static_cast<double>(vocabulary);
@@ -90,6 +90,15 @@ struct RowLogits {
   __device__ float operator[](int32_t i) const {
     const float logit = fmaxf(to_float(logits[i]), -INFINITY);
     return !infinite ? logit : logit == INFINITY ? 0.0f : -INFINITY;
+  }
+};
+
+template <class T>
+struct SampledLogits {
+  RowLogits<T> row;
+  int32_t n;  // of the row
+  __device__ float operator[](int32_t i) const {
+    return row[static_cast<int32_t>(int64_t{i} * n / kPivotSample)];
   }
 };
 
@@ -146,10 +155,9 @@ __device__ inline int32_t find_in_order(int32_t n, ValueOf value_of, TargetOf ta
   return shared.found;
 }
 
-// Weighs the bins of a histogram and finds the one in which `limit` mass is reached; its mass
-// before, how many tokens it holds, the first of them and the range of their order keys are left in
-// `shared`. bin_of(logit) grows as logits fall, and is kSampleBins for those that take no part, of
-// which there are none in the first histogram.
+// Makes a histogram and finds the bin in which the limit is reached: left in `shared`, with the
+// mass before it. bin_of(logit) grows as logits fall, and is kSampleBins for those that take no
+// part, of which there are none in the first histogram.
 template <class Mass, bool kFirst, class Logits, class MassOf, class BinOf, class LimitOf>
 __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of, BinOf bin_of,
                                 int64_t before, LimitOf limit_of, SampleStorage& shared) {
@@ -189,14 +197,18 @@ __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of,
     }
   }
   __syncthreads();
-  const int crossed = shared.bin;
+}
+
+// Leaves in `shared` how many logits are in the bin that was found, and the first 32, or, with
+// more, the range of their order keys.
+template <bool kFirst, class Logits, class BinOf>
+__device__ inline void collect_members(const Logits& logits, int32_t n, BinOf bin_of,
+                                       SampleStorage& shared) {
+  const int bin = shared.bin;
 #pragma unroll kFirst ? 4 : 1
   for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
     const float logit = logits[i];
-    if (bin_of(logit) != crossed) continue;
-    const int32_t key = order_key(__float_as_int(logit));
-    atomicMin(&shared.low, key);
-    atomicMax(&shared.high, key);
+    if (bin_of(logit) != bin) continue;
     const int32_t member = atomicAdd(&shared.members, 1);
     if (member < 32) {
       shared.member_logits[member] = logit;
@@ -204,37 +216,51 @@ __device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of,
     }
   }
   __syncthreads();
+  if (shared.members <= 32) return;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
+    const float logit = logits[i];
+    if (bin_of(logit) != bin) continue;
+    const int32_t key = order_key(__float_as_int(logit));
+    atomicMin(&shared.low, key);
+    atomicMax(&shared.high, key);
+  }
+  __syncthreads();
+}
+
+// The bin of a first histogram, with `bins` for each unit that a logit is below `maximum`; the last
+// holds all that is further below.
+__device__ inline int first_bin(float logit, float maximum, float bins) {
+  return min(kSampleBins - 1, __float2int_rz((maximum - logit) * bins));
 }
 
 // The cut that keeps the tokens with less than `limit` mass before them in descending order of
 // logits, then of indices; limit_of(mass of all) is at least 1 and at most that, mass_of(logit,
-// index) not negative. Mass: what holds the sum of all masses. The first histogram has `bins` for
-// each unit that a logit is below `maximum`; its last bin holds all that is further below.
+// index) not negative. Mass: what holds the sum of all masses; maximum, bins: see first_bin.
 template <class Mass, class Logits, class MassOf, class LimitOf>
 __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, float bins,
                                MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
-  find_bin<Mass, true>(
-      logits, n, mass_of,
-      [&](float logit) { return min(kSampleBins - 1, __float2int_rz((maximum - logit) * bins)); },
-      0, limit_of, shared);
+  const auto bin_of = [&](float logit) { return first_bin(logit, maximum, bins); };
+  find_bin<Mass, true>(logits, n, mass_of, bin_of, 0, limit_of, shared);
+  collect_members<true>(logits, n, bin_of, shared);
   const int64_t limit = shared.limit;
   while (shared.members > 32 && shared.low != shared.high) {
     const int32_t high = shared.high;
     const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(shared.low);
     const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
+    const auto bin_of_key = [&](float logit) {
+      const int32_t key = order_key(__float_as_int(logit));
+      const uint32_t below = static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
+      return below > range ? kSampleBins : static_cast<int>(below >> shift);
+    };
     find_bin<Mass, false>(
-        logits, n, mass_of,
-        [&](float logit) {
-          const int32_t key = order_key(__float_as_int(logit));
-          const uint32_t below = static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
-          return below > range ? kSampleBins : static_cast<int>(below >> shift);
-        },
-        shared.before, [&](int64_t) { return limit; }, shared);
+        logits, n, mass_of, bin_of_key, shared.before, [&](int64_t) { return limit; }, shared);
+    collect_members<false>(logits, n, bin_of_key, shared);
   }
   const int64_t before = shared.before;
   const int32_t members = shared.members;
-  const float highest = logit_of_key(shared.high);
   if (members > 32) {  // all the same
+    const float highest = logit_of_key(shared.high);
     const int64_t mass = mass_of(highest, -1);
     const int64_t ties = (limit - before + mass - 1) / mass;
     const int32_t last = find_in_order(
@@ -245,7 +271,7 @@ __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, f
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);
     const bool member = lane < members;
-    const float logit = member ? shared.member_logits[lane] : highest;
+    const float logit = member ? shared.member_logits[lane] : maximum;
     const int32_t index = member ? shared.member_indices[lane] : n;
     const int64_t own = member ? mass_of(logit, index) : 0;
     int64_t sum = before;
@@ -383,14 +409,11 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
                                             SampleStorage& shared, int32_t& token) {
   const int32_t n = params.vocabulary;
   const RowLogits<T> row_logits{logits, false};
-  for (int32_t i = threadIdx.x; i < kPivotSample; i += kSampleThreads) {
-    candidates[i] = row_logits[static_cast<int32_t>(int64_t{i} * n / kPivotSample)];
-  }
-  __syncthreads();
-  const Cut cut = find_cut<unsigned>(
-      candidates, kPivotSample, maximum, kRowBins, [](float, int32_t) { return 1u; },
+  find_bin<unsigned, true>(
+      SampledLogits<T>{row_logits, n}, kPivotSample, [](float, int32_t) { return 1u; },
+      [&](float logit) { return first_bin(logit, maximum, kRowBins); }, 0,
       [&](int64_t) { return int64_t{params.pivot_rank}; }, shared);
-  const float pivot = cut.logit;
+  const float pivot = maximum - static_cast<float>(shared.bin + 1) / kRowBins;
   auto* const bits = reinterpret_cast<unsigned*>(candidates + kMaxCandidates);
   const BitCount count = mark(logits, n, pivot, bits, shared);
   if (count.all < params.top_k || count.all > kMaxCandidates) return false;
