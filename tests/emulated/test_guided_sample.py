@@ -63,7 +63,7 @@ def test_candidates_of_a_large_vocabulary(emulated, dtype, top_k, top_p):
 def misleading_rows():
     """Rows of which the sample of every 17th logit tells nothing, and rows with crowds at the threshold."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 5, 8912, generator=generator)
+    noise = torch.randn(2, 6, 8912, generator=generator)
     sampled = torch.zeros(8912, dtype=torch.bool)
     sampled[torch.arange(512) * 8912 // 512] = True
     noise[:, 0] = torch.where(sampled, noise[:, 0] + 10, noise[:, 0])  # too few reach the pivot
@@ -71,6 +71,7 @@ def misleading_rows():
     noise[:, 2] = noise[:, 2].round()  # hundreds of ties
     noise[:, 3] = 5 + 1e-6 * noise[:, 3]  # a few neighbouring floats
     noise[:, 4] = torch.where(noise[:, 4] > 2.5, noise[:, 4], -torch.inf)  # fewer than top_k are finite
+    noise[:, 5, 7::1000] = torch.inf
     return noise
 
 
