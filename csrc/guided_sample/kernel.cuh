@@ -38,6 +38,11 @@ struct GuidedSampleCudaParams {
   int32_t pivot_rank;  // see guided_sample_pivot_rank
 };
 
+// Their weights take the place of the row.
+FLEXVAR_HOST_DEVICE int64_t guided_sample_most_candidates(int64_t vocabulary) {
+  return vocabulary / 2 < kMaxCandidates ? vocabulary / 2 : kMaxCandidates;
+}
+
 // The pivot's place in the sample of a row, from the largest (down to the end of its bin): such
 // that at least top_k logits reach it, but for one row in a hundred. 0: candidates of the whole row
 // would be too many, or no fewer.
@@ -47,7 +52,8 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k) {
   const double deviation = std::sqrt(kPivotSample * share * (1 - share));
   const double rank = kPivotSample * share + 2.5 * deviation + 2;
   const double most = (rank + 3 * deviation) / kPivotSample * static_cast<double>(vocabulary);
-  return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
+  const auto limit = static_cast<double>(guided_sample_most_candidates(vocabulary));
+  return most <= limit ? static_cast<int32_t>(rank) : 0;
 }
 
 // Dynamic shared memory: the row, at the place within 16 bytes that it has in memory and filled up
@@ -261,11 +267,9 @@ __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, f
   const int32_t members = shared.members;
   if (members > 32) {  // all the same
     const float highest = logit_of_key(shared.high);
-    const int64_t mass = mass_of(highest, -1);
-    const int64_t ties = (limit - before + mass - 1) / mass;
     const int32_t last = find_in_order(
-        n, [&](int32_t i) { return logits[i] == highest; }, [&](int64_t) { return ties - 1; },
-        shared);
+        n, [&](int32_t i) { return logits[i] == highest ? mass_of(highest, i) : 0; },
+        [&](int64_t) { return limit - before - 1; }, shared);
     return {highest, last + 1};
   }
   if (threadIdx.x < 32) {
@@ -289,11 +293,17 @@ __device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, f
   return shared.cut;
 }
 
-// The place among `logits` of the token that is drawn for `row`; see find_cut.
+// The place among `logits` of the token that is drawn for `row`; maximum, bins: see first_bin.
+// `weights`: room to keep them, or null to compute them whenever they are needed.
 template <class T, class Logits>
 __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t row,
                                const Logits& logits, int32_t n, float maximum, float bins,
-                               SampleStorage& shared) {
+                               uint32_t* weights, SampleStorage& shared) {
+  if (weights != nullptr) {
+    for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
+      weights[i] = token_weight(logits[i], maximum);
+    }
+  }
   Cut cut{-INFINITY, INT32_MAX};
   if (params.top_k > 0) {
     cut = find_cut<unsigned>(
@@ -301,7 +311,8 @@ __device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t 
         [&](int64_t) { return int64_t{params.top_k}; }, shared);
   }
   const auto weight = [&](float logit, int32_t i) {
-    return token_weight(logit, maximum) & -static_cast<uint32_t>(cut.keeps(logit, i));
+    const uint32_t all = weights != nullptr ? weights[i] : token_weight(logit, maximum);
+    return all & -static_cast<uint32_t>(cut.keeps(logit, i));
   };
   if (params.top_p > 0 && params.top_p < 1) {
     cut = find_cut<unsigned long long>(
@@ -416,7 +427,7 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   const float pivot = maximum - static_cast<float>(shared.bin + 1) / kRowBins;
   auto* const bits = reinterpret_cast<unsigned*>(candidates + kMaxCandidates);
   const BitCount count = mark(logits, n, pivot, bits, shared);
-  if (count.all < params.top_k || count.all > kMaxCandidates) return false;
+  if (count.all < params.top_k || count.all > guided_sample_most_candidates(n)) return false;
   int32_t rank = count.before;
   for (int32_t w = count.words.begin; w < count.words.end; ++w) {
     for (unsigned word = bits[w]; word != 0; word &= word - 1) {
@@ -424,9 +435,10 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
     }
   }
   __syncthreads();
-  int32_t left =
-      draw(params, row, candidates, count.all, maximum, kSampleBins / (maximum - pivot), shared) -
-      count.before;
+  auto* const weights = dynamic_shared<uint32_t>();  // the row is no longer needed
+  int32_t left = draw(params, row, candidates, count.all, maximum, kSampleBins / (maximum - pivot),
+                      weights, shared) -
+                 count.before;
   if (left >= 0 && left < count.own) {
     int32_t w = count.words.begin;
     while (left >= __popc(bits[w])) left -= __popc(bits[w++]);
@@ -467,8 +479,8 @@ __global__ void __launch_bounds__(kSampleThreads, 7)
                                      reinterpret_cast<float*>(behind_row), shared, token);
       }
       if (!drawn) {
-        const int32_t place =
-            draw(params, row, RowLogits<T>{logits, infinite}, n, maximum, kRowBins, shared);
+        const int32_t place = draw(params, row, RowLogits<T>{logits, infinite}, n, maximum,
+                                   kRowBins, nullptr, shared);
         if (threadIdx.x == 0) token = place;
       }
     }
