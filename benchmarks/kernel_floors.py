@@ -130,15 +130,15 @@ def guided_sample(dtype: str, size: int) -> Work:
     """Top-k 900 and top-p 0.95 of 16,384 rows; instructions of a warp counted in the code for sm_90a.
 
     Of a row: 10 for every 32 logits, which are staged, compared for the largest and with the pivot; for every 32 of
-    about 1,220 candidates 31 to copy them out, 21 for top-k, 62 for top-p and 38 to draw; and about 5,200 whatever
-    their number: three histograms' scans, the members of bins, barriers, indices.
+    about 1,220 candidates 31 to copy them out, 21 to weigh them, 21 for top-k, 43 for top-p and 12 to draw; and about
+    5,300 whatever their number: three histograms' scans, the members of bins, barriers, indices.
     """
     rows, vocabulary, candidates = 16384, 8912, 1220
     return Work(
         "guided_sample",
         f"{rows:,} × {vocabulary:,}, {dtype}, top-k 900, top-p 0.95",
         bytes=rows * vocabulary * size,
-        instructions=rows * (10 * vocabulary + (31 + 21 + 62 + 38) * candidates + 32 * 5200),
+        instructions=rows * (10 * vocabulary + (31 + 21 + 21 + 43 + 12) * candidates + 32 * 5300),
     )
 
 

@@ -450,7 +450,7 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
 }
 
 template <class T, bool kInShared>
-__global__ void __launch_bounds__(kSampleThreads, 7)
+__global__ void __launch_bounds__(kSampleThreads, 6)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
   auto& shared = shared_storage<SampleStorage>();
   const int32_t n = params.vocabulary;
