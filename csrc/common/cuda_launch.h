@@ -75,7 +75,33 @@ void launch_kernel(const char* op, cudaStream_t stream, void (*kernel)(Parameter
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   check_cuda(cudaGetLastError(), op, "CUDA launch");
 #else
-  emulation::launch_on_device(op, stream, kernel, grid, threads, shared_bytes, arguments...);
+  emulation::launch_on_device(op, stream, false, kernel, grid, threads, shared_bytes, arguments...);
+#endif
+}
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), checked, which may begin before
+// the kernel launched just before it has ended: see ptx::griddepcontrol_wait. Code compiled for
+// less than sm_90 does not wait there, so it begins afterwards.
+template <class... Parameters>
+void launch_overlapping(const char* op, cudaStream_t stream, void (*kernel)(Parameters...),
+                        dim3 grid, dim3 threads, size_t shared_bytes,
+                        const std::type_identity_t<Parameters>&... arguments) {
+#ifdef __CUDACC__
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), op, "cudaFuncGetAttributes");
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), op, "CUDA launch");
+#else
+  emulation::launch_on_device(op, stream, true, kernel, grid, threads, shared_bytes, arguments...);
 #endif
 }
 

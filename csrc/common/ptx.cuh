@@ -188,7 +188,7 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 #endif
 }
 
-// --- Named barriers and approximations ---------------------------------------------------------
+// --- Named barriers -----------------------------------------------------------------------------
 
 // Waits for `threads` threads (a multiple of 32) at barrier `id` (1 to 15; 0 is __syncthreads).
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
@@ -198,6 +198,24 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
+
+// --- Kernels that overlap (launch_overlapping) -------------------------------------------------
+
+// Waits until the kernel before has ended and what it wrote is visible: every thread calls this
+// before it touches memory. Nothing to do where kernels do not overlap.
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+// Once every block has begun and called this, the next kernel's blocks may begin.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// --- Approximations ----------------------------------------------------------------------------
 
 // 2^x to 2 ulp; -inf gives 0.
 __device__ __forceinline__ float exp2_approx(float x) {

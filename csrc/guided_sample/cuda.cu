@@ -15,21 +15,16 @@ constexpr const char* kOp = "guided_sample";
 template <class T>
 void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
-  const int64_t words = guided_sample_words(params.vocabulary, params.top_k);
-  const int64_t bytes = words * static_cast<int64_t>(sizeof(int32_t));
-  const auto all_rows = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
+  const int64_t bytes = guided_sample_shared_bytes<T>(params.vocabulary, params.pivot_rank);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
   const int64_t shared_limit =
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp) -
       static_cast<int64_t>(sizeof(SampleStorage));
   if (bytes <= shared_limit) {
     const auto kernel = guided_sample_kernel<T, true>;
     allow_shared_memory(kernel, bytes, kOp);
-    launch_kernel(kOp, stream, kernel, all_rows, kSampleThreads, bytes, params);
+    launch_kernel(kOp, stream, kernel, blocks, kSampleThreads, bytes, params);
   } else {
-    const auto blocks = std::min<unsigned>(
-        all_rows, 4u * device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp));
-    const Tensor workspace = torch::stable::new_empty(logits, {blocks, words}, ScalarType::Int);
-    params.workspace = workspace.mutable_data_ptr<int32_t>();
     launch_kernel(kOp, stream, guided_sample_kernel<T, false>, blocks, kSampleThreads, 0, params);
   }
 }
@@ -44,13 +39,13 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
   if (rows == 0) return tokens;
   const Tensor x = torch::stable::contiguous(logits);
   const Tensor seed = torch::stable::contiguous(seeds), id = torch::stable::contiguous(image_ids);
+  const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
   const auto run = [&]<class T>(T) {
-    launch<T>(
-        x,
-        {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
-         tokens.mutable_data_ptr<int64_t>(), nullptr, rows, length, step, top_p,
-         static_cast<int32_t>(vocabulary), static_cast<int32_t>(top_k < vocabulary ? top_k : 0)},
-        scope.stream());
+    launch<T>(x,
+              {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
+               tokens.mutable_data_ptr<int64_t>(), rows, length, step, top_p,
+               static_cast<int32_t>(vocabulary), kept, guided_sample_pivot_rank(vocabulary, kept)},
+              scope.stream());
   };
   if (x.scalar_type() == ScalarType::Half) {
     run(__half{});

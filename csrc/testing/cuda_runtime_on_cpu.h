@@ -44,14 +44,14 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 namespace flexvar::emulation {
 
 template <class... Parameters>
-void launch_on_device(const char* op, cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
-                      dim3 threads, size_t shared_bytes,
+void launch_on_device(const char* op, cudaStream_t stream, bool overlaps,
+                      void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
                       const std::type_identity_t<Parameters>&... arguments) {
   check_stream(op, stream);
   const Options options =
       begin_device_launch(op, reinterpret_cast<const void*>(kernel), shared_bytes);
   emulate(options, kernel,
-          {{grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, shared_bytes},
+          {{grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, shared_bytes, overlaps},
           arguments...);
 }
 

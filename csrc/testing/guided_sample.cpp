@@ -4,8 +4,11 @@
 namespace flexvar::emulation {
 
 EMULATED_BINDINGS(guided_sample, module) {
+  // By the size of a logit.
   module.def("guided_sample_shared_bytes", [](int64_t vocabulary, int64_t top_k) {
-    return guided_sample_words(vocabulary, top_k) * sizeof(int32_t);
+    const int32_t rank = guided_sample_pivot_rank(vocabulary, top_k);
+    return std::map<int, int64_t>{{2, guided_sample_shared_bytes<__half>(vocabulary, rank)},
+                                  {4, guided_sample_shared_bytes<float>(vocabulary, rank)}};
   });
   module.attr("guided_sample_static_shared_bytes") = sizeof(SampleStorage);
   // The arithmetic that CPU and CUDA share, for comparison with the specification.

@@ -115,6 +115,7 @@ std::string describe_address(size_t offset) {
 
 std::string describe_epoch(Epoch epoch) {
   if (epoch.block() == block.number) return describe(block.fibers[epoch.thread()]);
+  if (epoch.block() < block.first_number) return "a thread of an earlier launch";
   return "a thread of block number " + std::to_string(epoch.block() - block.first_number);
 }
 

@@ -39,7 +39,9 @@ std::shared_ptr<const BlockClocks> merged(const std::shared_ptr<const BlockClock
 }  // namespace
 
 bool happened_before(Epoch epoch) {
-  if (epoch.block() < block.first_number) return true;
+  if (epoch.block() < block.first_number) {
+    return !block.overlaps || current->waited_for_earlier_launches;
+  }
   const Knowledge& knows = current->knows;
   if (epoch.block() == block.number) return (*knows.own_block)[epoch.thread()] >= epoch.clock();
   if (knows.other_blocks == nullptr) return false;
@@ -76,6 +78,8 @@ Knowledge publish(Fiber& fiber) {
   published.own_block = std::move(clocks);
   return published;
 }
+
+void wait_for_earlier_launches() { current->waited_for_earlier_launches = true; }
 
 void thread_fence() {
   Fiber& fiber = *current;

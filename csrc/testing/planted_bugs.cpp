@@ -384,11 +384,20 @@ __global__ void order_of_atomics(Params p) {
   }
 }
 
+// Launched such that it may overlap with `copy`.
+template <bool kBug>
+__global__ void overlap_without_wait(Params p) {
+  if (!kBug) ptx::griddepcontrol_wait();
+  p.y[threadIdx.x] += 1;
+}
+__global__ void copy(Params p) { p.y[threadIdx.x] = p.x[threadIdx.x]; }
+
 struct Planted {
   void (*bug)(Params);
   void (*right)(Params);
   unsigned blocks = 1;
   size_t dynamic_shared = 0;
+  void (*overlapped)(Params) = nullptr;  // launched before
 };
 
 #define PLANTED(name)                    \
@@ -441,6 +450,8 @@ const std::map<std::string, Planted> planted = {
     PLANTED(shift_too_far),
     {"too_much_shared_memory",
      {&too_much_shared_memory<true>, &too_much_shared_memory<false>, 1, 200 * 1024}},
+    {"overlap_without_wait",
+     {&overlap_without_wait<true>, &overlap_without_wait<false>, 1, 0, &copy}},
     PLANTED(order_of_atomics),
 };
 
@@ -457,8 +468,10 @@ EMULATED_BINDINGS(planted_bugs, module) {
     counter.mutable_at(0) = 0;
     const Params params{memory.input<float>("x", x), y,
                         memory.input_output<unsigned>("counter", counter), 256};
+    const bool overlaps = entry.overlapped != nullptr;
+    if (overlaps) memory.launch(entry.overlapped, {{1, 1, 1}, {256, 1, 1}, 0}, params);
     memory.launch(bug ? entry.bug : entry.right,
-                  {{entry.blocks, 1, 1}, {256, 1, 1}, entry.dynamic_shared}, params);
+                  {{entry.blocks, 1, 1}, {256, 1, 1}, entry.dynamic_shared, overlaps}, params);
     return memory.fetch(y);
   });
   module.def("planted_names", [] {

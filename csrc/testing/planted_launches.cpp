@@ -19,7 +19,7 @@ __global__ void static_and_dynamic_kernel() {
 
 void launch(const dim3& grid, const dim3& threads, size_t shared_bytes) {
   const DeviceScope scope;
-  launch_on_device("planted", scope.stream(), nothing_kernel, grid, threads, shared_bytes);
+  launch_on_device("planted", scope.stream(), false, nothing_kernel, grid, threads, shared_bytes);
 }
 
 void planted_launch(const std::string& name) {
@@ -34,12 +34,12 @@ void planted_launch(const std::string& name) {
   }
   if (name == "static_and_dynamic_without_leave") {
     const DeviceScope scope;
-    return launch_on_device("planted", scope.stream(), static_and_dynamic_kernel, dim3(1), dim3(32),
-                            9 * 1024);
+    return launch_on_device("planted", scope.stream(), false, static_and_dynamic_kernel, dim3(1),
+                            dim3(32), 9 * 1024);
   }
   if (name == "default_stream") {
     const DeviceScope scope;
-    return launch_on_device("planted", nullptr, nothing_kernel, dim3(1), dim3(32), 0);
+    return launch_on_device("planted", nullptr, false, nothing_kernel, dim3(1), dim3(32), 0);
   }
   throw std::invalid_argument("no planted launch '" + name + "'");
 }

@@ -39,6 +39,7 @@ struct LaunchShape {
   unsigned grid[3];
   unsigned block[3];
   size_t dynamic_shared;
+  bool overlaps = false;  // may begin before earlier launches have ended
 };
 
 // Runs `body(context)` once per thread. `context` (of `context_bytes`) holds the kernel's
@@ -96,6 +97,10 @@ void* dynamic_shared_memory();
 // ones.
 void check_atomic(void* pointer, size_t bytes, Location where);
 void thread_fence();
+
+// Behind this, the thread sees what earlier launches did; in a launch that overlaps them not
+// before.
+void wait_for_earlier_launches();
 
 void cp_async(void* shared, const void* global, size_t bytes, bool valid, Location where);
 void cp_async_commit();

@@ -149,6 +149,7 @@ void launch(const LaunchShape& shape, const Options& launch_options, void (*body
   block.parameters = context;
   block.parameter_bytes = context_bytes;
   block.first_number = block.number + 1;
+  block.overlaps = shape.overlaps;
   gridDim = {shape.grid[0], shape.grid[1], shape.grid[2]};
   blockDim = {shape.block[0], shape.block[1], shape.block[2]};
   std::mt19937_64 random(options.seed);

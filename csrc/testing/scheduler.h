@@ -32,6 +32,7 @@ struct Fiber {
 
   uint32_t clock = 1;
   Knowledge knows;
+  bool waited_for_earlier_launches = false;
   uint32_t fenced_clock = 0;             // its own clock at its last fence
   std::shared_ptr<const Clocks> fenced;  // what it knew then
 
@@ -62,6 +63,7 @@ struct WarpGroup {
 struct Block {
   uint32_t number = 0;        // running number over all launches
   uint32_t first_number = 0;  // of this launch
+  bool overlaps = false;      // this launch, those before it
   std::vector<Fiber> fibers;
   Barrier barriers[16];
   std::vector<std::vector<WarpGroup>> warps;

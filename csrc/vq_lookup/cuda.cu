@@ -52,8 +52,8 @@ void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const ch
 template <int kSteps>
 void launch_tensor(const VqProblem& problem, const VqWorkspace& workspace, dim3 grid,
                    cudaStream_t stream, const char* op) {
-  launch_kernel(op, stream, vq_score_tensor_kernel<kSteps>, grid, kVqTensorThreads, 0, problem,
-                workspace);
+  launch_overlapping(op, stream, vq_score_tensor_kernel<kSteps>, grid, kVqTensorThreads, 0, problem,
+                     workspace);
 }
 
 void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream,
@@ -69,8 +69,8 @@ void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaSt
     case 4:
       return launch_tensor<4>(problem, workspace, grid, stream, op);
     default:
-      launch_kernel(op, stream, vq_score_float_kernel, grid, kVqFloatThreads, 0, problem,
-                    workspace);
+      launch_overlapping(op, stream, vq_score_float_kernel, grid, kVqFloatThreads, 0, problem,
+                         workspace);
   }
 }
 
@@ -96,8 +96,10 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   prepare.codebook = codes.const_data_ptr<float>();
   prepare.source = source;
   prepare.code_rows = prepare.problem.padded_codes();
-  check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()), op,
-             "cudaMemsetAsync");
+  if (!normalize) {
+    check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()),
+               op, "cudaMemsetAsync");
+  }
   if (scales.empty()) {
     prepare.latent_rows = num_latents;
     launch_prepare(prepare, scope.stream(), op);
@@ -116,8 +118,8 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   launch_score(prepare.problem, prepare.workspace, scope.stream(), op);
   const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
                                 indices.mutable_data_ptr<int64_t>()};
-  launch_kernel(op, scope.stream(), vq_resolve_kernel, vq_resolve_grid(prepare.problem),
-                kVqResolveThreads, 0, resolve);
+  launch_overlapping(op, scope.stream(), vq_resolve_kernel, vq_resolve_grid(prepare.problem),
+                     kVqResolveThreads, 0, resolve);
   return indices;
 }
 

@@ -1,7 +1,7 @@
 // Codes and latents as they are compared. Exact arithmetic: the same bits as on the CPU.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "common/ptx.cuh"
 #include "resample/weights.h"
 #include "vq_lookup/workspace.cuh"
 
@@ -84,6 +84,7 @@ __device__ __forceinline__ float vq_component(const VqPrepareParams& params, boo
 }
 
 __global__ void __launch_bounds__(kVqPrepareThreads) vq_prepare_kernel(VqPrepareParams params) {
+  ptx::griddepcontrol_launch_dependents();
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;
   const int part = static_cast<int>(threadIdx.x) % kVqThreadsPerRow;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kVqPrepareThreads) vq_prepare_kernel(VqPrepare
   }
   workspace.half_norms[n] = valid ? 0.5 * squares : static_cast<double>(INFINITY);
   workspace.negative_half[n] = valid ? static_cast<float>(-0.5 * squares) : kVqAbsentScore;
-  if (valid) {
+  if (valid && !problem.normalize) {
     // Norms are not negative, so their bits order as integers; one step up for the rounding.
     const int bits = __float_as_int(static_cast<float>(sqrt(squares))) + 1;
     atomicMax(reinterpret_cast<int*>(workspace.max_code_norm), bits);

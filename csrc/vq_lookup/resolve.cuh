@@ -2,7 +2,7 @@
 // the CPU.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "common/ptx.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
@@ -86,6 +86,7 @@ __device__ __forceinline__ void vq_score_split(const VqResolveParams& params, co
 }
 
 __global__ void __launch_bounds__(kVqResolveThreads, 4) vq_resolve_kernel(VqResolveParams params) {
+  ptx::griddepcontrol_wait();
   const VqProblem& problem = params.problem;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t row =
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kVqResolveThreads, 4) vq_resolve_kernel(VqReso
                                  entry % kVqSubgroups];
   };
 
-  const double largest_norm = *params.workspace.max_code_norm;
+  const double largest_norm = problem.normalize ? 1.0 + 0x1p-20 : *params.workspace.max_code_norm;
   const double magnitude = largest_norm * (norm + 0.5 * largest_norm);
   const double bound = params.bound.coefficient * magnitude + params.bound.constant;
   // Beyond, fp32 scores may have overflowed, and nothing can be ruled out.

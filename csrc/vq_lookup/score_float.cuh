@@ -30,6 +30,8 @@ __device__ __forceinline__ void vq_load_slab(float (&slab)[kVqFloatSlab][kCount 
 // A block scores kVqFloatRows rows (blockIdx.x) against one split of the codes (blockIdx.y).
 __global__ void __launch_bounds__(kVqFloatThreads)
     vq_score_float_kernel(VqProblem problem, VqWorkspace workspace) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   auto& shared = shared_storage<VqFloatStorage>();
   const int lane_code = static_cast<int>(threadIdx.x) % 16;  // codes 2i, 2i + 1, 2i + 32, 2i + 33
   const int lane_row = static_cast<int>(threadIdx.x) / 16;   // rows 8i … 8i + 7

@@ -91,6 +91,8 @@ __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& sh
 template <int kSteps>
 __global__ void __launch_bounds__(kVqTensorThreads, 3)
     vq_score_tensor_kernel(VqProblem problem, VqWorkspace workspace) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   constexpr int kFragments = vq_row_fragments(kSteps);
   auto& shared = shared_storage<VqTensorStorage<kSteps>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;

@@ -42,7 +42,7 @@ struct VqWorkspace {
   double* half_norms;    // [V padded]: |e|²/2; infinity where padded or not finite
   float* negative_half;  // [V padded]: -|e|²/2; kVqAbsentScore where padded or not finite
   double* latent_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
-  float* max_code_norm;  // [1]: at least the largest |e|
+  float* max_code_norm;  // [1]: at least the largest |e|, unless normalised
   __half* codes_half;    // [V padded][tensor_dim]: for the tensor cores, else null
   __half* latents_half;  // [N][tensor_dim]: likewise
   VqTop* tops;           // [splits][N][kVqSubgroups]

@@ -18,22 +18,61 @@ def random_logits(vocabulary, dtype):
     return logits
 
 
-@pytest.mark.parametrize("in_shared", [True, False], ids=["shared", "workspace"])
+def check(launch, logits, top_k, top_p, **options):
+    expected = reference.guided_sample(logits, top_k=top_k, top_p=top_p, seed=[5, 2**64 - 1], image_ids=[0, 9], step=3)
+    arguments = (logits, top_k, top_p, torch.tensor([5, -1]), torch.tensor([0, 9]), 3)
+    (tokens,) = launch("guided_sample", *arguments, **options)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("in_shared", [True, False], ids=["shared", "global"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("vocabulary", "top_k", "top_p"),
     [(1, 0, 0.0), (2, 1, 0.5), (33, 7, 0.0), (300, 0, 0.0), (300, 0, 0.9), (1500, 40, 0.9), (1500, 1200, 0.99)],
 )
 def test_equals_reference(emulated, launch_in_every_order, vocabulary, top_k, top_p, dtype, in_shared):
-    logits = random_logits(vocabulary, dtype)
-    settings = {"seed": [5, 2**64 - 1], "image_ids": [0, 9], "step": 3}
-    expected = reference.guided_sample(logits, top_k=top_k, top_p=top_p, **settings)
-    # Without shared memory for them: fewer blocks than rows, each keeps its workspace for several.
-    small = {"shared_memory": emulated.guided_sample_static_shared_bytes, "multiprocessors": 1}
-    device = {} if in_shared else small
-    arguments = (logits, top_k, top_p, torch.tensor([5, -1]), torch.tensor([0, 9]), 3)
-    (tokens,) = launch_in_every_order("guided_sample", *arguments, **device)
-    assert torch.equal(tokens, expected)
+    device = {} if in_shared else {"shared_memory": emulated.guided_sample_static_shared_bytes}
+    check(launch_in_every_order, random_logits(vocabulary, dtype), top_k, top_p, **device)
+
+
+@pytest.mark.parametrize("misalignment", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_at_any_address(launch_in_every_order, dtype, misalignment):
+    check(launch_in_every_order, random_logits(1037, dtype), 100, 0.9, misalignment=misalignment)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("top_k", [1, 30, 900])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates_of_a_large_vocabulary(launch_once, dtype, top_k, top_p):
+    logits = 3 * torch.randn(2, 8, 8912, generator=torch.Generator().manual_seed(top_k))
+    check(launch_once, logits.to(dtype), top_k, top_p)
+
+
+def misleading_rows():
+    """Rows of which the sample of every 17th logit tells nothing, and rows with crowds at the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 6, 8912, generator=generator)
+    sampled = torch.zeros(8912, dtype=torch.bool)
+    sampled[torch.arange(512) * 8912 // 512] = True
+    noise[:, 0] = torch.where(sampled, noise[:, 0] + 10, noise[:, 0])  # too few reach the pivot
+    noise[:, 1] = torch.where(sampled, noise[:, 1] - 10, noise[:, 1])  # too many
+    noise[:, 2] = noise[:, 2].round()  # hundreds of ties
+    noise[:, 3] = 5 + 1e-6 * noise[:, 3]  # a few neighbouring floats
+    noise[:, 4] = torch.where(noise[:, 4] > 2.5, noise[:, 4], -torch.inf)  # fewer than top_k are finite
+    noise[:, 5, 7::1000] = torch.inf
+    return noise
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (200, 0.3), (0, 0.8)])
+def test_misleading_rows(launch_once, top_k, top_p):
+    check(launch_once, misleading_rows(), top_k, top_p)
+
+
+def test_candidates_in_every_order(launch_in_every_order):
+    logits = torch.cat([misleading_rows()[:, :3, :1500], 2 * torch.randn(2, 1, 1500)], 1).contiguous()
+    check(launch_in_every_order, logits, 100, 0.9)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ MESSAGES = {
     "mma_in_branch": r"deadlock: .*and 30 more: waiting at mma",
     "named_barrier_of_wrong_size": "deadlock: .*waiting at barrier_sync",
     "output_not_complete": "output 'y': 4 of 1024 bytes were never written",
+    "overlap_without_wait": "race: .*a thread of an earlier launch wrote it",
     "overwrite_before_barrier": "race: ",
     "pointer_to_nowhere": "out of bounds: .*which is no device memory",
     "read_before_barrier": "race: |uninitialised: ",
