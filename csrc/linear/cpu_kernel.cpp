@@ -19,13 +19,25 @@ static void finish_group(const LinearParams& params, int64_t row, int64_t rows, 
   }
 }
 
-// Asks for the memory that finish_group will write.
-static void await_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
-                        int64_t columns) {
+// What finish_group will write.
+static void prefetch_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
+                           int64_t columns) {
   const int64_t bytes = params.out_element == LinearElement::float32 ? 4 : 2;
   char* place = static_cast<char*>(params.out) + (row * params.columns + column) * bytes;
   for (int64_t i = 0; i < rows; ++i, place += params.columns * bytes) {
     for (int64_t j = 0; j < columns * bytes; j += 64) __builtin_prefetch(place + j, 1);
+  }
+}
+
+// A group's elements, `count` of each row, to rows of entries.
+template <typename Entry, typename X>
+static void convert_group(const X* x, int64_t stride, int64_t rows, int64_t count, Entry* entries) {
+  constexpr int64_t of_entry = kElementsPerEntry<Entry>;
+  for (int64_t i = 0; i < rows; ++i, x += stride, entries += kLinearPanelDepth) {
+    for (int64_t k = 0; k < count; k += kFloatLanes * of_entry) {
+      store(reinterpret_cast<float*>(entries + k / of_entry),
+            load_entries<Entry>(x + k, count - k));
+    }
   }
 }
 
@@ -59,16 +71,11 @@ static void multiply_block(const LinearParams& params, const LinearBlock& block,
         const X* const x_group = x + i * depth + begin;
         Matrix<const Entry> left_factor{reinterpret_cast<const Entry*>(x_group), depth / of_entry};
         if (!direct) {
-          for (int64_t r = 0; r < group; ++r) {
-            for (int64_t k = 0; k < count; k += kFloatLanes * of_entry) {
-              store(reinterpret_cast<float*>(converted + r * kLinearPanelDepth + k / of_entry),
-                    load_entries<Entry>(x_group + r * depth + k, count - k));
-            }
-          }
+          convert_group(x_group, depth, group, count, converted);
           left_factor = {converted, kLinearPanelDepth};
         }
         float* const group_sums = sums + i * kPanelColumns;
-        if (count == rest) await_group(params, block.row_begin + i, group, column, columns);
+        if (count == rest) prefetch_group(params, block.row_begin + i, group, column, columns);
         for (int64_t k = 0; k < entries; k += kLinearChain) {
           const int64_t chain = entries - k < kLinearChain ? entries - k : kLinearChain;
           multiply<float, Entry>({left_factor.data + k, left_factor.row},

@@ -1,5 +1,6 @@
 """The CUDA launchers of resample2d, run on the CPU against float64."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ SHAPES = [
 
 
 def planes_of(planes: int, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(1, planes, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    numbers = np.random.default_rng(0).standard_normal((1, planes, *size))
+    return torch.from_numpy(numbers).to(dtype)
 
 
-def check(launch, x: Tensor, size, mode, adjoint=False, tolerance=1e-5, **options) -> None:
+def check(launch, x: Tensor, size, mode, adjoint=False, rtol=1e-5, atol=5e-6, **options) -> None:
     if adjoint:
         leaf = torch.zeros(*x.shape[:2], *size, dtype=torch.float64, requires_grad=True)
         out = reference.resample2d(leaf, tuple(x.shape[2:]), mode=mode[0], antialias=mode[1])
@@ -29,7 +31,7 @@ def check(launch, x: Tensor, size, mode, adjoint=False, tolerance=1e-5, **option
     else:
         expected = reference.resample2d(x.double(), size, mode=mode[0], antialias=mode[1])
     (out,) = launch("resample2d_backward" if adjoint else "resample2d", x, *size, *mode, **options)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=tolerance)
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
@@ -43,9 +45,9 @@ def test_matches_float64(launch_in_every_order, shape, mode, adjoint):
 
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_several_planes_a_thread(launch_once, adjoint):
-    """From 1024 blocks on: 16 tiles here, of 257 planes."""
+    """From 1024 blocks on: 16 tiles here, of 257 planes. Its adjoint has the longest sums."""
     sizes = ((5, 7), (50, 57)) if adjoint else ((50, 57), (5, 7))
-    check(launch_once, planes_of(257, sizes[1]), sizes[0], ("bicubic", False), adjoint, tolerance=2e-5)
+    check(launch_once, planes_of(257, sizes[1]), sizes[0], ("bicubic", False), adjoint, atol=2e-5 if adjoint else 5e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -54,7 +56,7 @@ def test_several_planes_a_thread(launch_once, adjoint):
 )
 def test_other_dtypes(launch_in_every_order, mode, dtype, tolerance):
     x = planes_of(5, (6, 9), dtype)
-    check(launch_in_every_order, x, (8, 5), mode, tolerance=tolerance, misalignment=1)
+    check(launch_in_every_order, x, (8, 5), mode, rtol=0, atol=tolerance, misalignment=1)
 
 
 def test_inputs_that_lie_otherwise(launch_in_every_order):
