@@ -135,30 +135,10 @@ static void pack_right_panel(char* panel, const T* p, int64_t stride, int64_t ro
   }
 }
 
-// What a later panel is made of, on its way from memory while the unit computes: rows `stride`
-// bytes apart, asked for in `shares` equal shares.
-class RowsAhead {
- public:
-  RowsAhead(const void* rows, int64_t stride, int64_t count, int64_t bytes, int64_t shares)
-      : row_(static_cast<const char*>(rows)),
-        stride_(stride),
-        bytes_((bytes + 63) / 64 * 64),
-        rows_left_(count),
-        share_((count * (bytes_ / 64) + shares - 1) / shares) {}
-  void ask() {
-    for (int64_t i = 0; i < share_ && rows_left_ > 0; ++i) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += 64;
-      if (at_ < bytes_) continue;
-      at_ = 0;
-      row_ += stride_;
-      --rows_left_;
-    }
-  }
-
- private:
-  const char* row_;
-  int64_t stride_, bytes_, rows_left_, share_, at_ = 0;
+// What else is done while the unit multiplies: a share at each product.
+struct NothingAhead {
+  void begin_step() {}
+  void advance() {}
 };
 
 // Two left factors by tiles, wherever they stand: part p of tile s of the depth of factor i begins
@@ -206,13 +186,13 @@ static inline void store_result(T* p, Vector<float> v, int64_t count) {
   _tile_loadd(6, right[0] + k + (p) * kTileBytes, 64); \
   if constexpr (kColumns == 2) _tile_loadd(7, right[1] + k + (p) * kTileBytes, 64);
 #define FLEXVAR_MULTIPLY                                \
-  if (ahead) ahead->ask();                              \
+  ahead.advance();                                      \
   _tile_dpbf16ps(0, 4, 6);                              \
   _tile_dpbf16ps(2, 5, 6);                              \
   if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7); \
   if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
 
-// Products of parts that a step of the depth takes; rows ahead are asked for at each.
+// Products of parts that a step of the depth takes; a share of what is ahead is done at each.
 template <int kParts>
 constexpr int64_t kProductsOfStep = kParts == 1 ? 1 : 6;
 
@@ -224,11 +204,11 @@ constexpr int64_t kTileSteps = kParts == 1 ? 8 : 4;
 
 // sums (+)= left right for the two left factors and kColumns right panels over `steps` tiles of the
 // depth, few enough for one chain of sums. sums[i][j] is 1 KiB, row-major.
-template <int kParts, int kColumns>
+template <int kParts, int kColumns, typename Ahead>
 static __attribute__((noinline)) void multiply_tiles(const LeftTiles& left,
                                                      const char* const (&right)[2],
                                                      float* const (&sums)[2][2], int64_t steps,
-                                                     bool accumulate, RowsAhead* ahead = nullptr) {
+                                                     bool accumulate, Ahead& ahead) {
   constexpr bool kAddsOutside = kParts > 1;
   alignas(64) float chain[2][2][256];
   asm volatile("" ::: "memory");  // the tile instructions do not tell the compiler what they read
@@ -245,6 +225,8 @@ static __attribute__((noinline)) void multiply_tiles(const LeftTiles& left,
   }
   for (int64_t s = 0, k = 0; s < steps; ++s, k += kParts * kTileBytes) {
     const int64_t step = left.step[s];
+    ahead.begin_step();
+    asm volatile("" ::: "memory");  // what was packed ahead is there
     if constexpr (kParts == 1) {
       FLEXVAR_LOAD_LEFT(0)
       FLEXVAR_LOAD_RIGHT(0)
@@ -283,6 +265,13 @@ static __attribute__((noinline)) void multiply_tiles(const LeftTiles& left,
       }
     }
   }
+}
+
+template <int kParts, int kColumns>
+static void multiply_tiles(const LeftTiles& left, const char* const (&right)[2],
+                           float* const (&sums)[2][2], int64_t steps, bool accumulate) {
+  NothingAhead nothing;
+  multiply_tiles<kParts, kColumns>(left, right, sums, steps, accumulate, nothing);
 }
 
 #undef FLEXVAR_LOAD_LEFT

@@ -92,17 +92,21 @@ class KeptBlocks {
   }
   // Keeps the block in the place of the smallest, if that is smaller.
   void give(void* memory, size_t bytes) {
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && bytes <= kMostBytes) {
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       Block& smallest =
           *std::min_element(std::begin(blocks_), std::end(blocks_),
                             [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
-      if (smallest.bytes < bytes) memory = std::exchange(smallest, {memory, bytes}).memory;
+      size_t kept = bytes - smallest.bytes;
+      for (const Block& block : blocks_) kept += block.bytes;
+      if (smallest.bytes < bytes && kept <= kMostBytes) {
+        memory = std::exchange(smallest, {memory, bytes}).memory;
+      }
     }
     std::free(memory);
   }
 
  private:
-  static constexpr size_t kMostBytes = 4 << 20;  // of each
+  static constexpr size_t kMostBytes = 32 << 20;  // of all that is kept
   struct Block {
     void* memory = nullptr;
     size_t bytes = 0;

@@ -1,6 +1,7 @@
 #include "linear/cpu_amx.h"
 
 #include "common/cpu_amx.h"
+#include "linear/cpu_amx_weight.h"
 #include "linear/cpu_epilogue.h"
 
 namespace flexvar::FLEXVAR_ISA {
@@ -80,54 +81,32 @@ template <typename X, typename W>
 void multiply_block(const LinearParams& params, const LinearAmxBlock& block, const char* x_panels,
                     char* scratch) {
   constexpr int parts = kPartsOf<X>;
-  const int64_t rows = block.rows.end - block.rows.begin, depth = params.depth;
+  const int64_t rows = block.rows.end - block.rows.begin;
   const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
-  char* const weight_panel = scratch;
+  const int64_t row_pairs = (row_tiles + 1) / 2;
   float* const sums = reinterpret_cast<float*>(scratch + kLinearAmxPanelBytes);
-  const W* const weights = static_cast<const W*>(params.weight);
   const auto sums_of = [&](int64_t column_tile, int64_t row_tile) {
     return sums + (column_tile * row_tiles + row_tile) * 256;
   };
 
-  for (int64_t k = 0; k < depth; k += kTileSteps<parts> * kTileDepth) {
-    const int64_t some =
-        depth - k < kTileSteps<parts> * kTileDepth ? depth - k : kTileSteps<parts> * kTileDepth;
-    const int64_t steps = (some + kTileDepth - 1) / kTileDepth;
-    const int64_t panel_bytes = steps * parts * kTileBytes;
-    for (int64_t column = block.column_begin; column < block.column_end; column += 2 * kTileRows) {
-      for (int half = 0; half < 2; ++half) {
-        // Behind the last column the last one again: sums that nobody reads.
-        const int64_t last = params.columns - 1;
-        const int64_t begin = column + half * kTileRows < last ? column + half * kTileRows : last;
-        // What single products leave no time for comes while the panel is packed.
-        pack_left_panel<parts>(weight_panel + half * panel_bytes, weights + begin * depth + k,
-                               depth, params.columns - begin, some,
-                               parts == 1 ? 2 * kTileRows * depth : 0);
-      }
-      // The next panel: of the next columns, of the first ones further on in the depth, or of the
-      // next block.
-      const int64_t next_column = column + 2 * kTileRows;
-      const int64_t next_depth = k + some < depth ? k + some : 0;
-      RowsAhead ahead(weights + (next_column < block.column_end ? next_column * depth + k
-                                 : next_depth > 0 ? block.column_begin * depth + next_depth
-                                                  : next_column * depth),
-                      depth * sizeof(W), 2 * kTileRows, some * sizeof(W),
-                      (row_tiles + 1) / 2 * steps * kProductsOfStep<parts>);
-      const int64_t tile = (column - block.column_begin) / kTileRows;
-      const LeftTiles left{{weight_panel, weight_panel + panel_bytes}, kPanelSteps<parts>};
-      for (int64_t i = 0; i < row_tiles; i += 2) {
-        const char* const x = x_panels + i * panel_bytes;
-        const char* const right[2] = {x, x + panel_bytes};
-        float* const out[2][2] = {{sums_of(tile, i), sums_of(tile, i + 1)},
-                                  {sums_of(tile + 1, i), sums_of(tile + 1, i + 1)}};
-        if (i + 1 < row_tiles) {
-          multiply_tiles<parts, 2>(left, right, out, steps, k > 0, parts == 1 ? nullptr : &ahead);
-        } else {
-          multiply_tiles<parts, 1>(left, right, out, steps, k > 0, parts == 1 ? nullptr : &ahead);
-        }
+  WeightAhead<parts, W> weight({static_cast<const W*>(params.weight), params.columns, params.depth,
+                                block.column_begin, block.column_end},
+                               row_pairs, scratch);
+  for (; weight.is_left(); weight.next_panel()) {
+    const WeightPanel panel = weight.panel();
+    const int64_t panel_bytes = panel.steps * parts * kTileBytes;
+    const int64_t tile = (panel.column - block.column_begin) / kTileRows;
+    const char* x = x_panels + panel.k / kTileDepth * parts * kTileBytes * row_tiles;
+    for (int64_t i = 0; i < row_tiles; i += 2, x += 2 * panel_bytes) {
+      const char* const right[2] = {x, x + panel_bytes};
+      float* const out[2][2] = {{sums_of(tile, i), sums_of(tile, i + 1)},
+                                {sums_of(tile + 1, i), sums_of(tile + 1, i + 1)}};
+      if (i + 1 < row_tiles) {
+        multiply_tiles<parts, 2>(panel.tiles, right, out, panel.steps, panel.k > 0, weight);
+      } else {
+        multiply_tiles<parts, 1>(panel.tiles, right, out, panel.steps, panel.k > 0, weight);
       }
     }
-    x_panels += row_tiles * panel_bytes;
   }
 
   switch (params.out_element) {

@@ -18,8 +18,8 @@ struct LinearAmxBlock {
   LinearAmxRows rows;
   int64_t column_begin, column_end;  // at most kLinearAmxColumns, a multiple of 32 apart
 };
-// Of linear_amx_block, aligned to 64 bytes: two panels of the weight; sums.
-constexpr int64_t kLinearAmxPanelBytes = 32 * 1024;
+// Of linear_amx_block, aligned to 64 bytes: panels of the weight; sums.
+constexpr int64_t kLinearAmxPanelBytes = 48 * 1024;
 constexpr int64_t kLinearAmxScratchBytes =
     kLinearAmxPanelBytes + 4 * kLinearAmxMaxRows * kLinearAmxColumns;
 
