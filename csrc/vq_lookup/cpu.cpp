@@ -149,12 +149,13 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   params.indices = indices.mutable_data_ptr<int64_t>();
 #ifdef FLEXVAR_X86
   const CpuIsa isa = selected_cpu_isa();
-  if (isa == CpuIsa::amx && params.dim <= amx::VqTiles::kMaxDim) {
-    look_up_on_tiles<amx::VqTiles>(params);
-    return indices;
-  }
   if (isa >= CpuIsa::avx512vnni && normalize && params.dim <= avx512vnni::VqTiles::kMaxDim) {
     look_up_on_tiles<avx512vnni::VqTiles>(params);
+    return indices;
+  }
+  if (isa == CpuIsa::amx && n >= amx::VqTiles::kFewestLatents &&
+      params.dim <= amx::VqTiles::kMaxDim) {
+    look_up_on_tiles<amx::VqTiles>(params);
     return indices;
   }
 #endif

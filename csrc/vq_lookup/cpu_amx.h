@@ -1,4 +1,5 @@
-// Nearest codes in two passes as in cpu_kernel.h, the first on the tile unit (common/cpu_amx.h).
+// Nearest codes in two passes as in cpu_kernel.h, the first on the tile unit (common/cpu_amx.h):
+// for vectors of any length, as those of length 1 are found sooner in integers (cpu_vnni.h).
 //
 // A number x is xh + xm + a rest, both bfloat16. The scores of pass 1 are the products of the rows
 // (xh, xm, xh) and (eh, eh, em), which leave out less than 2^-16 |x||e|: pass 2 decides in double
@@ -12,6 +13,8 @@ namespace flexvar::amx {
 struct VqTiles : VqTiling<float, 16, 8> {
   static constexpr int64_t kMaxDim =
       16 * 32 / 3;  // longer codes have more tiles than a product takes
+  // For fewer, the codes are not worth laying out in tiles.
+  static constexpr int64_t kFewestLatents = 128;
 
   int64_t steps() const { return (3 * base.dim + 31) / 32; }
   int64_t code_tile_bytes() const { return steps() * 1024; }   // right panels
