@@ -92,17 +92,24 @@ Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
                                       false};
     launch_resample<T, Real, Real>(source, s, grid.mutable_data_ptr(), true, scope.stream(), op);
     grad_codebook = torch::stable::new_empty(codes, {s.num_codes, s.dim}, kRealType<Real>);
+    const Tensor run_sums = torch::stable::new_empty(
+        codes, {(cells + kEmbedRun - 1) / kEmbedRun, s.dim}, kRealType<Real>);
     const EmbedScatterCudaParams<T, Real> params{grid.const_data_ptr<Real>(),
                                                  sorted.template const_data_ptr<int64_t>(),
                                                  order.template const_data_ptr<int64_t>(),
                                                  static_cast<const T*>(codes.const_data_ptr()),
+                                                 run_sums.mutable_data_ptr<Real>(),
                                                  grad_codebook.mutable_data_ptr<Real>(),
                                                  cells,
                                                  s.num_codes,
                                                  s.dim,
                                                  normalize};
-    const int64_t blocks = (s.num_codes + kEmbedWarps - 1) / kEmbedWarps;
-    launch_kernel(op, scope.stream(), embed_scatter_kernel<T, Real>, grid_size(blocks, op),
+    const auto blocks = [&](int64_t warps) {
+      return grid_size((warps + kEmbedWarps - 1) / kEmbedWarps, op);
+    };
+    launch_kernel(op, scope.stream(), embed_sum_runs_kernel<T, Real>, blocks(params.runs()),
+                  kEmbedThreads, 0, params);
+    launch_kernel(op, scope.stream(), embed_scatter_kernel<T, Real>, blocks(s.num_codes),
                   kEmbedThreads, 0, params);
   });
   return torch::stable::to(grad_codebook, codebook.scalar_type());

@@ -1,7 +1,7 @@
 // embed_resample and its backward. The forward gathers the (normalised) codes that a tile of tokens
 // needs into shared memory and resamples them there; its adjoint does the same with the gradients
-// of the tokens, and a second kernel sums the cells of each code. No atomics, every sum in a fixed
-// order.
+// of the tokens, and two more kernels sum the cells of each code, however many of them one code
+// has. No atomics, every sum in a fixed order.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -174,18 +174,50 @@ int64_t embed_resample_blocks(const EmbedResampleCudaParams<T, Real, Out>& param
          ((params.dim + kEmbedChannels - 1) / kEmbedChannels);
 }
 
+// Cells that a warp sums, consecutive ones of the sorted: a code of many cells has many warps.
+constexpr int64_t kEmbedRun = 64;
+
 template <class T, class Real>
 struct EmbedScatterCudaParams {
   const Real* grad_grid;  // [cells, dim]
   const int64_t* sorted;  // [cells]: the cells' codes, ascending
   const int64_t* cells;   // [cells]: where they stood, ascending within a code
   const T* codebook;      // [num_codes, dim]
+  Real* run_sums;         // [runs(), dim]: of the cells whose code began in an earlier run
   Real* grad_codebook;    // [num_codes, dim]
   int64_t num_cells;
   int64_t num_codes;
   int64_t dim;
   bool normalize;
+
+  __host__ __device__ int64_t runs() const { return (num_cells + kEmbedRun - 1) / kEmbedRun; }
 };
+
+// A warp for each run: of every code in it the sum of the cells' gradients.
+template <class T, class Real>
+__global__ void __launch_bounds__(kEmbedThreads, 2)
+    embed_sum_runs_kernel(EmbedScatterCudaParams<T, Real> params) {
+  const int64_t run = blockIdx.x * static_cast<int64_t>(kEmbedWarps) + threadIdx.x / 32;
+  if (run >= params.runs()) return;
+  const int64_t begin = run * kEmbedRun;
+  const int64_t run_end = resample_min(begin + kEmbedRun, params.num_cells);
+  for (int64_t first = begin, end = begin; first < run_end; first = end) {
+    const int64_t v = params.sorted[first];
+    while (end < run_end && params.sorted[end] == v) ++end;
+    if (v < 0 || v >= params.num_codes) continue;
+    const bool began_before = first == begin && begin > 0 && params.sorted[begin - 1] == v;
+    Real* const out =
+        began_before ? params.run_sums + run * params.dim : params.grad_codebook + v * params.dim;
+    for (int64_t c = threadIdx.x % 32; c < params.dim; c += 32) {
+      Real sum = 0;
+#pragma unroll 4
+      for (int64_t i = first; i < end; ++i) {
+        sum += params.grad_grid[params.cells[i] * params.dim + c];
+      }
+      out[c] = sum;
+    }
+  }
+}
 
 // The first of `sorted` that is not below `value`.
 __device__ inline int64_t lower_bound(const int64_t* sorted, int64_t count, int64_t value) {
@@ -201,9 +233,9 @@ __device__ inline int64_t lower_bound(const int64_t* sorted, int64_t count, int6
   return first;
 }
 
-// A warp for each code: the sum of its cells' gradients g and, with e = c / n, n = max(|c|,
-// kMinCodeNorm), the gradient (g - e (e . g)) / n through the normalisation, or g / n where the
-// norm is clamped.
+// A warp for each code, after the runs: the sum g of all its cells' gradients and, with e = c / n,
+// n = max(|c|, kMinCodeNorm), the gradient (g - e (e . g)) / n through the normalisation, or g / n
+// where the norm is clamped.
 template <class T, class Real>
 __global__ void __launch_bounds__(kEmbedThreads, 2)
     embed_scatter_kernel(EmbedScatterCudaParams<T, Real> params) {
@@ -217,9 +249,11 @@ __global__ void __launch_bounds__(kEmbedThreads, 2)
   const T* code = params.codebook + v * dim;
   Real product = 0;
   for (int64_t c = lane; c < dim; c += 32) {
-    Real sum = 0;
+    Real sum = first == end ? Real(0) : out[c];
 #pragma unroll 4
-    for (int64_t i = first; i < end; ++i) sum += params.grad_grid[params.cells[i] * dim + c];
+    for (int64_t run = first / kEmbedRun + 1; run * kEmbedRun < end; ++run) {
+      sum += params.run_sums[run * dim + c];
+    }
     out[c] = sum;
     product += sum * load_real<Real>(code + c);
   }

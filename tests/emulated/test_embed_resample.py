@@ -89,3 +89,26 @@ def test_zero_and_unused_codes(launch_in_every_order):
     (grad,) = launch_in_every_order("embed_resample_backward", *arguments)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-5)
     assert not grad[3].any()
+
+
+@pytest.mark.parametrize("cells_of_codes", [[300], [64, 64, 1], [1, 63, 65, 128], [20, 200, 0, 36], [63, 1, 0, 192]])
+def test_codes_with_many_cells(launch_in_every_order, cells_of_codes):
+    """A warp sums 64 of the sorted cells: codes that end, begin and go on where the next warp's begin."""
+    codes, cells = len(cells_of_codes), sum(cells_of_codes)
+    random = np.random.default_rng(0)
+    indices = torch.from_numpy(random.permutation(np.repeat(np.arange(codes), cells_of_codes))).reshape(1, 1, cells)
+    codebook = torch.from_numpy(random.standard_normal((codes, 5))).float()
+    out_gradient = torch.from_numpy(random.standard_normal((1, cells, 5))).float()
+    check(launch_in_every_order, indices, codebook, out_gradient, (1, cells), "nearest", True, 1e-5)
+
+
+def test_gradient_passes_by_an_index_outside_the_codebook(launch_in_every_order):
+    indices, codebook, out_gradient = problem(SHAPES[1])
+    indices[0, 0, 0] = 29
+    for bad in (-1, 30, 2**62, -(2**63)):
+        arguments = (13, 13, True, "nearest")
+        (expected,) = launch_in_every_order("embed_resample_backward", out_gradient, indices, codebook, *arguments)
+        wrong = torch.where(indices == 29, bad, indices)
+        (grad,) = launch_in_every_order("embed_resample_backward", out_gradient, wrong, codebook, *arguments)
+        assert not grad[29].any()
+        torch.testing.assert_close(grad[:29], expected[:29], rtol=1e-5, atol=1e-5)
