@@ -22,7 +22,8 @@ def conv3x3(
     costs 4 products a pixel instead of 9, since sums of taps stand for taps on equal pixels. The order of sums depends
     on C, N and resize alone: an image's result is the same in any batch and on any number of threads, to the bit. On a
     tile unit (AMX), a float32 number is the sum of three bfloat16 numbers: the error is about that of float32
-    arithmetic, smaller where the sums are long.
+    arithmetic, smaller where the sums are long. Parts below 2^-126 are zero there, so factors and products below about
+    2e-31 keep fewer digits.
 
     On CUDA, upsampling runs on tensor cores in float16 and bfloat16, channels last, with the same 4 products. They are
     summed in float32, bias and residual added to the sums, and the result is rounded once; so are the sums of taps.

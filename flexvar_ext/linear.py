@@ -26,7 +26,9 @@ def linear(
 
     On the CPU, sums are accumulated in float32 in an order that K alone gives, and rounded once, after the residual: a
     row of the result does not depend on the other rows, on their number or on the number of threads, bit for bit. The
-    weight is read where it lies; no copy of it is made or kept.
+    weight is read where it lies; no copy of it is made or kept. On a tile unit (AMX), a float32 number is the sum of
+    three bfloat16 numbers: the error is about that of float32 arithmetic. Parts below 2^-126 are zero there, so
+    factors and products below about 2e-31 keep fewer digits.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
     matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed.

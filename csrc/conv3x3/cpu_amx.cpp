@@ -108,6 +108,16 @@ struct Part {
   int64_t phase, tile_begin, tile_end, column_tile_begin, column_tile_end;
 };
 
+// Sums that are not those of the definition, maybe: a part of a factor may have been infinite, or
+// infinity less infinity, where it was not, and a sum of taps finite, or of another sign, where the
+// taps times infinity were not.
+template <typename T>
+unsigned doubtful_lanes(const ConvTileParams& params, Vector<float> sum) {
+  const Vector<float> tested = params.phases > 1 ? sum - sum : sum;
+  if (kPartsOf<T> == 1 && params.phases == 1) return 0;
+  return _mm512_cmp_ps_mask((__m512)tested, (__m512)tested, _CMP_UNORD_Q);
+}
+
 template <typename T, typename W>
 void finish_part(const ConvTileParams& params, const Conv3x3Band& band, const ConvTileBlock& block,
                  const Part& part, const float* sums) {
@@ -126,14 +136,10 @@ void finish_part(const ConvTileParams& params, const Conv3x3Band& band, const Co
         const int64_t channel = (part.column_tile_begin + n) * kTileRows;
         const int64_t count = params.out_channels - channel;
         Vector<float> sum = load(sums + n * 256 + j * kTileRows);
-        // A part of a factor may have been infinite, or infinity less infinity, where it was not.
-        if (kPartsOf<T> > 1) {
-          for (unsigned nan = _mm512_cmp_ps_mask((__m512)sum, (__m512)sum, _CMP_UNORD_Q); nan != 0;
-               nan &= nan - 1) {
-            const int64_t lane = __builtin_ctz(nan);
-            if (lane < count) {
-              sum[lane] = convolve_plainly<T, W>(params, block.image, y, x, channel + lane);
-            }
+        for (unsigned lanes = doubtful_lanes<T>(params, sum); lanes != 0; lanes &= lanes - 1) {
+          const int64_t lane = __builtin_ctz(lanes);
+          if (lane < count) {
+            sum[lane] = convolve_plainly<T, W>(params, block.image, y, x, channel + lane);
           }
         }
         if (params.bias) sum += load_first(params.bias + channel, count);

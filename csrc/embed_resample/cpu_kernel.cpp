@@ -24,13 +24,15 @@ static inline void with_taps(int64_t count, const Body& body) {
   }
 }
 
-// The sum over k of weights[k] * term(k): `Taps` terms, or `count` where that is 0.
+// The sum over k of weights[k] * term(k): `Taps` terms, or `count` where that is 0. The adjoint has
+// cells without any.
 template <int Taps, typename Real, typename Term>
 static inline Vector<Real> weighted_sum(const Real* weights, int64_t count, const Term& term) {
-  Vector<Real> sum = weights[0] * term(0);
+  Vector<Real> sum{};
   if constexpr (Taps == 0) {
-    for (int64_t k = 1; k < count; ++k) sum += weights[k] * term(k);
+    for (int64_t k = 0; k < count; ++k) sum += weights[k] * term(k);
   } else {
+    sum = weights[0] * term(0);
 #pragma GCC unroll 4
     for (int64_t k = 1; k < Taps; ++k) sum += weights[k] * term(k);
   }

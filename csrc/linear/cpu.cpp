@@ -135,7 +135,8 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
   if (gate) {
     STD_TORCH_CHECK(gate->dim() >= 1 && gate->size(gate->dim() - 1) == params.columns, kOp,
                     ": gate must have N columns");
-    const int64_t gates = gate->numel() / std::max<int64_t>(params.columns, 1);
+    int64_t gates = 1;
+    for (int64_t i = 0; i + 1 < gate->dim(); ++i) gates *= gate->size(i);
     STD_TORCH_CHECK(gates > 0 ? params.rows % gates == 0 : params.rows == 0, kOp,
                     ": gate must divide the rows of x");
     params.rows_per_gate = params.rows / std::max<int64_t>(gates, 1);

@@ -156,19 +156,20 @@ class TileForward {
         maximum = score > maximum ? score : maximum;
       }
       store(maximum_ + q * lanes, maximum);
-      // -inf, the maximum of no finite score, is no number to subtract or scale.
+      // -inf, the maximum of no finite score, is no number to subtract. Differences are scaled, not
+      // scores, as in cpu_forward.h: the correction of a maximum that stays is exactly 1.
       const float none = -__builtin_inff();
-      const Vector<float> base = maximum == none ? Vector<float>{} : maximum * factor_;
+      const Vector<float> base = maximum == none ? Vector<float>{} : maximum;
       const Vector<float> correction =
-          before == none ? Vector<float>{} : exp2_nonpositive(before * factor_ - base);
+          before == none ? Vector<float>{} : exp2_nonpositive((before - base) * factor_);
       is_corrected |= _mm512_cmp_ps_mask((__m512)correction, _mm512_set1_ps(1), _CMP_NEQ_UQ) != 0;
       Vector<float> sum = load(sum_ + q * lanes) * correction;
       char* place = weights_ + q * (kKeyBlock / kTileDepth) * kTileBytes;
       const int64_t padded = (keys + kTileDepth - 1) / kTileDepth * kTileDepth;
       for (int64_t n = 0; n < padded; n += 2, place += 64) {
         Vector<float> pair[2] = {};
-        if (n < keys) pair[0] = exp2_for_bfloat16(at(n) * factor_ - base);
-        if (n + 1 < keys) pair[1] = exp2_for_bfloat16(at(n + 1) * factor_ - base);
+        if (n < keys) pair[0] = exp2_for_bfloat16((at(n) - base) * factor_);
+        if (n + 1 < keys) pair[1] = exp2_for_bfloat16((at(n + 1) - base) * factor_);
         sum += pair[0] + pair[1];
         // Rounded half up; no weight is negative.
         const Bits32 low = ((Bits32)pair[0] + 0x8000) >> 16;

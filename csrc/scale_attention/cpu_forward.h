@@ -44,15 +44,17 @@ inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t key
       maximum = score > maximum ? score : maximum;
     }
     store(state.maximum + j, maximum);
-    // -inf, the maximum of no finite score, is no number to subtract or scale.
+    // -inf, the maximum of no finite score, is no number to subtract. Differences are scaled, not
+    // scores: a product less a rounded product would not be 0 for the maximum itself, and what is
+    // wrong with a correction multiplies with every block.
     const T none = -__builtin_inf();
-    const Vector<T> base = maximum == none ? Vector<T>{} : maximum * state.factor;
+    const Vector<T> base = maximum == none ? Vector<T>{} : maximum;
     const Vector<T> correction =
-        before == none ? Vector<T>{} : exp2_nonpositive(before * state.factor - base);
+        before == none ? Vector<T>{} : exp2_nonpositive((before - base) * state.factor);
     Vector<T> sum = load(state.sum + j) * correction;
     for (int64_t n = 0; n < keys; ++n) {
       T* score = scores + n * kTile + j;
-      const Vector<T> weight = exponential<E>(load(score) * state.factor - base);
+      const Vector<T> weight = exponential<E>((load(score) - base) * state.factor);
       store(score, weight);
       sum += weight;
     }

@@ -209,14 +209,17 @@ Tensor vq_lookup_multiscale_cpu(const Tensor& latent, const Tensor& codebook,
   check_side(latent.size(2), op, "latent's height");
   check_side(latent.size(3), op, "latent's width");
   const int64_t batch = latent.size(0), height = latent.size(2), width = latent.size(3);
-  std::vector<ResampleTable<float>> tables;  // rows and columns of each scale
   int64_t tokens = 0;
   for (size_t i = 0; i < heights.size(); ++i) {
     check_side(heights[i], op, "a scale's height");
     check_side(widths[i], op, "a scale's width");
+    tokens += heights[i] * widths[i];
+  }
+  if (batch * tokens == 0) return torch::stable::empty({batch, tokens}, ScalarType::Long);
+  std::vector<ResampleTable<float>> tables;  // rows and columns of each scale
+  for (size_t i = 0; i < heights.size(); ++i) {
     tables.emplace_back(mode, height, heights[i]);
     tables.emplace_back(mode, width, widths[i]);
-    tokens += heights[i] * widths[i];
   }
   std::vector<VqScale> scales;
   for (size_t i = 0, first = 0; i < heights.size(); first += heights[i] * widths[i], ++i) {

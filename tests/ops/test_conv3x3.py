@@ -135,6 +135,23 @@ def test_values_that_are_not_finite_stay_where_they_are_seen(device, resize):
         assert torch.equal(out[0], plain[0])
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_taps_that_are_not_finite_or_whose_sums_are_not(monkeypatch, resize, dtype, isa):
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", isa)
+    x, weight = randn(1, 2, 6, 5).to(dtype), randn(3, 2, 3, 3, seed=1).to(dtype)
+    x[0, 0, 3, 2] = float("inf")
+    weight[0, 0, 1, 1], weight[0, 0, 1, 2] = 1, -2
+    weight[1, 1, 0, 0] = float("inf")
+    expected = reference.conv3x3(x, weight, resize=resize)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    torch.testing.assert_close(flexvar_ext.conv3x3(x, weight, resize=resize), expected, equal_nan=True, **tolerance)
+    x, weight = torch.full((1, 1, 6, 6), 1e-10, dtype=dtype), torch.full((1, 1, 3, 3), 3e38, dtype=dtype)
+    expected = reference.conv3x3(x, weight, resize=resize)
+    torch.testing.assert_close(flexvar_ext.conv3x3(x, weight, resize=resize), expected)
+
+
 def test_numbers_near_zero(device):
     """Products below the normal range may become zero, as they do in bfloat16 arithmetic."""
     tensors = arguments((1, 8, 4, 6, 6), "none", device=device)

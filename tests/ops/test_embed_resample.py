@@ -208,6 +208,19 @@ def test_first_bad_index_is_named_whatever_the_threads():
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_infinite_gradient_stays_in_the_codes_that_it_sees(device, mode):
+    """Shrinking by nearest and by two taps leaves cells that no token sees."""
+    codebook = randn(64, 5, device=device)
+    indices = torch.arange(64, device=device).view(1, 8, 8)
+    out_gradient = randn(1, 4, 5, seed=1, device=device)
+    out_gradient[0, 1] = float("inf")
+    arguments = (indices, codebook, (2, 2), out_gradient)
+    _, grad = forward_and_gradient(flexvar_ext.embed_resample, *arguments, mode=mode, normalize=False)
+    _, expected = forward_and_gradient(reference.embed_resample, *arguments, mode=mode, normalize=False)
+    assert torch.equal(grad.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("grid", "size", "normalize"), [((5, 7), (9, 4), True), ((1, 1), (3, 3), False)])
 def test_opcheck(device, mode, grid, size, normalize):
     codebook = randn(20, 8, device=device).requires_grad_()

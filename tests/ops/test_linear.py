@@ -78,10 +78,17 @@ def test_every_instruction_set_is_as_accurate(monkeypatch, instruction_set, dtyp
 
 
 def test_gelu_over_its_whole_range():
-    x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])[:, None]
+    x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30, 3e38, -3e38])])[
+        :, None
+    ]
     native = flexvar_ext.linear(x, torch.ones(1, 1), activation="gelu_tanh")
     exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
     torch.testing.assert_close(native.double(), exact, rtol=1e-5, atol=1e-7)
+    infinite = flexvar_ext.linear(
+        torch.tensor([[float("inf")], [-float("inf")]]), torch.ones(1, 1), activation="gelu_tanh"
+    )
+    assert infinite[0] == float("inf")
+    assert infinite[1].isnan()  # as torch's: infinity times 0
 
 
 def test_values_that_are_not_finite_stay_in_their_row(device):
@@ -202,6 +209,8 @@ def test_nothing_to_multiply(device, shape):
     x, weight = torch.zeros(shape, device=device), torch.zeros(7, 5, device=device)
     assert flexvar_ext.linear(x, weight, gate=gate, residual=residual).shape == (*shape[:2], 7)
     assert flexvar_ext.linear(torch.ones(2, 5, device=device), weight[:0]).shape == (2, 0)
+    three = torch.ones(2, 3, 5, device=device)
+    assert flexvar_ext.linear(three, weight[:0], gate=torch.ones(2, 1, 0, device=device)).shape == (2, 3, 0)
 
 
 # Gradients, tracing

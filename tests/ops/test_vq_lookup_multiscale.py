@@ -84,6 +84,11 @@ def test_layouts(device):
 def test_empty_batch(device):
     empty = flexvar_ext.vq_lookup_multiscale(randn(0, 8, 4, 4, device=device), randn(5, 8, device=device), SCALES)
     assert empty.shape == (0, sum(h * w for h, w in SCALES))
+    tokens = 2**31 - 1  # whose tables would not fit into memory
+    indices = torch.ops.flexvar.vq_lookup_multiscale(
+        randn(0, 8, 4, 4, device=device), randn(5, 8, device=device), [tokens], [1], True, "area", False
+    )
+    assert indices.shape == (0, tokens)
 
 
 def test_an_image_does_not_depend_on_the_others(device):
