@@ -66,7 +66,7 @@ def test_doctor_finds_this_installation_well(run: Callable[..., Result]) -> None
 def test_demo_model_by_default(run: Callable[..., Result]) -> None:
     assert run("generate", "star", "--steps", 4)[0] == 0
     settings = read_settings("flexvar.png")
-    assert (settings["model"], settings["guidance_style"], settings["top_p"]) == ("demo", "llamagen", 0.5)
+    assert (settings["model"], settings["guidance_style"], settings["top_p"]) == ("demo", "llamagen", 0.9)
     assert Image.open("flexvar.png").size == (64, 64)
 
 
