@@ -65,16 +65,14 @@ class StoppingDataset(ShapeDataset):
         return super().batch(indices)
 
 
-def run_tokenizer(folder, data=(DATA,), config=TOKENIZER_TRAINING, **kwargs):
-    return train_tokenizer(data, folder, TOKENIZER, config, backend="reference", progress=False, **kwargs)
+def run_tokenizer(folder, data=(DATA,), config=TOKENIZER_TRAINING, backend="reference", **kwargs):
+    return train_tokenizer(data, folder, TOKENIZER, config, backend=backend, progress=False, **kwargs)
 
 
-def run_transformer(folder, config=TRANSFORMER_TRAINING, data=(DATA,), **kwargs):
+def run_transformer(folder, config=TRANSFORMER_TRAINING, data=(DATA,), backend="reference", **kwargs):
     torch.manual_seed(0)
-    tokenizer = MultiScaleTokenizer(TOKENIZER, backend="reference")
-    return train_transformer(
-        data, folder, tokenizer, TRANSFORMER, config, backend="reference", progress=False, **kwargs
-    )
+    tokenizer = MultiScaleTokenizer(TOKENIZER, backend=backend)
+    return train_transformer(data, folder, tokenizer, TRANSFORMER, config, backend=backend, progress=False, **kwargs)
 
 
 def losses(folder):
@@ -105,20 +103,22 @@ def test_transformer_learns_and_is_saved(tmp_path):
     assert same_weights(load_transformer(tmp_path, backend="reference"), model)
 
 
-def test_tokenizer_resumes_exactly(tmp_path):
-    whole = run_tokenizer(tmp_path / "whole")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_tokenizer_resumes_exactly(tmp_path, backend):
+    whole = run_tokenizer(tmp_path / "whole", backend=backend)
     batches = TOKENIZER_TRAINING.steps * 2  # with those of the revivals it stops in the second half
     state = torch.get_rng_state()
     with pytest.raises(StoppedError):
-        run_tokenizer(tmp_path / "stopped", [StoppingDataset(240, 16, 16, batches=batches)])
+        run_tokenizer(tmp_path / "stopped", [StoppingDataset(240, 16, 16, batches=batches)], backend=backend)
     assert torch.equal(torch.get_rng_state(), state), "nor does a run that ends early touch them"
-    resumed = run_tokenizer(tmp_path / "stopped", resume=True)
+    resumed = run_tokenizer(tmp_path / "stopped", backend=backend, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert same_weights(resumed, whole)
 
 
-def test_transformer_resumes_exactly(tmp_path, monkeypatch):
-    whole = run_transformer(tmp_path / "whole")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_transformer_resumes_exactly(tmp_path, monkeypatch, backend):
+    whole = run_transformer(tmp_path / "whole", backend=backend)
 
     import flexvar.training.transformer as module
 
@@ -131,9 +131,9 @@ def test_transformer_resumes_exactly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "random_schedule", stopping)
     with pytest.raises(StoppedError):
-        run_transformer(tmp_path / "stopped")
+        run_transformer(tmp_path / "stopped", backend=backend)
     monkeypatch.undo()
-    resumed = run_transformer(tmp_path / "stopped", resume=True)
+    resumed = run_transformer(tmp_path / "stopped", backend=backend, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert same_weights(resumed, whole)
 

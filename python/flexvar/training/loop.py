@@ -131,6 +131,7 @@ def _save(
     save_checkpoint(folder, step, tensors, values)
 
 
+@torch.no_grad()
 def _restore(
     folder: Path,
     module: nn.Module,
@@ -156,6 +157,12 @@ def _restore(
         index, _, rest = name.partition(".")
         state.setdefault(int(index), {})[rest] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # The fused optimizer goes through parameter and moments in the order of their memory, whatever their strides are,
+    # and a checkpoint's tensors are contiguous: those of channels-last weights would meet other elements.
+    for parameter, moments in optimizer.state.items():
+        for name, tensor in moments.items():
+            if tensor.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(tensor)
     return step
 
 
