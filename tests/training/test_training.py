@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flexvar.data import SHAPE_NAMES, ShapeDataset
+from flexvar.data import SHAPE_NAMES, ImageFolder, ShapeDataset
 from flexvar.storage import load_tokenizer, load_transformer
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.training import (
@@ -14,10 +14,12 @@ from flexvar.training import (
     train_tokenizer,
     train_transformer,
 )
+from flexvar.training.checkpoint import load_checkpoint, save_checkpoint
 from flexvar.training.classifier import train_classifier
 from flexvar.training.config import TrainingConfig
 from flexvar.training.transformer import random_schedule
 from flexvar.transformer import TransformerConfig
+from PIL import Image
 
 DATA = ShapeDataset(240, 16, 16)
 TOKENIZER = TokenizerConfig(
@@ -147,6 +149,54 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
         run_tokenizer(tmp_path, config=config)
     with pytest.raises(ValueError, match="to resume, training must be that of the checkpoint"):
         run_tokenizer(tmp_path, config=replace(config, learning_rate=1.0), resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_data(tmp_path):
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    run_tokenizer(tmp_path, config=config)
+    for data in (
+        [ShapeDataset(240, 16, 20)],
+        [ShapeDataset(120, 16, 16)],
+        [ShapeDataset(240, 16, 16, seed=1)],
+        [DATA, DATA],
+    ):
+        with pytest.raises(ValueError, match=r"to resume, data must be that of the checkpoint, .*'width': 16.*, got"):
+            run_tokenizer(tmp_path, data, config, resume=True)
+    run_tokenizer(tmp_path, [ShapeDataset(240, 16, 16)], config, resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_pictures(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "1.png")
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    run_tokenizer(tmp_path / "run", [ImageFolder(tmp_path / "data", 16, 16)], config)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    run_tokenizer(tmp_path / "run", [ImageFolder(tmp_path / "moved", 16, 16)], config, resume=True)
+    (tmp_path / "moved" / "a" / "1.png").rename(tmp_path / "moved" / "a" / "2.png")
+    with pytest.raises(ValueError, match="to resume, data must be that of the checkpoint"):
+        run_tokenizer(tmp_path / "run", [ImageFolder(tmp_path / "moved", 16, 16)], config, resume=True)
+
+
+def test_a_transformer_is_not_resumed_with_another_tokenizer(tmp_path):
+    config = replace(TRANSFORMER_TRAINING, steps=2, short_steps=1)
+    run_transformer(tmp_path, config)
+    other = MultiScaleTokenizer(TOKENIZER, backend="reference")
+    with pytest.raises(ValueError, match=r"to resume, tokenizer_weights must be that of the checkpoint, \w{8}, got"):
+        train_transformer([DATA], tmp_path, other, TRANSFORMER, config, resume=True, progress=False)
+    with pytest.raises(ValueError, match="to resume, data must be that of the checkpoint"):
+        run_transformer(tmp_path, config, [ShapeDataset(120, 16, 16)], resume=True)
+    run_transformer(tmp_path, config, resume=True)
+
+
+def test_a_checkpoint_that_says_less_is_refused(tmp_path):
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    run_tokenizer(tmp_path, config=config)
+    step, tensors, values = load_checkpoint(tmp_path)
+    del values["data"]
+    save_checkpoint(tmp_path, step, tensors, values)
+    with pytest.raises(ValueError, match="to resume, the checkpoint must say its data, got one of another kind"):
+        run_tokenizer(tmp_path, config=config, resume=True)
 
 
 def test_a_run_that_diverges_says_so(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +39,7 @@ class ImageFolder:
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not folders:
             raise ValueError(f"ImageFolder: root must hold one sub-folder for each class, got none in {str(root)!r}")
-        self.height, self.width = height, width
+        self.root, self.height, self.width = root, height, width
         self.class_names = tuple(folder.name for folder in folders)
         self.items = [
             (path, label)
@@ -47,6 +49,14 @@ class ImageFolder:
         ]
         if not self.items:
             raise ValueError(f"ImageFolder: the sub-folders must hold pictures ({' '.join(SUFFIXES)}), got none")
+
+    @property
+    def fingerprint(self) -> str:
+        """CRC-32 of the pictures' paths below root, in their order."""
+        crc = 0
+        for path, _ in self.items:
+            crc = zlib.crc32(os.fsencode(path.relative_to(self.root).as_posix()) + b"\0", crc)
+        return f"{crc:08x}"
 
     def __len__(self) -> int:
         return len(self.items)

@@ -141,6 +141,11 @@ def _restore(
 ) -> int:
     step, tensors, saved_values = load_checkpoint(folder)
     for name in sorted(values.keys() | saved_values.keys()):
+        if name not in saved_values:
+            raise ValueError(
+                f"train: to resume, the checkpoint must say its {name}, got one of another kind of run or an earlier "
+                "version; choose another folder"
+            )
         # Through JSON, as the saved ones went: tuples are lists there.
         wanted, saved = json.loads(json.dumps(values.get(name))), saved_values.get(name)
         if wanted != saved:
