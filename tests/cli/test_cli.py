@@ -219,6 +219,14 @@ def test_mistakes_leave_no_folder(run: Callable[..., Result], arguments: list[st
     assert os.listdir() == ["photo.png"]
 
 
+def test_evaluate_takes_a_model_of_the_shapes_only(run: Callable[..., Result], model: str) -> None:
+    code, _, error = run("train", "evaluate", "--model", model)
+    assert code == 2
+    assert error.startswith("flexvar: error: evaluate: the model's classes must be the shapes circle, ")
+    assert error.endswith(", got circle, star, ../../evil name\n")
+    assert os.listdir() == [], "no classifier was trained for it"
+
+
 def test_without_arguments_there_is_help(run: Callable[..., Result]) -> None:
     for command in ([], ["train"]):
         code, text, error = run(*command)
