@@ -11,6 +11,7 @@ from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.training import (
     TokenizerTrainingConfig,
     TransformerTrainingConfig,
+    draw_curves,
     train_tokenizer,
     train_transformer,
 )
@@ -203,6 +204,13 @@ def test_a_run_that_diverges_says_so(tmp_path):
     config = TrainingConfig(steps=20, batch_size=4, learning_rate=1e30, warmup_steps=0, bfloat16=False)
     with pytest.raises(ValueError, match=r"losses must stay finite, got .* lower the learning rate"):
         train_classifier([DATA], tmp_path, config, progress=False)
+
+
+def test_a_full_disk_names_the_curves(tmp_path, largest_file):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*/curves\.png'"):
+        draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_random_schedules():
