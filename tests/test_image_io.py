@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +269,22 @@ def test_grid():
         make_grid(cells, columns=0)
     with pytest.raises(ValueError, match=r"one per image \(3\), got 1"):
         make_grid(cells, captions=["a"])
+
+
+def test_an_error_names_the_picture_and_leaves_nothing(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (("missing/a.png", "No such file or directory"), ("folder.png", "Is a directory")):
+        with pytest.raises(OSError, match=rf"{reason}: '{re.escape(str(tmp_path / name))}'$"):
+            save_png(picture, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_read_only_file_system_names_the_picture(tmp_path, monkeypatch):
+    def refused(path, *arguments, **options):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OSError, match=rf"Read-only file system: '{re.escape(str(tmp_path / 'a.png'))}'$"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png")

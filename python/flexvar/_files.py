@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flexvar.checkpoint import MissingCheckpointError
 
 _MAX_JSON_BYTES = 1 << 20
+
+
+@contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Makes an OSError in the block one of this file: a full disk's says no name, others that of another file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
@@ -19,23 +30,20 @@ def write_atomically(path: Path, contents: bytes) -> None:
         OSError: it cannot be written, for want of space or rights; names the file. Nothing is left beside it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        if error.filename is None:  # that of a full disk says no name
-            error.filename = str(path)
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the new name, too, is on the disk
-    finally:
-        os.close(folder)
+    with errors_named(path):
+        try:
+            with part.open("wb") as file:
+                file.write(contents)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name, too, is on the disk
+        finally:
+            os.close(folder)
 
 
 def remove_parts(folder: Path) -> None:

@@ -168,9 +168,10 @@ def evaluate(
 ) -> None:
     """Print how often a classifier names the class that was asked for, by schedule and aspect ratio, as Markdown."""
     from flexvar.generation import FlexVARPipeline
-    from flexvar.training.evaluate import evaluation_table, shape_classifier
+    from flexvar.training.evaluate import check_classes, evaluation_table, shape_classifier
 
     pipeline = FlexVARPipeline.from_pretrained(model, backend=backend.value)
+    check_classes(pipeline)  # before the classifier is trained
     print(evaluation_table(pipeline, shape_classifier(classifier), images_per_class))
 
 

@@ -50,7 +50,7 @@ def save_model(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
-    write_atomically(target / WEIGHTS_FILE, save(weights, metadata={_CHECKSUM: _checksum(weights)}))
+    write_atomically(target / WEIGHTS_FILE, save(weights, metadata={_CHECKSUM: weights_checksum(weights)}))
     write_atomically(target / CONFIG_FILE, (json.dumps(model.config.to_dict(), indent=2) + "\n").encode())
 
 
@@ -82,19 +82,21 @@ def _load_weights(model: MultiScaleTokenizer | FlexVARTransformer, folder: Path)
     weights = load_checkpoint_file(path)
     with safe_open(path, framework="pt") as file:
         stored = (file.metadata() or {}).get(_CHECKSUM)
-    if stored is not None and stored != _checksum(weights):
-        raise ValueError(f"{path} must match its checksum {stored}, got {_checksum(weights)}: the file is damaged")
+    if stored is not None and stored != weights_checksum(weights):
+        raise ValueError(
+            f"{path} must match its checksum {stored}, got {weights_checksum(weights)}: the file is damaged"
+        )
     check_state_dict(model, weights, str(path))
     model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     if isinstance(model, MultiScaleTokenizer):
         model.arrange()
 
 
-def _checksum(weights: Mapping[str, Tensor]) -> str:
+def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     """CRC-32 over names, types, shapes and bytes, in the order of the names."""
     crc = 0
     for name in sorted(weights):
         value = weights[name]
         crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        crc = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
+        crc = zlib.crc32(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return f"{crc:08x}"

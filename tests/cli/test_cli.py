@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from PIL import Image
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Result = tuple[int, str, str]
+LargestFile = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -217,6 +219,24 @@ def test_mistakes_leave_no_folder(run: Callable[..., Result], arguments: list[st
     Image.new("RGB", (8, 8)).save("photo.png")
     assert run(*arguments)[0] == 2
     assert os.listdir() == ["photo.png"]
+
+
+def test_evaluate_takes_a_model_of_the_shapes_only(run: Callable[..., Result], model: str) -> None:
+    code, _, error = run("train", "evaluate", "--model", model)
+    assert code == 2
+    assert error.startswith("flexvar: error: evaluate: the model's classes must be the shapes circle, ")
+    assert error.endswith(", got circle, star, ../../evil name\n")
+    assert os.listdir() == [], "no classifier was trained for it"
+
+
+def test_a_full_disk_names_the_log(run: Callable[..., Result], largest_file: LargestFile) -> None:
+    Path("data/grey").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "grey").save("data/grey/1.png")
+    arguments = ["--data", "data", "--out", "run", "--steps", "1", "--batch-size", "1", "--height", "8", "--width", "8"]
+    with largest_file(100):
+        code, _, error = run("train", "tokenizer", *arguments)
+    assert code == 2
+    assert error.splitlines()[-1] == "flexvar: error: run/log.jsonl: File too large"
 
 
 def test_without_arguments_there_is_help(run: Callable[..., Result]) -> None:

@@ -1,5 +1,7 @@
 """Data sets: the same image for the same (seed, index), whatever is asked for around it; bad input is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,7 @@ def test_image_folder(tmp_path):
         (tmp_path / name / "deeper").mkdir(parents=True)
         Image.new(mode, (50, 30), colour).save(tmp_path / name / "deeper" / "a.png")
     (tmp_path / "red" / "notes.txt").write_text("not a picture")
+    (tmp_path / "red" / "folder.png").mkdir()
     dataset = ImageFolder(tmp_path, 16, 24)
     assert (len(dataset), dataset.class_names) == (2, ("red", "white"))
     images, labels = dataset.batch([1, 0])
@@ -93,8 +96,18 @@ def test_bad_image_folders(tmp_path):
     with pytest.raises(ValueError, match="root must hold one sub-folder for each class"):
         ImageFolder(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="the sub-folders must hold pictures"):
+    (tmp_path / "full").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "full" / "a.png")
+    with pytest.raises(ValueError, match=r"every sub-folder must hold pictures \(.*\), got none in \['empty'\]"):
         ImageFolder(tmp_path)
+    (tmp_path / "empty" / "link.png").symlink_to("nothing.png")
+    with pytest.raises(ValueError, match=r"pictures must be files, got a link to nothing: '.*/empty/link\.png'"):
+        ImageFolder(tmp_path)
+    (tmp_path / "empty" / "link.png").unlink()
+    os.mkfifo(tmp_path / "empty" / "pipe.png")
+    with pytest.raises(ValueError, match=r"pictures must be files, got something else: '.*/empty/pipe\.png'"):
+        ImageFolder(tmp_path)
+    (tmp_path / "empty" / "pipe.png").unlink()
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png must be a picture"):
         ImageFolder(tmp_path).batch([0])

@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flexvar.data import SHAPE_NAMES, ShapeDataset
+from flexvar.data import SHAPE_NAMES, ImageFolder, ShapeDataset
 from flexvar.storage import load_tokenizer, load_transformer
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.training import (
     TokenizerTrainingConfig,
     TransformerTrainingConfig,
+    draw_curves,
     train_tokenizer,
     train_transformer,
 )
+from flexvar.training.checkpoint import load_checkpoint, save_checkpoint
 from flexvar.training.classifier import train_classifier
 from flexvar.training.config import TrainingConfig
 from flexvar.training.transformer import random_schedule
 from flexvar.transformer import TransformerConfig
+from PIL import Image
 
 DATA = ShapeDataset(240, 16, 16)
 TOKENIZER = TokenizerConfig(
@@ -65,16 +68,14 @@ class StoppingDataset(ShapeDataset):
         return super().batch(indices)
 
 
-def run_tokenizer(folder, data=(DATA,), config=TOKENIZER_TRAINING, **kwargs):
-    return train_tokenizer(data, folder, TOKENIZER, config, backend="reference", progress=False, **kwargs)
+def run_tokenizer(folder, data=(DATA,), config=TOKENIZER_TRAINING, backend="reference", **kwargs):
+    return train_tokenizer(data, folder, TOKENIZER, config, backend=backend, progress=False, **kwargs)
 
 
-def run_transformer(folder, config=TRANSFORMER_TRAINING, data=(DATA,), **kwargs):
+def run_transformer(folder, config=TRANSFORMER_TRAINING, data=(DATA,), backend="reference", **kwargs):
     torch.manual_seed(0)
-    tokenizer = MultiScaleTokenizer(TOKENIZER, backend="reference")
-    return train_transformer(
-        data, folder, tokenizer, TRANSFORMER, config, backend="reference", progress=False, **kwargs
-    )
+    tokenizer = MultiScaleTokenizer(TOKENIZER, backend=backend)
+    return train_transformer(data, folder, tokenizer, TRANSFORMER, config, backend=backend, progress=False, **kwargs)
 
 
 def losses(folder):
@@ -105,20 +106,22 @@ def test_transformer_learns_and_is_saved(tmp_path):
     assert same_weights(load_transformer(tmp_path, backend="reference"), model)
 
 
-def test_tokenizer_resumes_exactly(tmp_path):
-    whole = run_tokenizer(tmp_path / "whole")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_tokenizer_resumes_exactly(tmp_path, backend):
+    whole = run_tokenizer(tmp_path / "whole", backend=backend)
     batches = TOKENIZER_TRAINING.steps * 2  # with those of the revivals it stops in the second half
     state = torch.get_rng_state()
     with pytest.raises(StoppedError):
-        run_tokenizer(tmp_path / "stopped", [StoppingDataset(240, 16, 16, batches=batches)])
+        run_tokenizer(tmp_path / "stopped", [StoppingDataset(240, 16, 16, batches=batches)], backend=backend)
     assert torch.equal(torch.get_rng_state(), state), "nor does a run that ends early touch them"
-    resumed = run_tokenizer(tmp_path / "stopped", resume=True)
+    resumed = run_tokenizer(tmp_path / "stopped", backend=backend, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert same_weights(resumed, whole)
 
 
-def test_transformer_resumes_exactly(tmp_path, monkeypatch):
-    whole = run_transformer(tmp_path / "whole")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_transformer_resumes_exactly(tmp_path, monkeypatch, backend):
+    whole = run_transformer(tmp_path / "whole", backend=backend)
 
     import flexvar.training.transformer as module
 
@@ -131,9 +134,9 @@ def test_transformer_resumes_exactly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "random_schedule", stopping)
     with pytest.raises(StoppedError):
-        run_transformer(tmp_path / "stopped")
+        run_transformer(tmp_path / "stopped", backend=backend)
     monkeypatch.undo()
-    resumed = run_transformer(tmp_path / "stopped", resume=True)
+    resumed = run_transformer(tmp_path / "stopped", backend=backend, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert same_weights(resumed, whole)
 
@@ -149,10 +152,65 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
         run_tokenizer(tmp_path, config=replace(config, learning_rate=1.0), resume=True)
 
 
+def test_a_run_is_not_resumed_with_other_data(tmp_path):
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    run_tokenizer(tmp_path, config=config)
+    for data in (
+        [ShapeDataset(240, 16, 20)],
+        [ShapeDataset(120, 16, 16)],
+        [ShapeDataset(240, 16, 16, seed=1)],
+        [DATA, DATA],
+    ):
+        with pytest.raises(ValueError, match=r"to resume, data must be that of the checkpoint, .*'width': 16.*, got"):
+            run_tokenizer(tmp_path, data, config, resume=True)
+    run_tokenizer(tmp_path, [ShapeDataset(240, 16, 16)], config, resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_pictures(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "1.png")
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    run_tokenizer(tmp_path / "run", [ImageFolder(tmp_path / "data", 16, 16)], config)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    run_tokenizer(tmp_path / "run", [ImageFolder(tmp_path / "moved", 16, 16)], config, resume=True)
+    (tmp_path / "moved" / "a" / "1.png").rename(tmp_path / "moved" / "a" / "2.png")
+    with pytest.raises(ValueError, match="to resume, data must be that of the checkpoint"):
+        run_tokenizer(tmp_path / "run", [ImageFolder(tmp_path / "moved", 16, 16)], config, resume=True)
+
+
+def test_a_transformer_is_not_resumed_with_another_tokenizer(tmp_path):
+    config = replace(TRANSFORMER_TRAINING, steps=2, short_steps=1)
+    run_transformer(tmp_path, config)
+    other = MultiScaleTokenizer(TOKENIZER, backend="reference")
+    with pytest.raises(ValueError, match=r"to resume, tokenizer_weights must be that of the checkpoint, \w{8}, got"):
+        train_transformer([DATA], tmp_path, other, TRANSFORMER, config, resume=True, progress=False)
+    with pytest.raises(ValueError, match="to resume, data must be that of the checkpoint"):
+        run_transformer(tmp_path, config, [ShapeDataset(120, 16, 16)], resume=True)
+    run_transformer(tmp_path, config, resume=True)
+
+
+def test_a_checkpoint_that_says_less_is_refused(tmp_path):
+    config = replace(TOKENIZER_TRAINING, steps=2)
+    run_tokenizer(tmp_path, config=config)
+    step, tensors, values = load_checkpoint(tmp_path)
+    del values["data"]
+    save_checkpoint(tmp_path, step, tensors, values)
+    with pytest.raises(ValueError, match="to resume, the checkpoint must say its data, got one of another kind"):
+        run_tokenizer(tmp_path, config=config, resume=True)
+
+
 def test_a_run_that_diverges_says_so(tmp_path):
     config = TrainingConfig(steps=20, batch_size=4, learning_rate=1e30, warmup_steps=0, bfloat16=False)
     with pytest.raises(ValueError, match=r"losses must stay finite, got .* lower the learning rate"):
         train_classifier([DATA], tmp_path, config, progress=False)
+
+
+def test_a_full_disk_names_the_curves(tmp_path, largest_file):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*/curves\.png'"):
+        draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_random_schedules():

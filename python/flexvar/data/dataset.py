@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class ImageDataset(Protocol):
-    """Labelled images of one size, fetched in batches. Item i is the same image whenever it is asked for."""
+    """Labelled images of one size, fetched in batches. Item i is the same image whenever it is asked for.
+
+    A data set may have a ``fingerprint``, a string: a run is not resumed with one of another.
+    """
 
     height: int
     width: int
@@ -39,6 +42,17 @@ def check_datasets(op: str, datasets: Sequence[ImageDataset], patch_size: int) -
                 f"{op}: height and width of the images must be multiples of patch size {patch_size}, "
                 f"got {dataset.height} and {dataset.width}"
             )
+
+
+def describe(dataset: ImageDataset) -> dict[str, Any]:
+    """What tells a data set from others without reading an image, as JSON values."""
+    return {
+        "height": int(dataset.height),
+        "width": int(dataset.width),
+        "length": len(dataset),
+        "class_names": list(dataset.class_names),
+        "fingerprint": getattr(dataset, "fingerprint", None),
+    }
 
 
 def shares(datasets: Sequence[ImageDataset]) -> NDArray[np.float64]:

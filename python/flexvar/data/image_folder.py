@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,8 @@ class ImageFolder:
         height, width: size in pixels of the images returned.
 
     Raises:
-        ValueError: root is no folder, has no sub-folders, or they hold no pictures.
+        ValueError: root is no folder, has no sub-folders, one of them holds no pictures, or a picture is no file, as a
+            link to nothing.
     """
 
     def __init__(self, root: str | Path, height: int = 64, width: int = 64) -> None:
@@ -37,16 +40,23 @@ class ImageFolder:
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not folders:
             raise ValueError(f"ImageFolder: root must hold one sub-folder for each class, got none in {str(root)!r}")
-        self.height, self.width = height, width
+        self.root, self.height, self.width = root, height, width
         self.class_names = tuple(folder.name for folder in folders)
-        self.items = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        ]
-        if not self.items:
-            raise ValueError(f"ImageFolder: the sub-folders must hold pictures ({' '.join(SUFFIXES)}), got none")
+        self.items = [(path, label) for label, folder in enumerate(folders) for path in _pictures(folder)]
+        labels = {label for _, label in self.items}
+        empty = [folder.name for label, folder in enumerate(folders) if label not in labels]
+        if empty:
+            raise ValueError(
+                f"ImageFolder: every sub-folder must hold pictures ({' '.join(SUFFIXES)}), got none in {empty}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """CRC-32 of the pictures' paths below root, in their order."""
+        crc = 0
+        for path, _ in self.items:
+            crc = zlib.crc32(os.fsencode(path.relative_to(self.root).as_posix()) + b"\0", crc)
+        return f"{crc:08x}"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,3 +74,16 @@ class ImageFolder:
     def _read(self, path: Path) -> np.ndarray:
         picture = open_image(path)
         return np.asarray(ImageOps.fit(picture, (self.width, self.height), Image.Resampling.LANCZOS))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The files in a folder and those below that are named as pictures are. Raises ValueError for what is no file."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or path.is_dir():
+            continue
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() else "something else"
+            raise ValueError(f"ImageFolder: pictures must be files, got {what}: {str(path)!r}")
+        found.append(path)
+    return found

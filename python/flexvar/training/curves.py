@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from flexvar.image_io import save_png
+
 CURVES_NAME = "curves.png"
 
 _PANEL = (420, 260)
@@ -36,14 +38,19 @@ def read_log(path: str | Path) -> dict[str, list[float]]:
 
 
 def draw_curves(log: str | Path, png: str | Path) -> None:
-    """Draws every column of a log over the steps, one panel each: the values in grey, their moving average in blue."""
+    """Draws every column of a log over the steps, one panel each: the values in grey, their moving average in blue.
+
+    Raises:
+        ValueError: as :func:`read_log` and :func:`flexvar.image_io.save_png`.
+        OSError: the picture cannot be written.
+    """
     columns = {name: values for name, values in read_log(log).items() if name not in _HIDDEN}
     rows = -(-len(columns) // _COLUMNS)
     image = Image.new("RGB", (_PANEL[0] * min(_COLUMNS, len(columns)), _PANEL[1] * rows), "white")
     draw = ImageDraw.Draw(image)
     for index, (name, values) in enumerate(columns.items()):
         _draw_panel(draw, (index % _COLUMNS * _PANEL[0], index // _COLUMNS * _PANEL[1]), name, values)
-    image.save(png)
+    save_png(image, png)
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], name: str, values: Sequence[float]) -> None:

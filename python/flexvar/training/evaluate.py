@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from flexvar.data import ImageDataset, ShapeDataset
+from flexvar.data import SHAPE_NAMES, ImageDataset, ShapeDataset
 from flexvar.data.dataset import to_model_range
 from flexvar.generation import FlexVARPipeline
 from flexvar.schedule import ScaleSchedule
@@ -33,6 +33,15 @@ def classifier_data(seed: int, squares: int, others: int) -> list[ImageDataset]:
         ShapeDataset(others, *WIDE, seed=seed),
         ShapeDataset(others, *TALL, seed=seed),
     ]
+
+
+def check_classes(pipeline: FlexVARPipeline) -> None:
+    """Raises ValueError unless a model's classes are those that the classifier knows, in their order."""
+    if pipeline.class_names != SHAPE_NAMES:
+        raise ValueError(
+            f"evaluate: the model's classes must be the shapes {', '.join(SHAPE_NAMES)}, "
+            f"got {', '.join(pipeline.class_names) or 'none with a name'}"
+        )
 
 
 def shape_classifier(folder: str | Path) -> ShapeClassifier:
@@ -82,7 +91,11 @@ def generated_accuracy(
 def evaluation_table(
     pipeline: FlexVARPipeline, classifier: ShapeClassifier, images_per_class: int, steps: Sequence[int] = STEPS
 ) -> str:
-    """The Markdown table: real images, numbers of steps, aspect ratios, sizes beyond those of training."""
+    """The Markdown table: real images, numbers of steps, aspect ratios, sizes beyond those of training.
+
+    Raises ValueError for a model of other classes.
+    """
+    check_classes(pipeline)
     jobs: list[tuple[str, tuple[int, int], int | None]] = []
     jobs += [(f"{n} steps{' (default)' if n == DEFAULT_STEPS else ''}", SQUARE, n) for n in steps]
     jobs += [("1:2, 10 steps", TALL, DEFAULT_STEPS), ("2:1, 10 steps", WIDE, DEFAULT_STEPS)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flexvar._files import write_atomically
+from flexvar._files import errors_named, write_atomically
 from flexvar.training.checkpoint import has_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 from flexvar.training.config import TrainingConfig
 
@@ -66,7 +66,6 @@ def train(
     with ExitStack() as stack:
         # Everything that torch draws is seeded step by step below; the caller's generators come back unchanged.
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        log = stack.enter_context(open(folder / LOG_NAME, "a", encoding="utf-8", buffering=1))
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=first, desc=description, unit="step", disable=not progress)
         )
@@ -87,11 +86,10 @@ def train(
             optimizer.step()
             _update_average(average, module, config.ema_decay, step)
             entry |= {"learning_rate": config.learning_rate_at(step), "seconds": time.perf_counter() - start}
-            log.write(json.dumps({"step": step, **entry}) + "\n")
+            _append(folder / LOG_NAME, json.dumps({"step": step, **entry}) + "\n")
             bar.set_postfix({name: f"{value:.3f}" for name, value in entry.items() if name in losses}, refresh=False)
             bar.update()
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                log.flush()
                 _save(folder, step + 1, module, optimizer, average, values)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -131,6 +129,7 @@ def _save(
     save_checkpoint(folder, step, tensors, values)
 
 
+@torch.no_grad()
 def _restore(
     folder: Path,
     module: nn.Module,
@@ -140,6 +139,11 @@ def _restore(
 ) -> int:
     step, tensors, saved_values = load_checkpoint(folder)
     for name in sorted(values.keys() | saved_values.keys()):
+        if name not in saved_values:
+            raise ValueError(
+                f"train: to resume, the checkpoint must say its {name}, got one of another kind of run or an earlier "
+                "version; choose another folder"
+            )
         # Through JSON, as the saved ones went: tuples are lists there.
         wanted, saved = json.loads(json.dumps(values.get(name))), saved_values.get(name)
         if wanted != saved:
@@ -156,11 +160,25 @@ def _restore(
         index, _, rest = name.partition(".")
         state.setdefault(int(index), {})[rest] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # The fused optimizer goes through parameter and moments in the order of their memory, whatever their strides are,
+    # and a checkpoint's tensors are contiguous: those of channels-last weights would meet other elements.
+    for parameter, moments in optimizer.state.items():
+        for name, tensor in moments.items():
+            if tensor.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(tensor)
     return step
 
 
 def _truncate_log(path: Path, steps: int) -> None:
-    """Drops the lines of steps that a killed run took after its last checkpoint: they are taken again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
-        write_atomically(path, "".join(lines).encode())
+    """Drops the lines of steps that a killed run took after its last checkpoint: they are taken again.
+
+    Where there is no log it makes one, and so reports a folder that cannot be written before the first step.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.exists() else []
+    write_atomically(path, "".join(lines).encode())
+
+
+def _append(path: Path, line: str) -> None:
+    # Opened for each line: what a full disk leaves in the buffer fails again at close(), and is named there, too.
+    with errors_named(path), path.open("a", encoding="utf-8") as log:
+        log.write(line)

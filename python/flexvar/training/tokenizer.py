@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexvar._backend import ops
-from flexvar.data.dataset import ImageDataset, check_datasets, shares, to_model_range
+from flexvar.data.dataset import ImageDataset, check_datasets, describe, shares, to_model_range
 from flexvar.schedule import ScaleSchedule
 from flexvar.storage import save_model
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -44,7 +44,7 @@ def train_tokenizer(
         datasets: images. Each has images of one size, multiples of the tokenizer's patch size. A batch comes from one
             of them, each as often as it is long. Labels are not used.
         folder: gets the model (:func:`flexvar.storage.load_tokenizer`), loss curves, the log and the checkpoint.
-        resume: continue the run in ``folder``.
+        resume: continue the run in ``folder``, which must have had these configs and data sets.
         progress: show a progress bar.
 
     Returns:
@@ -117,7 +117,7 @@ def train_tokenizer(
         config,
         folder,
         description="tokenizer",
-        values={"tokenizer": model_config.to_dict()},
+        values={"tokenizer": model_config.to_dict(), "data": [describe(dataset) for dataset in datasets]},
         device=device,
         resume=resume,
         progress=progress,

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from flexvar.data.dataset import ImageDataset, check_datasets, shares, to_model_range
+from flexvar.data.dataset import ImageDataset, check_datasets, describe, shares, to_model_range
 from flexvar.schedule import ScaleSchedule
-from flexvar.storage import save_model
+from flexvar.storage import save_model, weights_checksum
 from flexvar.tokenizer import MultiScaleTokenizer
 from flexvar.training.config import TransformerTrainingConfig
 from flexvar.training.curves import CURVES_NAME, draw_curves
@@ -49,7 +49,7 @@ def train_transformer(
         tokenizer: is moved to ``device`` and left in eval mode, otherwise unchanged.
         model_config: its codebook and upsampling mode must be the tokenizer's, its classes those of the data sets.
         start_from: a trained model of the same config whose weights to start from, for further training; else random.
-        resume: continue the run in ``folder``.
+        resume: continue the run in ``folder``, which must have had these configs, data sets and tokenizer.
         progress: show progress bars.
 
     On a CPU set LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY to 64 before torch is imported, as ``flexvar
@@ -110,7 +110,12 @@ def train_transformer(
         config,
         folder,
         description="transformer",
-        values={"transformer": model_config.to_dict(), "tokenizer": tokenizer.config.to_dict()},
+        values={
+            "transformer": model_config.to_dict(),
+            "tokenizer": tokenizer.config.to_dict(),
+            "tokenizer_weights": weights_checksum(tokenizer.state_dict()),
+            "data": [describe(dataset) for dataset in datasets],
+        },
         device=device,
         resume=resume,
         progress=progress,
