@@ -142,7 +142,8 @@ def generate(
     sizes = {name: side for name, side in (("height", rows), ("width", columns)) if side is not None}
     target = commands.check_target(options.out, grid=options.grid)
     pipe = options.load()
-    drawing = options.drawing(commands.parse_labels(labels or [], pipe.transformer.config.num_classes), sizes)
+    parsed = commands.parse_labels(labels or [], pipe.transformer.config.num_classes, pipe.class_names)
+    drawing = options.drawing(parsed, sizes)
     commands.generate(pipe, drawing, model=options.model, target=target, grid=options.grid, columns=options.columns)
 
 

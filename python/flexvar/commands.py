@@ -23,6 +23,7 @@ from flexvar.rerun import Recipe, count_differing_pixels
 from flexvar.schedule import ScaleSchedule
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+_NUMBER = re.compile(r"-?\d{1,100}")
 
 
 def parse_schedule(text: str | None) -> ScaleSchedule | None:
@@ -35,11 +36,22 @@ def parse_schedule(text: str | None) -> ScaleSchedule | None:
     return ScaleSchedule((int(match[1]), int(match[2] or match[1])) for match in matches if match)
 
 
-def parse_labels(texts: Sequence[str], num_classes: int) -> list[int | str | None]:
-    """Numbers as numbers, ``none`` as no class, names as they are; no text at all is every class."""
+def parse_labels(texts: Sequence[str], num_classes: int, class_names: Sequence[str]) -> list[int | str | None]:
+    """Labels as a pipeline takes them; no text at all is every class.
+
+    A text that is the name of a class, whatever the case, is that class; only otherwise are digits a number and
+    ``none`` no class.
+    """
     if not texts:
         return list(range(num_classes))
-    return [None if text.lower() == "none" else int(text) if re.fullmatch(r"-?\d+", text) else text for text in texts]
+    names = {name.casefold() for name in class_names}
+    return [text if text.casefold() in names else _parse_unnamed(text) for text in texts]
+
+
+def _parse_unnamed(text: str) -> int | str | None:
+    if text.lower() == "none":
+        return None
+    return int(text) if _NUMBER.fullmatch(text) else text
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from PIL import Image
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Result = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def numbered(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny pipeline with classes that are called as numbers are, or as no class is."""
+    pipe = FlexVARPipeline.from_pretrained(model)
+    config = replace(pipe.transformer.config, class_names=("1", "None", "0"))
+    transformer = FlexVARTransformer(config)
+    transformer.load_state_dict(pipe.transformer.state_dict())
+    folder = tmp_path_factory.mktemp("numbered")
+    FlexVARPipeline(pipe.tokenizer, transformer).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -100,6 +113,22 @@ def test_images_do_not_depend_on_num_and_batch(generate: Callable[..., Result]) 
         assert generate("circle", *options, "--schedule", "1,2,4", "--out", folder)[0] == 0
     for file in sorted(os.listdir("a")):
         assert np.array_equal(np.asarray(Image.open(f"a/{file}")), np.asarray(Image.open(f"b/{file}")))
+
+
+def test_names_win_over_numbers(run: Callable[..., Result], numbered: str) -> None:
+    options = ["--model", numbered, "--steps", 2]
+    assert run("generate", "1", "none", "0", "2", "3", "--size", 8, *options, "--out", "images")[0] == 0
+    files = ["0000-1.png", "0001-none.png", "0002-0.png", "0003-0.png", "0004-3.png"]
+    assert sorted(os.listdir("images")) == files
+    labels = [read_settings(f"images/{file}")["class_labels"] for file in files]
+    assert labels == [["1"], ["none"], ["0"], [2], [3]]
+    out = FlexVARPipeline.from_pretrained(numbered)(["1", "none", "0", 2, 3], steps=2, height=8)
+    for file, picture in zip(files, out.images, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(f"images/{file}")))
+    assert run("rerun", "images/0000-1.png")[0] == 0
+    Image.new("RGB", (8, 8)).save("photo.png")
+    assert run("outpaint", "photo.png", "--right", 4, *options)[0] == 0
+    assert read_settings("flexvar.png")["class_labels"] == [None]  # not the class of that name
 
 
 def test_sheet_of_sizes_styles_and_types(generate: Callable[..., Result]) -> None:

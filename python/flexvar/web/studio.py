@@ -68,8 +68,9 @@ class Studio:
 
     def drawing(self, label: str, num: int, seed: int, **options: Any) -> Drawing:
         """What a request asks for; options that are None are the model's. Raises TypeError and ValueError."""
+        text = "" if label is None else str(label).strip()
         return Drawing(
-            labels=parse_labels([str(label or "none").strip()], self.pipe.transformer.config.num_classes),
+            labels=parse_labels([text or "none"], self.pipe.transformer.config.num_classes, self.pipe.class_names),
             num=num,
             batch=DrawOptions.batch,
             seed=seed,
