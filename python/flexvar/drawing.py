@@ -60,8 +60,11 @@ class Drawing:
         return pipe.settings(**{**self._settings(), **sizes}).layout(pipe.patch_size)
 
     def check(self, pipe: FlexVARPipeline, edit: Edit | None) -> None:
-        """Raises ValueError and TypeError for what cannot be drawn, before anything is computed."""
-        pipe.stream([self.label(0)], edit=edit, seed=self.seed, **self._settings())
+        """Raises ValueError and TypeError for what cannot be drawn, before anything is computed.
+
+        That is every label, also one that no image has.
+        """
+        pipe.stream(self.labels, edit=edit, seed=self.seed, **self._settings())
 
     def num_passes(self, images: Sequence[int]) -> int:
         """How many batches it takes to draw these images."""

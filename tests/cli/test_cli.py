@@ -236,6 +236,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
     "arguments",
     [
         ["generate", "nonsense", "--out", "new"],
+        ["generate", "star", "nonsense", "--out", "new"],
+        ["generate", "star", "star", "99", "--batch", "2", "--out", "new"],
+        ["generate", "star", "nonsense", "--num", "1", "--out", "new.png"],
+        ["outpaint", "photo.png", "star", "nonsense", "--right", "4", "--out", "new"],
         ["generate", "--seed", "-1", "--out", "new/star.png"],
         ["reconstruct", "photo.png", "--schedule", "1,3", "--out", "new/scales.png"],
         ["expand", "photo.png", "--size", "7", "--out", "new"],
