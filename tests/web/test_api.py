@@ -86,6 +86,8 @@ def test_the_python_example_and_its_command_lines(site: Any, tmp_path: Path, mon
         ({"width": 4000, "height": 4000}, "at most 131072 pixels together"),
         ({"seed": -1}, "seed must be from 0"),
         ({"steps": -2}, "steps must be at least 1"),
+        ({"width": 16, "height": 16, "steps": 4096}, "steps must be from 1 to 64, got 4096"),
+        ({"width": 4, "height": 32768, "steps": 64}, "at most 262144 tokens together, got 1 x "),
         ({"top_p": 2}, "top_p|maximum"),
     ],
 )
@@ -112,6 +114,16 @@ def test_reconstruct_and_its_command_line(site: Any, tmp_path: Path, monkeypatch
         main()
     assert not stop.value.code
     assert np.array_equal(np.asarray(open_image(Path(sheet).name)), np.asarray(open_image(sheet)))
+
+
+def test_the_film_of_many_steps_is_bounded(site: Any) -> None:
+    from gradio_client import Client
+
+    client = Client(site.local_url, verbose=False)
+    html = client.predict(label="star", width=16, height=16, steps=60, api_name="/generate")[2]
+    assert "in 60 steps" in html
+    assert html.count("<li>") == 24
+    assert html.rindex("<span>4×4</span>") > html.rindex("<span>3×3</span>")
 
 
 def test_one_at_a_time(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:

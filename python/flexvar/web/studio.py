@@ -92,10 +92,13 @@ class Studio:
             self.limits.check_size(request.task, edited_size(request, picture), drawing.num)
             edit, fingerprints = request.load()
             before = before_picture(request, picture)
-        size = drawing.layout(self.pipe, edit).image_size
-        self.limits.check_size("generate" if request is None else request.task, size, drawing.num)
+        task = "generate" if request is None else request.task
+        layout = drawing.layout(self.pipe, edit)
+        size = layout.image_size
+        self.limits.check_size(task, size, drawing.num)
+        self.limits.check_schedule(task, layout.schedule, drawing.num)
         drawing.check(self.pipe, edit)
-        record = drawing.record("generate" if request is None else request.task, self.model, self.pipe, edit)
+        record = drawing.record(task, self.model, self.pipe, edit)
         if request is not None:
             record["edit"] = request.record(fingerprints, folder)
         steps = drawing.stream(self.pipe, edit, range(drawing.num))
@@ -129,6 +132,8 @@ class Studio:
         picture = shrink(open_image(path), path.name, max_side)
         size = (picture.height, picture.width)
         self.limits.check_size("reconstruct", size, 1)
+        layout = self.pipe.settings(height=size[0], width=size[1], steps=steps).layout(self.pipe.patch_size)
+        self.limits.check_schedule("reconstruct", layout.schedule, 1)
         with self._device:
             out = self.pipe.reconstruct(picture, steps=steps, autocast_dtype=autocast_dtype(self.dtype))
         scales = []

@@ -36,6 +36,7 @@ _MARK_CANCELLED = """() => {
   document.querySelectorAll('.stage.running').forEach(e => e.parentElement.dataset.cancelled = '');
 }"""
 _LARGEST_GALLERY = 60
+_LONGEST_FILM = 24  # thumbnails, which are sent again after every step
 SILENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUEUE = "device"  # everything that computes: one at a time
 
@@ -103,11 +104,18 @@ def _endpoint(run: Run) -> Callable[..., Iterator[tuple[list[str] | None, str, s
         with shown_errors(), tempfile.TemporaryDirectory() as folder:
             film = []
             for shown in run(Path(folder), **values):
-                film.append((shown.grid, thumbnail_url(shown.pictures[0])))
+                if _is_in_film(shown.step, shown.num_steps):
+                    film.append((shown.grid, thumbnail_url(shown.pictures[0])))
                 files = [str(path) for path in shown.files] or None
                 yield files, shown.command, stage_html(shown, film)
 
     return endpoint
+
+
+def _is_in_film(step: int, num_steps: int) -> bool:
+    """Whether a step has a thumbnail: all do, or of many steps evenly chosen ones, the last among them."""
+    length = min(num_steps, _LONGEST_FILM)
+    return (step + 1) * length // num_steps > step * length // num_steps
 
 
 def _join_gallery(files: Sequence[str], num: int, pictures: Sequence[tuple[str, str | None]] | None) -> list[Any]:
