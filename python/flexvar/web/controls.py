@@ -26,7 +26,7 @@ class Controls:
         defaults = studio.pipe.settings()
         with gr.Row(elem_classes="tight"):
             self.label = gr.Dropdown(
-                names if "none" in names else ["none", *names],
+                names if "none" in map(str.casefold, names) else ["none", *names],
                 value=names[0],
                 label="Class",
                 allow_custom_value=True,

@@ -16,6 +16,7 @@ from flexvar.commands import autocast_dtype, parse_labels, scales_sheet
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import FlexVARPipeline
+from flexvar.generation.settings import check_integer
 from flexvar.image_io import open_image, save_png
 from flexvar.photos import shrink
 from flexvar.schedule import Size
@@ -129,6 +130,7 @@ class Studio:
         Raises:
             OSError, TypeError, ValueError: it cannot be done; said before anything is.
         """
+        check_integer("max_side", max_side, 0, op="reconstruct")
         picture = shrink(open_image(path), path.name, max_side)
         size = (picture.height, picture.width)
         self.limits.check_size("reconstruct", size, 1)
