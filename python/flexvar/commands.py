@@ -32,7 +32,7 @@ def parse_schedule(text: str | None) -> ScaleSchedule | None:
         return None
     matches = [_SIZE.fullmatch(part) for part in re.split(r"[\s,]+", text.strip())]
     if not all(matches):
-        raise ValueError(f"--schedule must be sides or HEIGHTxWIDTH, such as 1,2,4x8, got {text!r}")
+        raise ValueError(f"--schedule must be sides or HEIGHTxWIDTH, such as 1,2,4x8, got {text!r:.100}")
     return ScaleSchedule((int(match[1]), int(match[2] or match[1])) for match in matches if match)
 
 

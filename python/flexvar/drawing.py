@@ -48,7 +48,7 @@ class Drawing:
         if not self.labels:
             raise ValueError("generate: labels must hold at least one label, got none")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"generate: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"generate: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.100}")
 
     def label(self, image: int) -> int | str | None:
         """The class of an image."""

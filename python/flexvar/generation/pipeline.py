@@ -224,7 +224,7 @@ class FlexVARPipeline:
         labels = resolve_labels(class_labels, config.num_classes, config.class_names)
         if edit is not None:
             if not isinstance(edit, Edit):
-                raise TypeError(f"generate: edit must be an Inpaint, Outpaint, Expand or Refine, got {edit!r}")
+                raise TypeError(f"generate: edit must be an Inpaint, Outpaint, Expand or Refine, got {edit!r:.100}")
             for name in ("height", "width"):
                 if getattr(resolved, name) is not None:
                     raise ValueError(

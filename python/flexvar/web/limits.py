@@ -42,7 +42,8 @@ class Limits:
         )
         if num * height * width > self.max_pixels:
             raise ValueError(
-                f"{task}: images must have at most {self.max_pixels} pixels together, got {num} of {width} x {height}"
+                f"{task}: images must have at most {self.max_pixels} pixels together, got {num} of "
+                f"{width!s:.100} x {height!s:.100}"
             )
 
     def check_schedule(self, task: str, schedule: ScaleSchedule, num: int) -> None:
