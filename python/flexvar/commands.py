@@ -221,7 +221,9 @@ def rerun(picture: Path, out: Path | None, *, image: Path | None, mask: Path | N
     target = check_target(out or picture.with_name(f"{picture.stem}-again.png"), grid=False)
     if not _is_png(target):
         raise ValueError(f"rerun: --out must end in .png, got {str(target)!r}")
-    inputs = {picture.resolve()}
+    if target.resolve() == picture.resolve():
+        raise ValueError(f"rerun: --out must not be the picture that is drawn again, got {str(target)!r}")
+    inputs = set[Path]()
     settings, drawing, edit = dict(recipe.settings), recipe.drawing, None
     if recipe.request is not None:
         edit, fingerprints = recipe.request.load()

@@ -81,7 +81,7 @@ def test_the_python_example_and_its_command_lines(site: Any, tmp_path: Path, mon
     ("arguments", "message"),
     [
         ({"label": "starr"}, "did you mean star"),
-        ({"num": 0}, "num must be at least 1"),
+        ({"num": 0}, "generate: num must be from 1 to 8, got 0"),
         ({"num": 9}, "num must be from 1 to 8"),
         ({"width": 0}, "width must be at least 1"),
         ({"width": 4000, "height": 4000}, "at most 131072 pixels together"),

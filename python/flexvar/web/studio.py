@@ -69,6 +69,7 @@ class Studio:
 
     def drawing(self, label: str, num: int, seed: int, **options: Any) -> Drawing:
         """What a request asks for; options that are None are the model's. Raises TypeError and ValueError."""
+        check_integer("num", num, 1, self.limits.max_images)
         text = "" if label is None else str(label).strip()
         return Drawing(
             labels=parse_labels([text or "none"], self.pipe.transformer.config.num_classes, self.pipe.class_names),
@@ -131,7 +132,7 @@ class Studio:
             OSError, TypeError, ValueError: it cannot be done; said before anything is.
         """
         check_integer("max_side", max_side, 0, op="reconstruct")
-        picture = shrink(open_image(path), path.name, max_side)
+        picture = shrink(open_image(path), path.name, max_side, op="reconstruct")
         size = (picture.height, picture.width)
         self.limits.check_size("reconstruct", size, 1)
         layout = self.pipe.settings(height=size[0], width=size[1], steps=steps).layout(self.pipe.patch_size)
