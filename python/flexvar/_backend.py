@@ -10,7 +10,7 @@ BACKENDS = ("native", "reference")
 def check_backend(backend: str) -> str:
     """Return ``backend``, or raise ValueError when it is neither "native" nor "reference"."""
     if backend not in BACKENDS:
-        raise ValueError(f'backend must be "native" or "reference", got {backend!r}')
+        raise ValueError(f'backend must be "native" or "reference", got {backend!r:.100}')
     return backend
 
 

@@ -20,12 +20,12 @@ def find_device(argument: str, device: object, rule: str = "cpu, cuda or cuda:N"
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"{argument} must be {rule}, got {device!r}") from None
+        raise ValueError(f"{argument} must be {rule}, got {device!r:.100}") from None
     if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"{argument} must be {rule}, got {str(device)!r}")
+        raise ValueError(f"{argument} must be {rule}, got {str(device)!r:.100}")
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
-        raise ValueError(f"{argument} must be one that torch finds ({count} GPUs here), got {str(device)!r}")
+        raise ValueError(f"{argument} must be one that torch finds ({count} GPUs here), got {str(device)!r:.100}")
     return found
 
 
@@ -33,7 +33,8 @@ def check_weights_dtype(op: str, dtype: object) -> None:
     """Raise TypeError unless weights can be of it; None stands for the dtype that they have."""
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(
-            f"{op}: dtype must be torch.float32, torch.float16, torch.bfloat16, torch.float64 or None, got {dtype!r}"
+            f"{op}: dtype must be torch.float32, torch.float16, torch.bfloat16, torch.float64 or None, got "
+            f"{dtype!r:.100}"
         )
 
 

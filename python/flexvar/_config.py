@@ -40,23 +40,23 @@ class JsonConfig:
     def _check_int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {value!r}")
+            raise TypeError(f"{type(self).__name__}: {name} must be an int, got {value!r:.100}")
         if not low <= value <= high:
-            raise ValueError(f"{type(self).__name__}: {name} must be from {low} to {high}, got {value}")
+            raise ValueError(f"{type(self).__name__}: {name} must be from {low} to {high}, got {value!s:.100}")
 
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{type(self).__name__}: {name} must be a float, got {value!r}")
+            raise TypeError(f"{type(self).__name__}: {name} must be a float, got {value!r:.100}")
         if not 0 <= value < 1:
-            raise ValueError(f"{type(self).__name__}: {name} must be at least 0 and below 1, got {value}")
+            raise ValueError(f"{type(self).__name__}: {name} must be at least 0 and below 1, got {value!s:.100}")
 
     def _check_bool(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, bool):
-            raise TypeError(f"{type(self).__name__}: {name} must be a bool, got {value!r}")
+            raise TypeError(f"{type(self).__name__}: {name} must be a bool, got {value!r:.100}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"{type(self).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{type(self).__name__}: {name} must be one of {', '.join(choices)}, got {value!r:.100}")

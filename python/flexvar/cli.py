@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,6 +34,7 @@ from flexvar.cli_train import train_app
 from flexvar.cli_web import web
 
 BAD_INPUT = 2  # exit code, the one that wrong arguments have
+STOPPED = 130  # exit code after Ctrl+C, the one that shells give it
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's; where it is depends on typer's version
 
@@ -49,27 +50,37 @@ app.add_typer(train_app, name="train")
 
 
 def main() -> None:
-    """Entry point: whatever a user can cause is one line on stderr and exit code 2, without a traceback or a box."""
+    """Entry point: whatever a user can cause is one line on stderr and exit code 2, without a traceback or a box.
+
+    Ctrl+C is one line, too, and exit code 130.
+    """
     from PIL.Image import DecompressionBombWarning
 
     warnings.simplefilter("ignore", DecompressionBombWarning)  # pictures beyond that size are refused
     try:
-        raise SystemExit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
     except _UsageError as error:
         _fail_usage(error)
-    except typer.Abort:
-        print("flexvar: stopped", file=sys.stderr)
-        raise SystemExit(1) from None
+    except typer.Abort as error:  # what some versions of typer make of Ctrl+C, and all of an EOFError, which is a bug
+        if isinstance(error.__cause__, EOFError):
+            raise
+        code = STOPPED
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         _fail(error)
     except RuntimeError as error:
         if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
             raise
         _fail(error)
+    if code == STOPPED:
+        print("flexvar: stopped", file=sys.stderr)
+    raise SystemExit(code)
 
 
-def _fail_usage(error: Any) -> None:
+def _fail_usage(error: Any) -> NoReturn:
     text = error.format_message()
+    if hasattr(error.__cause__, "errors"):  # pydantic's, by which typer parses numbers: its text leaves out the value
+        value = repr(error.__cause__.errors()[0]["input"])
+        text += "" if value in text else f", got {value:.100}"
     if type(error).__name__ != "NoArgsIsHelpError":
         command = error.ctx.command_path if error.ctx else "flexvar"
         text = f"flexvar: error: {' '.join(text.split()).rstrip('.')}; see {command} --help"
@@ -78,7 +89,7 @@ def _fail_usage(error: Any) -> None:
     raise SystemExit(BAD_INPUT)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -142,7 +153,8 @@ def generate(
     sizes = {name: side for name, side in (("height", rows), ("width", columns)) if side is not None}
     target = commands.check_target(options.out, grid=options.grid)
     pipe = options.load()
-    drawing = options.drawing(commands.parse_labels(labels or [], pipe.transformer.config.num_classes), sizes)
+    parsed = commands.parse_labels(labels or [], pipe.transformer.config.num_classes, pipe.class_names)
+    drawing = options.drawing(parsed, sizes)
     commands.generate(pipe, drawing, model=options.model, target=target, grid=options.grid, columns=options.columns)
 
 
@@ -175,7 +187,7 @@ def reconstruct(
     target = commands.check_target(out, grid=False)
     if target.suffix.lower() != ".png":
         raise ValueError(f"reconstruct: --out must end in .png, got {str(out)!r}")
-    picture = open_photo(photo, max_side)
+    picture = open_photo(photo, max_side, op="reconstruct")
     pipe = load_pipeline(model, device, backend)
     parsed = commands.parse_schedule(schedule)
     commands.reconstruct(pipe, picture, target, schedule=parsed, steps=steps, dtype=dtype.value, columns=columns)

@@ -19,7 +19,10 @@ from flexvar.cli_options import (
 
 PhotoArgument = Annotated[Path, typer.Argument(help="Any picture, or a folder of pictures.")]
 EditLabelsArgument = Annotated[
-    list[str] | None, typer.Argument(help="Classes by name or number; `none`, the default, for no class.")
+    list[str] | None,
+    typer.Argument(
+        help="Classes by name or, where no class is called so, by number; `none`, the default, for no class."
+    ),
 ]
 PasteOption = Annotated[bool, typer.Option(help="Put the pixels that are kept back into the result, bit for bit.")]
 FeatherOption = Annotated[int, typer.Option(help="Pixels over which the pasted pixels fade in, around the seam.")]
@@ -191,7 +194,10 @@ def _edit(
     ]
     target = commands.check_target(options.out, grid=options.grid)
     pipe = options.load()
-    drawing = options.drawing(commands.parse_labels(labels or ["none"], pipe.transformer.config.num_classes), {})
+    parsed: list[int | str | None] = [None]
+    if labels:
+        parsed = commands.parse_labels(labels, pipe.transformer.config.num_classes, pipe.class_names)
+    drawing = options.drawing(parsed, {})
     commands.edit(
         pipe, drawing, requests, model=options.model, target=target, grid=options.grid, columns=options.columns
     )

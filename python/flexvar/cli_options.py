@@ -54,7 +54,10 @@ ScheduleOption = Annotated[
 ColumnsOption = Annotated[int | None, typer.Option(help="Images a row of the sheet.")]
 MaxSideOption = Annotated[int, typer.Option(help="Larger pictures are shrunk to this first; 0 is never.")]
 LabelsArgument = Annotated[
-    list[str] | None, typer.Argument(help="Classes by name or number; `none` for no class. Default: all, in turn.")
+    list[str] | None,
+    typer.Argument(
+        help="Classes by name or, where no class is called so, by number; `none` for no class. Default: all, in turn."
+    ),
 ]
 SizeOption = Annotated[int | None, typer.Option(help="Side of a square image in pixels.")]
 HeightOption = Annotated[int | None, typer.Option(help="Height in pixels; any number.")]

@@ -31,6 +31,8 @@ def web(
     backend: BackendOption = Backend.native,
     max_pixels: Annotated[int, typer.Option(help="Pixels of all images of a request together.")] = 1 << 20,
     max_images: Annotated[int, typer.Option(help="Images of a request.")] = 8,
+    max_steps: Annotated[int, typer.Option(help="Steps of a request.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of all steps and images of a request together.")] = 1 << 18,
     max_upload: Annotated[int, typer.Option(help="Bytes of an uploaded picture.")] = 20_000_000,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the device.")] = 16,
 ) -> None:
@@ -47,7 +49,7 @@ def web(
     from flexvar.web.privacy import forbid_telemetry
 
     forbid_telemetry()
-    limits = Limits(max_pixels, max_images, max_upload, max_waiting)
+    limits = Limits(max_pixels, max_images, max_steps, max_tokens, max_upload, max_waiting)
     pipe = load_pipeline(model, device, backend)
 
     from flexvar.web.server import serve

@@ -23,6 +23,7 @@ from flexvar.rerun import Recipe, count_differing_pixels
 from flexvar.schedule import ScaleSchedule
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+_NUMBER = re.compile(r"-?\d{1,100}")
 
 
 def parse_schedule(text: str | None) -> ScaleSchedule | None:
@@ -31,15 +32,26 @@ def parse_schedule(text: str | None) -> ScaleSchedule | None:
         return None
     matches = [_SIZE.fullmatch(part) for part in re.split(r"[\s,]+", text.strip())]
     if not all(matches):
-        raise ValueError(f"--schedule must be sides or HEIGHTxWIDTH, such as 1,2,4x8, got {text!r}")
+        raise ValueError(f"--schedule must be sides or HEIGHTxWIDTH, such as 1,2,4x8, got {text!r:.100}")
     return ScaleSchedule((int(match[1]), int(match[2] or match[1])) for match in matches if match)
 
 
-def parse_labels(texts: Sequence[str], num_classes: int) -> list[int | str | None]:
-    """Numbers as numbers, ``none`` as no class, names as they are; no text at all is every class."""
+def parse_labels(texts: Sequence[str], num_classes: int, class_names: Sequence[str]) -> list[int | str | None]:
+    """Labels as a pipeline takes them; no text at all is every class.
+
+    A text that is the name of a class, whatever the case, is that class; only otherwise are digits a number and
+    ``none`` no class.
+    """
     if not texts:
         return list(range(num_classes))
-    return [None if text.lower() == "none" else int(text) if re.fullmatch(r"-?\d+", text) else text for text in texts]
+    names = {name.casefold() for name in class_names}
+    return [text if text.casefold() in names else _parse_unnamed(text) for text in texts]
+
+
+def _parse_unnamed(text: str) -> int | str | None:
+    if text.lower() == "none":
+        return None
+    return int(text) if _NUMBER.fullmatch(text) else text
 
 
 def choose_device(name: str) -> torch.device:
@@ -209,7 +221,9 @@ def rerun(picture: Path, out: Path | None, *, image: Path | None, mask: Path | N
     target = check_target(out or picture.with_name(f"{picture.stem}-again.png"), grid=False)
     if not _is_png(target):
         raise ValueError(f"rerun: --out must end in .png, got {str(target)!r}")
-    inputs = {picture.resolve()}
+    if target.resolve() == picture.resolve():
+        raise ValueError(f"rerun: --out must not be the picture that is drawn again, got {str(target)!r}")
+    inputs = set[Path]()
     settings, drawing, edit = dict(recipe.settings), recipe.drawing, None
     if recipe.request is not None:
         edit, fingerprints = recipe.request.load()

@@ -48,7 +48,7 @@ class Drawing:
         if not self.labels:
             raise ValueError("generate: labels must hold at least one label, got none")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"generate: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"generate: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.100}")
 
     def label(self, image: int) -> int | str | None:
         """The class of an image."""
@@ -60,8 +60,11 @@ class Drawing:
         return pipe.settings(**{**self._settings(), **sizes}).layout(pipe.patch_size)
 
     def check(self, pipe: FlexVARPipeline, edit: Edit | None) -> None:
-        """Raises ValueError and TypeError for what cannot be drawn, before anything is computed."""
-        pipe.stream([self.label(0)], edit=edit, seed=self.seed, **self._settings())
+        """Raises ValueError and TypeError for what cannot be drawn, before anything is computed.
+
+        That is every label, also one that no image has.
+        """
+        pipe.stream(self.labels, edit=edit, seed=self.seed, **self._settings())
 
     def num_passes(self, images: Sequence[int]) -> int:
         """How many batches it takes to draw these images."""

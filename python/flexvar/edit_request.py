@@ -52,7 +52,7 @@ class EditRequest:
         """
         image, fingerprint = read_with_fingerprint(self.image, open_image)
         fingerprints = {"image": fingerprint}
-        pictures = [shrink(image, self.image.name, self.max_side)]
+        pictures = [shrink(image, self.image.name, self.max_side, op=self.task)]
         if self.mask is not None:
             mask, fingerprints["mask"] = read_with_fingerprint(self.mask, open_mask)
             pictures.append(mask)

@@ -26,9 +26,13 @@ def read_with_fingerprint(path: Path, read: Callable[[BinaryIO], T]) -> tuple[T,
         return read(file), digest.hexdigest()
 
 
-def shrink(picture: Image.Image, name: str, max_side: int) -> Image.Image:
-    """A picture of at most ``max_side`` pixels a side (0: as it is); shrinking is said on stderr."""
-    check_integer("--max-side", max_side, 0)
+def shrink(picture: Image.Image, name: str, max_side: int, *, op: str) -> Image.Image:
+    """A picture of at most ``max_side`` pixels a side (0: as it is); shrinking is said on stderr.
+
+    Raises:
+        TypeError, ValueError: ``max_side`` is no int, or below 0; the text begins with ``op``.
+    """
+    check_integer("--max-side", max_side, 0, op=op)
     if not max_side or max(picture.size) <= max_side:
         return picture
     small = picture.copy()
@@ -41,9 +45,9 @@ def shrink(picture: Image.Image, name: str, max_side: int) -> Image.Image:
     return small
 
 
-def open_photo(path: Path, max_side: int) -> Image.Image:
-    """A picture, shrunk to ``max_side`` pixels where it is longer (0: never), which is said."""
-    return shrink(open_image(path), path.name, max_side)
+def open_photo(path: Path, max_side: int, *, op: str) -> Image.Image:
+    """A picture, shrunk as :func:`shrink` does."""
+    return shrink(open_image(path), path.name, max_side, op=op)
 
 
 def list_photos(path: Path) -> list[Path]:

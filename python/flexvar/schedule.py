@@ -72,7 +72,7 @@ class ScaleSchedule:
 
     def __init__(self, sizes: Iterable[int | Iterable[int]]) -> None:
         if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
-            raise TypeError(f"ScaleSchedule: sizes must be a list of ints or (h, w) pairs, got {sizes!r}")
+            raise TypeError(f"ScaleSchedule: sizes must be a list of ints or (h, w) pairs, got {sizes!r:.100}")
         checked = tuple(_as_size(step, size) for step, size in enumerate(sizes))
         if not checked:
             raise ValueError("ScaleSchedule: sizes must hold at least one step, got none")
@@ -103,16 +103,16 @@ class ScaleSchedule:
             ValueError: there is no such preset; the text lists those there are.
         """
         if variant not in ("paper", "code"):
-            raise ValueError(f'ScaleSchedule.preset: variant must be "paper" or "code", got {variant!r}')
+            raise ValueError(f'ScaleSchedule.preset: variant must be "paper" or "code", got {variant!r:.100}')
         for name, value in (("steps", steps), ("image_size", image_size)):
             _as_int(value, f"ScaleSchedule.preset: {name}")
         if image_size not in _PRESETS:
             known = ", ".join(map(str, _PRESETS))
-            raise ValueError(f"ScaleSchedule.preset: image_size must be one of {known}, got {image_size!r}")
+            raise ValueError(f"ScaleSchedule.preset: image_size must be one of {known}, got {image_size!r:.100}")
         if steps not in _PRESETS[image_size]:
             known = ", ".join(map(str, _PRESETS[image_size]))
             raise ValueError(
-                f"ScaleSchedule.preset: steps must be one of {known} for image_size {image_size}, got {steps!r}"
+                f"ScaleSchedule.preset: steps must be one of {known} for image_size {image_size}, got {steps!r:.100}"
             )
         if variant == "code" and (image_size, steps) == (256, 8):
             return cls(_CODE_VARIANT_8)
@@ -138,7 +138,7 @@ class ScaleSchedule:
         arguments = {"height": height, "width": width, "steps": 1 if steps is None else steps, "patch_size": patch_size}
         for name, value in arguments.items():
             if _as_int(value, f"ScaleSchedule.for_image: {name}") < 1:
-                raise ValueError(f"ScaleSchedule.for_image: {name} must be at least 1, got {value}")
+                raise ValueError(f"ScaleSchedule.for_image: {name} must be at least 1, got {value!s:.100}")
         for name in ("height", "width"):
             if arguments[name] % patch_size:
                 raise ValueError(
@@ -146,7 +146,7 @@ class ScaleSchedule:
                     f"got {arguments[name]}"
                 )
         if steps is not None and steps > _MAX_STEPS:
-            raise ValueError(f"ScaleSchedule.for_image: steps must be at most {_MAX_STEPS}, got {steps}")
+            raise ValueError(f"ScaleSchedule.for_image: steps must be at most {_MAX_STEPS}, got {steps!s:.100}")
         grid = (height // patch_size, width // patch_size)
         shorter = min(grid)
         if shorter <= _LARGEST_STRETCHED_SIDE:
@@ -202,22 +202,24 @@ def _stretched(grid: Size, steps: int) -> list[Size]:
 
 def _as_int(value: Any, name: str) -> int:
     if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {value!r:.100}")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
+        raise TypeError(f"{name} must be an int, got {value!r:.100}") from None
 
 
 def _as_size(step: int, size: int | Iterable[int]) -> Size:
     if isinstance(size, Iterable) and not isinstance(size, (str, bytes)):
         sides = tuple(size)
         if len(sides) != 2:
-            raise ValueError(f"ScaleSchedule: size of step {step} must be an int or an (h, w) pair, got {size!r}")
+            raise ValueError(f"ScaleSchedule: size of step {step} must be an int or an (h, w) pair, got {size!r:.100}")
         height, width = sides
     else:
         height = width = size  # type: ignore[assignment]
     for side in (height, width):
         if not 1 <= _as_int(side, f"ScaleSchedule: every side of step {step}") <= _MAX_SIDE:
-            raise ValueError(f"ScaleSchedule: every side of step {step} must be from 1 to {_MAX_SIDE}, got {size!r}")
+            raise ValueError(
+                f"ScaleSchedule: every side of step {step} must be from 1 to {_MAX_SIDE}, got {size!r:.100}"
+            )
     return operator.index(height), operator.index(width)

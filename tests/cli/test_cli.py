@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from flexvar import (
     FlexVARPipeline,
     FlexVARTransformer,
@@ -25,6 +27,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Result = tuple[int, str, str]
 LargestFile = Callable[[int], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def numbered(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny pipeline with classes that are called as numbers are, or as no class is."""
+    pipe = FlexVARPipeline.from_pretrained(model)
+    config = replace(pipe.transformer.config, class_names=("1", "None", "0"))
+    transformer = FlexVARTransformer(config)
+    transformer.load_state_dict(pipe.transformer.state_dict())
+    folder = tmp_path_factory.mktemp("numbered")
+    FlexVARPipeline(pipe.tokenizer, transformer).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -104,6 +118,22 @@ def test_images_do_not_depend_on_num_and_batch(generate: Callable[..., Result]) 
         assert np.array_equal(np.asarray(Image.open(f"a/{file}")), np.asarray(Image.open(f"b/{file}")))
 
 
+def test_names_win_over_numbers(run: Callable[..., Result], numbered: str) -> None:
+    options = ["--model", numbered, "--steps", 2]
+    assert run("generate", "1", "none", "0", "2", "3", "--size", 8, *options, "--out", "images")[0] == 0
+    files = ["0000-1.png", "0001-none.png", "0002-0.png", "0003-0.png", "0004-3.png"]
+    assert sorted(os.listdir("images")) == files
+    labels = [read_settings(f"images/{file}")["class_labels"] for file in files]
+    assert labels == [["1"], ["none"], ["0"], [2], [3]]
+    out = FlexVARPipeline.from_pretrained(numbered)(["1", "none", "0", 2, 3], steps=2, height=8)
+    for file, picture in zip(files, out.images, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(f"images/{file}")))
+    assert run("rerun", "images/0000-1.png")[0] == 0
+    Image.new("RGB", (8, 8)).save("photo.png")
+    assert run("outpaint", "photo.png", "--right", 4, *options)[0] == 0
+    assert read_settings("flexvar.png")["class_labels"] == [None]  # not the class of that name
+
+
 def test_sheet_of_sizes_styles_and_types(generate: Callable[..., Result]) -> None:
     code, _, _ = generate(
         "star", 0, "none", "--height", 7, "--width", 18, "--steps", 2, "--columns", 3, "--guidance-style", "llamagen",
@@ -140,7 +170,8 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
         (["generate", "7"], "class_labels must be from 0 to 3, got 7"),
         (["generate", "-1"], "No such option: -1; see "),
         (["generate", "--num", "0"], "--num must be at least 1, got 0"),
-        (["generate", "--num", "x"], "Invalid value for '--num'"),
+        (["generate", "--num", "two"], "Invalid value for '--num': "),
+        (["generate", "--num", "two"], "'two'"),
         (["generate", "--batch", "-2"], "--batch must be at least 1, got -2"),
         (["generate", "--columns", "0"], "--columns must be at least 1, got 0"),
         (["generate", "--size", "0"], "height must be at least 1, got 0"),
@@ -184,7 +215,7 @@ def test_reconstruct(run: Callable[..., Result], model: str) -> None:
         (["reconstruct", "."], ".: Is a directory"),
         (["reconstruct", "text.jpg"], "text.jpg must be a picture that Pillow reads"),
         (["reconstruct", "truncated.png"], "truncated.png must be an undamaged picture"),
-        (["reconstruct", "photo.png", "--max-side", "-1"], "--max-side must be at least 0, got -1"),
+        (["reconstruct", "photo.png", "--max-side", "-1"], "reconstruct: --max-side must be at least 0, got -1"),
         (["reconstruct", "photo.png", "--out", "x.jpg"], "--out must end in .png"),
         (["reconstruct", "photo.png", "--schedule", "1,2"], "must need the schedule's last grid (2, 2)"),
     ],
@@ -209,6 +240,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
     "arguments",
     [
         ["generate", "nonsense", "--out", "new"],
+        ["generate", "star", "nonsense", "--out", "new"],
+        ["generate", "star", "star", "99", "--batch", "2", "--out", "new"],
+        ["generate", "star", "nonsense", "--num", "1", "--out", "new.png"],
+        ["outpaint", "photo.png", "star", "nonsense", "--right", "4", "--out", "new"],
         ["generate", "--seed", "-1", "--out", "new/star.png"],
         ["reconstruct", "photo.png", "--schedule", "1,3", "--out", "new/scales.png"],
         ["expand", "photo.png", "--size", "7", "--out", "new"],
@@ -253,8 +288,20 @@ def test_an_interrupt_is_no_traceback(generate: Callable[..., Result], monkeypat
 
     monkeypatch.setattr(FlexVARTransformer, "begin", interrupted)
     code, _, error = generate("star")
-    assert code in (1, 130)  # by typer's version
+    assert code == 130
+    assert error.endswith("flexvar: stopped\n")
     assert "Traceback" not in error
+
+
+def test_an_early_end_of_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    def ended(*arguments: object, **options: object) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(FlexVARTransformer, "begin", ended)
+    monkeypatch.setattr(sys, "argv", ["flexvar", "generate", "star", "--model", model])
+    with pytest.raises(typer.Abort) as stop:
+        main()
+    assert isinstance(stop.value.__cause__, EOFError)
 
 
 def test_damaged_model(run: Callable[..., Result], tmp_path: Path, model: str) -> None:

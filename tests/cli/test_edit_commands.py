@@ -88,6 +88,8 @@ def test_generated_pictures_rerun(edit: Callable[..., Result], run: Callable[...
     assert (settings["height"], settings["width"], settings["dtype"]) == (7, 18, "bfloat16")
     assert edit("generate", "star", "--schedule", "1,2x3", "--out", "one.png")[0] == 0
     assert run("rerun", "one.png")[0] == 0
+    message = "flexvar: error: rerun: --out must not be the picture that is drawn again, got 'one.png'\n"
+    assert run("rerun", "one.png", "--out", "one.png") == (2, "", message)
 
 
 def test_options_reach_the_edit(edit: Callable[..., Result]) -> None:
@@ -284,6 +286,7 @@ def test_hostile_files_are_refused(edit: Callable[..., Result], name: str, what:
         (["expand", "photo.png", "--size", 32, "--width", 3], "--size must be left out"),
         (["refine", "photo.png", "--width", 32], "refine: --size, or --height and --width, must be given"),
         (["refine", "photo.png", "--size", 8], "refine: start_step must be given where the image has the patches"),
+        (["inpaint", "photo.png", "mask.png", "--max-side", -1], ": inpaint: --max-side must be at least 0"),
         (["rerun", "photo.png"], "must be a PNG written by flexvar"),
         (["rerun", "missing.png"], "missing.png: No such file"),
     ],

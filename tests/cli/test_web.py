@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from flexvar import cli_web
 from flexvar.cli_web import is_loopback
+from flexvar.schedule import ScaleSchedule
 from flexvar.web.limits import Limits
 
 Result = tuple[int, str, str]
@@ -29,5 +30,13 @@ def test_limits() -> None:
         limits.check_size("expand", (20, 26), 2)
     with pytest.raises(ValueError, match="refine: num must be from 1 to 2, got 3"):
         limits.check_size("refine", (1, 1), 3)
+    limits = Limits(max_steps=3, max_tokens=100)
+    limits.check_schedule("refine", ScaleSchedule([1, 3, 6]), 2)
+    with pytest.raises(ValueError, match="refine: steps must be from 1 to 3, got 4"):
+        limits.check_schedule("refine", ScaleSchedule([1, 1, 1, 1]), 1)
+    with pytest.raises(ValueError, match="at most 100 tokens together, got 3 x 46 in 3 steps"):
+        limits.check_schedule("refine", ScaleSchedule([1, 3, 6]), 3)
+    with pytest.raises(ValueError, match="web: max-tokens must be at least 1, got 0"):
+        Limits(max_tokens=0)
     with pytest.raises(ValueError, match="web: max-images must be from 1 to 16, got 17"):
         Limits(max_images=17)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -80,13 +81,26 @@ def test_the_python_example_and_its_command_lines(site: Any, tmp_path: Path, mon
     ("arguments", "message"),
     [
         ({"label": "starr"}, "did you mean star"),
-        ({"num": 0}, "num must be at least 1"),
+        ({"num": 0}, "generate: num must be from 1 to 8, got 0"),
         ({"num": 9}, "num must be from 1 to 8"),
         ({"width": 0}, "width must be at least 1"),
         ({"width": 4000, "height": 4000}, "at most 131072 pixels together"),
         ({"seed": -1}, "seed must be from 0"),
         ({"steps": -2}, "steps must be at least 1"),
-        ({"top_p": 2}, "top_p|maximum"),
+        ({"width": 16, "height": 16, "steps": 4096}, "steps must be from 1 to 64, got 4096"),
+        ({"width": 4, "height": 32768, "steps": 64}, "at most 262144 tokens together, got 1 x "),
+        ({"top_p": 2}, "top_p must be from 0 to 1, got 2"),
+        ({"width": "abc"}, "width must be an int, got 'abc'"),
+        ({"height": [1]}, r"height must be an int, got \[1\]"),
+        ({"width": True}, "width must be an int, got True"),
+        ({"seed": 1.5}, r"seed must be an int, got 1\.5"),
+        ({"steps": False}, "steps must be an int, got False"),
+        ({"num": "two"}, "num must be an int, got 'two'"),
+        ({"top_k": "x"}, "top_k must be an int, got 'x'"),
+        ({"top_p": "x"}, "top_p must be a number, got 'x'"),
+        ({"guidance_scale": "x"}, "guidance_scale must be a number, got 'x'"),
+        ({"guidance_style": ["var"]}, "guidance_style must be one of var, llamagen, off, got"),
+        ({"label": 99}, "class_labels must be from 0 to 12, got 99"),
     ],
 )
 def test_what_breaks_a_rule(site: Any, arguments: dict[str, Any], message: str) -> None:
@@ -96,6 +110,40 @@ def test_what_breaks_a_rule(site: Any, arguments: dict[str, Any], message: str) 
     client = Client(site.local_url, verbose=False)
     with pytest.raises(AppError, match=message):
         client.predict(**arguments, api_name="/generate")
+
+
+def test_a_number_that_json_does_not_know(site: Any) -> None:
+    url = f"{site.local_url}gradio_api/call"
+    request = Request(f"{url}/v2/generate", b'{"width": NaN}', {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as answer:
+        event = json.load(answer)["event_id"]
+    with urlopen(f"{url}/generate/{event}", timeout=60) as answer:
+        assert "generate: width must be an int, got nan" in answer.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments", "message"),
+    [
+        ("outpaint", {"left": "abc"}, "outpaint: left must be an int, got 'abc'"),
+        ("outpaint", {"start_step": "abc"}, "outpaint: start_step must be an int, got 'abc'"),
+        ("outpaint", {"paste": "abc"}, "outpaint: paste must be a bool, got 'abc'"),
+        ("outpaint", {"feather": 1.5}, r"outpaint: feather must be an int, got 1\.5"),
+        ("refine", {"width": None}, "refine: width must be an int, got None"),
+        ("inpaint", {"mask": 7}, "inpaint: mask must be text, got int"),
+        ("reconstruct", {"steps": "abc"}, "steps must be an int, got 'abc'"),
+        ("reconstruct", {"max_side": 1.5}, r"reconstruct: max_side must be an int, got 1\.5"),
+    ],
+)
+def test_what_breaks_a_rule_of_an_edit(
+    site: Any, tmp_path: Path, endpoint: str, arguments: dict[str, Any], message: str
+) -> None:
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    client = Client(site.local_url, verbose=False)
+    with pytest.raises(AppError, match=message):
+        client.predict(image=handle_file(tmp_path / "photo.png"), **arguments, api_name=f"/{endpoint}")
 
 
 def test_reconstruct_and_its_command_line(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +160,16 @@ def test_reconstruct_and_its_command_line(site: Any, tmp_path: Path, monkeypatch
         main()
     assert not stop.value.code
     assert np.array_equal(np.asarray(open_image(Path(sheet).name)), np.asarray(open_image(sheet)))
+
+
+def test_the_film_of_many_steps_is_bounded(site: Any) -> None:
+    from gradio_client import Client
+
+    client = Client(site.local_url, verbose=False)
+    html = client.predict(label="star", width=16, height=16, steps=60, api_name="/generate")[2]
+    assert "in 60 steps" in html
+    assert html.count("<li>") == 24
+    assert html.rindex("<span>4×4</span>") > html.rindex("<span>3×3</span>")
 
 
 def test_one_at_a_time(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:

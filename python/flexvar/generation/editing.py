@@ -96,7 +96,7 @@ class Inpaint(Edit):
         if any(count not in (1, self.count) for count in counts):
             raise ValueError(f"{self.task}: mask must be one, or one per image ({counts[0]}), got {counts[1]}")
         if not isinstance(paste, bool):
-            raise TypeError(f"{self.task}: paste must be a bool, got {paste!r}")
+            raise TypeError(f"{self.task}: paste must be a bool, got {paste!r:.100}")
         self.paste = paste
         self.feather = check_integer("feather", feather, 0, max(self.size), op=self.task)
         if self.feather and not paste:

@@ -29,12 +29,12 @@ PUBLISHED_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32
 def check_guidance(scale: float, style: str) -> None:
     """Raises TypeError when ``scale`` is not a number, ValueError when it is beyond 1e30 or the style is unknown."""
     if style not in GUIDANCE_STYLES:
-        raise ValueError(f"generate: guidance_style must be one of {', '.join(GUIDANCE_STYLES)}, got {style!r}")
+        raise ValueError(f"generate: guidance_style must be one of {', '.join(GUIDANCE_STYLES)}, got {style!r:.100}")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"generate: guidance_scale must be a number, got {scale!r}")
+        raise TypeError(f"generate: guidance_scale must be a number, got {scale!r:.100}")
     if not abs(scale) <= _LARGEST_SCALE:  # NaN, too, is not
         raise ValueError(
-            f"generate: guidance_scale must be from {-_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, got {scale}"
+            f"generate: guidance_scale must be from {-_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, got {scale!s:.100}"
         )
 
 

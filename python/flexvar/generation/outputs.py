@@ -69,5 +69,5 @@ class GenerationOutput:
 def check_output_type(output_type: str) -> str:
     """The argument, or a ValueError."""
     if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"generate: output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        raise ValueError(f"generate: output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r:.100}")
     return output_type

@@ -186,7 +186,7 @@ class FlexVARPipeline:
 
         Args:
             class_labels: one or several: numbers, names where the model has them, None for no class; or an integer
-                tensor [B]. The number of classes is itself the number of no class.
+                tensor [B]. A string is always a name, "1" too. The number of classes is itself the number of no class.
             edit: :class:`Inpaint`, :class:`Outpaint`, :class:`Expand` or :class:`Refine`. Its one picture serves every
                 label, or its pictures are one per label; one label serves every picture. It says the height and width.
             seed: from 0 to 2**63 - 1. One for all: image i draws as (seed, i). One per image: image i draws as (its
@@ -224,7 +224,7 @@ class FlexVARPipeline:
         labels = resolve_labels(class_labels, config.num_classes, config.class_names)
         if edit is not None:
             if not isinstance(edit, Edit):
-                raise TypeError(f"generate: edit must be an Inpaint, Outpaint, Expand or Refine, got {edit!r}")
+                raise TypeError(f"generate: edit must be an Inpaint, Outpaint, Expand or Refine, got {edit!r:.100}")
             for name in ("height", "width"):
                 if getattr(resolved, name) is not None:
                     raise ValueError(

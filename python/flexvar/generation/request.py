@@ -47,14 +47,16 @@ def _resolve_label(label: Any, num_classes: int, class_names: Sequence[str]) -> 
     if not isinstance(label, str):
         return check_integer("class_labels", label, 0, num_classes)
     if not class_names:
-        raise ValueError(f"generate: class_labels must be numbers, as this model has no class names, got {label!r}")
+        raise ValueError(
+            f"generate: class_labels must be numbers, as this model has no class names, got {label!r:.100}"
+        )
     folded = [name.casefold() for name in class_names]
     if label.casefold() in folded:
         return folded.index(label.casefold())
     close = difflib.get_close_matches(label.casefold(), folded, n=3)
     meant = [class_names[folded.index(name)] for name in close] or list(class_names[:12])
     hint = ("did you mean " if close else "for example ") + ", ".join(meant)
-    raise ValueError(f"generate: class_labels must be names that the model knows, got {label!r}; {hint}")
+    raise ValueError(f"generate: class_labels must be names that the model knows, got {label!r:.100}; {hint}")
 
 
 def match_batch(labels: Tensor, edit: Edit) -> Tensor:

@@ -79,13 +79,15 @@ class GenerationSettings:
         check_guidance(self.guidance_scale, self.guidance_style)
         check_integer("top_k", self.top_k, 0)
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float):
-            raise TypeError(f"generate: top_p must be a number, got {self.top_p!r}")
+            raise TypeError(f"generate: top_p must be a number, got {self.top_p!r:.100}")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"generate: top_p must be from 0 to 1, got {self.top_p}")
+            raise ValueError(f"generate: top_p must be from 0 to 1, got {self.top_p!s:.100}")
         if not isinstance(self.published_greedy_quirk, bool):
-            raise TypeError(f"generate: published_greedy_quirk must be a bool, got {self.published_greedy_quirk!r}")
+            raise TypeError(
+                f"generate: published_greedy_quirk must be a bool, got {self.published_greedy_quirk!r:.100}"
+            )
         if self.autocast_dtype is not None and not isinstance(self.autocast_dtype, torch.dtype):
-            raise TypeError(f"generate: autocast_dtype must be a torch.dtype or None, got {self.autocast_dtype!r}")
+            raise TypeError(f"generate: autocast_dtype must be a torch.dtype or None, got {self.autocast_dtype!r:.100}")
         if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
                 f"generate: autocast_dtype must be torch.bfloat16, torch.float16 or None, got {self.autocast_dtype}"
@@ -161,7 +163,9 @@ def _check_names(values: Mapping[str, Any], known: tuple[str, ...], what: str) -
 def check_pixels(op: str, height: int, width: int) -> None:
     """Raises ValueError for an image of more than :data:`MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
-        raise ValueError(f"{op}: height x width must be at most {MAX_PIXELS} pixels, got {height} x {width}")
+        raise ValueError(
+            f"{op}: height x width must be at most {MAX_PIXELS} pixels, got {height!s:.100} x {width!s:.100}"
+        )
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str = "generate") -> int:
@@ -169,10 +173,10 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None, *, o
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{op}: {name} must be an int, got {value!r}") from None
+        raise TypeError(f"{op}: {name} must be an int, got {value!r:.100}") from None
     if isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+        raise TypeError(f"{op}: {name} must be an int, got {value!r:.100}")
     if number < low or (high is not None and number > high):
         rule = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{op}: {name} must be {rule}, got {number}")
+        raise ValueError(f"{op}: {name} must be {rule}, got {number!s:.100}")
     return number

@@ -26,7 +26,12 @@ class Controls:
         defaults = studio.pipe.settings()
         with gr.Row(elem_classes="tight"):
             self.label = gr.Dropdown(
-                ["none", *names], value=names[0], label="Class", allow_custom_value=True, scale=2, min_width=140
+                names if "none" in map(str.casefold, names) else ["none", *names],
+                value=names[0],
+                label="Class",
+                allow_custom_value=True,
+                scale=2,
+                min_width=140,
             )
             self.num = gr.Number(1, label="Images", precision=0, scale=1, min_width=80)
         with gr.Row(elem_classes="tight"):

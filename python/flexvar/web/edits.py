@@ -12,7 +12,7 @@ from flexvar.edit_request import EditRequest
 from flexvar.web.painter import make_painter, write_mask
 from flexvar.web.picture import PictureInput, copied
 from flexvar.web.studio import Shown, Studio
-from flexvar.web.task import Inputs, Run, drawing_run
+from flexvar.web.task import Inputs, Run, drawing_run, steps_or_auto
 
 _MAX_SIDE = 256
 
@@ -65,7 +65,7 @@ def reconstruct_inputs(studio: Studio) -> Inputs:
         max_side = gr.Number(_MAX_SIDE, label="Shrink larger pictures to", precision=0, min_width=120)
 
     def run(folder: Path, image: str | None, steps: int, max_side: int) -> Iterator[Shown]:
-        return studio.reconstruct(copied(image, folder, "reconstruct"), steps or None, max_side)
+        return studio.reconstruct(copied(image, folder, "reconstruct"), steps_or_auto(steps), max_side)
 
     return {"image": picture.file, "steps": steps, "max_side": max_side}, run
 
@@ -80,7 +80,7 @@ def _run(studio: Studio, task: str) -> Run:
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     start_step = values["start_step"]
-    return {**values, "start_step": None if start_step is None or start_step < 0 else start_step}
+    return {**values, "start_step": None if type(start_step) is int and start_step < 0 else start_step}
 
 
 def _sides(width: int, height: int) -> dict[str, gr.Number]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexvar.cli_options import DrawOptions
 from flexvar.generation.settings import check_integer
-from flexvar.schedule import Size
+from flexvar.schedule import ScaleSchedule, Size
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,21 @@ class Limits:
     Attributes:
         max_pixels: pixels of all images of a request together.
         max_images: images of a request; they are one batch, which is at most the command line's.
+        max_steps: steps of a request.
+        max_tokens: tokens of all steps of all images of a request together, which memory and time follow.
         max_upload_bytes: of a picture's file.
         max_waiting: requests that may wait for the device; further ones are turned away.
     """
 
     max_pixels: int = 1 << 20
     max_images: int = 8
+    max_steps: int = 64
+    max_tokens: int = 1 << 18
     max_upload_bytes: int = 20_000_000
     max_waiting: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_upload_bytes", "max_waiting"):
+        for name in ("max_pixels", "max_steps", "max_tokens", "max_upload_bytes", "max_waiting"):
             check_integer(name.replace("_", "-"), getattr(self, name), 1, op="web")
         check_integer("max-images", self.max_images, 1, DrawOptions.batch, op="web")
 
@@ -38,5 +42,15 @@ class Limits:
         )
         if num * height * width > self.max_pixels:
             raise ValueError(
-                f"{task}: images must have at most {self.max_pixels} pixels together, got {num} of {width} x {height}"
+                f"{task}: images must have at most {self.max_pixels} pixels together, got {num} of "
+                f"{width!s:.100} x {height!s:.100}"
+            )
+
+    def check_schedule(self, task: str, schedule: ScaleSchedule, num: int) -> None:
+        """Raises ValueError for a schedule of too many steps, or of too many tokens for ``num`` images."""
+        check_integer("steps", len(schedule), 1, self.max_steps, op=task)
+        if num * schedule.num_tokens > self.max_tokens:
+            raise ValueError(
+                f"{task}: steps must have at most {self.max_tokens} tokens together, got {num} x {schedule.num_tokens} "
+                f"in {len(schedule)} steps"
             )

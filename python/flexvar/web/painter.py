@@ -35,7 +35,14 @@ def make_painter() -> gr.HTML:
 
 
 def write_mask(value: str | None, path: Path) -> None:
-    """Writes the painter's value into a file. Raises ValueError where nothing was painted, or it is no PNG."""
+    """Writes the painter's value into a file.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: nothing was painted, or it is no PNG.
+    """
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"inpaint: mask must be text, got {type(value).__name__}")
     if not value:
         raise ValueError("inpaint: mask must be painted first: draw with the brush where to paint anew")
     if not value.startswith(_PREFIX) or len(value) > _LARGEST_MASK:

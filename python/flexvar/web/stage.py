@@ -36,11 +36,11 @@ def make_stage() -> gr.HTML:
 
 
 def stage_html(shown: Shown, film: Sequence[tuple[Size, str]]) -> str:
-    """The pictures of a step; below, one thumbnail a step so far.
+    """The pictures of a step; below, thumbnails of the steps so far.
 
     Args:
         shown: the step.
-        film: for every step so far its grid and, as a data URL, its first picture.
+        film: of steps so far the grid and, as a data URL, the first picture.
     """
     height, width = shown.size
     is_done = shown.step + 1 == shown.num_steps

@@ -16,6 +16,7 @@ from flexvar.commands import autocast_dtype, parse_labels, scales_sheet
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import FlexVARPipeline
+from flexvar.generation.settings import check_integer
 from flexvar.image_io import open_image, save_png
 from flexvar.photos import shrink
 from flexvar.schedule import Size
@@ -68,8 +69,10 @@ class Studio:
 
     def drawing(self, label: str, num: int, seed: int, **options: Any) -> Drawing:
         """What a request asks for; options that are None are the model's. Raises TypeError and ValueError."""
+        check_integer("num", num, 1, self.limits.max_images)
+        text = "" if label is None else str(label).strip()
         return Drawing(
-            labels=parse_labels([str(label or "none").strip()], self.pipe.transformer.config.num_classes),
+            labels=parse_labels([text or "none"], self.pipe.transformer.config.num_classes, self.pipe.class_names),
             num=num,
             batch=DrawOptions.batch,
             seed=seed,
@@ -91,10 +94,13 @@ class Studio:
             self.limits.check_size(request.task, edited_size(request, picture), drawing.num)
             edit, fingerprints = request.load()
             before = before_picture(request, picture)
-        size = drawing.layout(self.pipe, edit).image_size
-        self.limits.check_size("generate" if request is None else request.task, size, drawing.num)
+        task = "generate" if request is None else request.task
+        layout = drawing.layout(self.pipe, edit)
+        size = layout.image_size
+        self.limits.check_size(task, size, drawing.num)
+        self.limits.check_schedule(task, layout.schedule, drawing.num)
         drawing.check(self.pipe, edit)
-        record = drawing.record("generate" if request is None else request.task, self.model, self.pipe, edit)
+        record = drawing.record(task, self.model, self.pipe, edit)
         if request is not None:
             record["edit"] = request.record(fingerprints, folder)
         steps = drawing.stream(self.pipe, edit, range(drawing.num))
@@ -125,9 +131,12 @@ class Studio:
         Raises:
             OSError, TypeError, ValueError: it cannot be done; said before anything is.
         """
-        picture = shrink(open_image(path), path.name, max_side)
+        check_integer("max_side", max_side, 0, op="reconstruct")
+        picture = shrink(open_image(path), path.name, max_side, op="reconstruct")
         size = (picture.height, picture.width)
         self.limits.check_size("reconstruct", size, 1)
+        layout = self.pipe.settings(height=size[0], width=size[1], steps=steps).layout(self.pipe.patch_size)
+        self.limits.check_schedule("reconstruct", layout.schedule, 1)
         with self._device:
             out = self.pipe.reconstruct(picture, steps=steps, autocast_dtype=autocast_dtype(self.dtype))
         scales = []

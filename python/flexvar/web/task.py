@@ -36,6 +36,7 @@ _MARK_CANCELLED = """() => {
   document.querySelectorAll('.stage.running').forEach(e => e.parentElement.dataset.cancelled = '');
 }"""
 _LARGEST_GALLERY = 60
+_LONGEST_FILM = 24  # thumbnails, which are sent again after every step
 SILENT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUEUE = "device"  # everything that computes: one at a time
 
@@ -76,6 +77,7 @@ def add_task(
     if controls is not None:
         inputs = {**own, **controls.inputs}
         pressed = draw.click(next_seed, [controls.seed, controls.is_random], controls.seed, **SILENT)
+    _take_as_sent(inputs)
     drawn = pressed.then(
         _endpoint(run), inputs_kwargs=inputs, outputs=[files, command, stage],
         api_name=name, concurrency_limit=1, concurrency_id=_QUEUE, show_progress="minimal", show_progress_on=stage,
@@ -86,16 +88,28 @@ def add_task(
     return own
 
 
+def _take_as_sent(inputs: dict[str, Any]) -> None:
+    """Leaves values to the checks of what draws: gradio rounds some and fails at others without a message."""
+    for component in inputs.values():
+        if isinstance(component, gr.Number | gr.Slider | gr.Dropdown):
+            component.preprocess = lambda payload: payload
+
+
 def drawing_run(studio: Studio, start: Start) -> Run:
     """What a task does that draws: ``start`` says what, the controls how."""
 
     def run(folder: Path, **values: Any) -> Iterator[Shown]:
         common = {name: values.pop(name) for name in Controls.NAMES}
         request, options = start(folder, **values)
-        drawing = studio.drawing(**{**common, "steps": common["steps"] or None}, **options)
+        drawing = studio.drawing(**{**common, "steps": steps_or_auto(common["steps"])}, **options)
         yield from studio.draw(drawing, request, folder)
 
     return run
+
+
+def steps_or_auto(steps: Any) -> Any:
+    """The field for steps as a pipeline takes it: 0 is None. Other values are as they are, to be checked there."""
+    return None if type(steps) is int and steps == 0 else steps
 
 
 def _endpoint(run: Run) -> Callable[..., Iterator[tuple[list[str] | None, str, str]]]:
@@ -103,11 +117,18 @@ def _endpoint(run: Run) -> Callable[..., Iterator[tuple[list[str] | None, str, s
         with shown_errors(), tempfile.TemporaryDirectory() as folder:
             film = []
             for shown in run(Path(folder), **values):
-                film.append((shown.grid, thumbnail_url(shown.pictures[0])))
+                if _is_in_film(shown.step, shown.num_steps):
+                    film.append((shown.grid, thumbnail_url(shown.pictures[0])))
                 files = [str(path) for path in shown.files] or None
                 yield files, shown.command, stage_html(shown, film)
 
     return endpoint
+
+
+def _is_in_film(step: int, num_steps: int) -> bool:
+    """Whether a step has a thumbnail: all do, or of many steps evenly chosen ones, the last among them."""
+    length = min(num_steps, _LONGEST_FILM)
+    return (step + 1) * length // num_steps > step * length // num_steps
 
 
 def _join_gallery(files: Sequence[str], num: int, pictures: Sequence[tuple[str, str | None]] | None) -> list[Any]:
