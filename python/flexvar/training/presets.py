@@ -57,8 +57,8 @@ DEMO_TRANSFORMER_TRAINING = TransformerTrainingConfig(
     short_batch_size=32,
 )
 
-#: What suits the demo's transformer: the same guidance at every step, and not the least likely codes. (With top_p 0.5 a wide
-#: image often stays empty: nowhere is the shape likelier than not.)
+#: What suits the demo's transformer: the same guidance at every step, and not the least likely codes. (With top_p 0.5 a
+#: wide image often stays empty: nowhere is the shape likelier than not.)
 DEMO_GENERATION: GenerationOptions = {"guidance_scale": 2.5, "guidance_style": "llamagen", "top_p": 0.9}
 
 
