@@ -158,18 +158,18 @@ class TileForward {
       store(maximum_ + q * lanes, maximum);
       // -inf, the maximum of no finite score, is no number to subtract. Differences are scaled, not
       // scores, as in cpu_forward.h: the correction of a maximum that stays is exactly 1.
-      const float none = -__builtin_inff();
-      const Vector<float> base = maximum == none ? Vector<float>{} : maximum;
+      const float none = -__builtin_inff(), factor = 2 * factor_;
+      const Vector<float> base = maximum == none ? Vector<float>{} : maximum * 0.5f;
       const Vector<float> correction =
-          before == none ? Vector<float>{} : exp2_nonpositive((before - base) * factor_);
+          before == none ? Vector<float>{} : exp2_nonpositive((before * 0.5f - base) * factor);
       is_corrected |= _mm512_cmp_ps_mask((__m512)correction, _mm512_set1_ps(1), _CMP_NEQ_UQ) != 0;
       Vector<float> sum = load(sum_ + q * lanes) * correction;
       char* place = weights_ + q * (kKeyBlock / kTileDepth) * kTileBytes;
       const int64_t padded = (keys + kTileDepth - 1) / kTileDepth * kTileDepth;
       for (int64_t n = 0; n < padded; n += 2, place += 64) {
         Vector<float> pair[2] = {};
-        if (n < keys) pair[0] = exp2_for_bfloat16((at(n) - base) * factor_);
-        if (n + 1 < keys) pair[1] = exp2_for_bfloat16((at(n + 1) - base) * factor_);
+        if (n < keys) pair[0] = exp2_for_bfloat16((at(n) * 0.5f - base) * factor);
+        if (n + 1 < keys) pair[1] = exp2_for_bfloat16((at(n + 1) * 0.5f - base) * factor);
         sum += pair[0] + pair[1];
         // Rounded half up; no weight is negative.
         const Bits32 low = ((Bits32)pair[0] + 0x8000) >> 16;
@@ -213,7 +213,7 @@ class TileForward {
       float* const logsumexp =
           static_cast<float*>(params_.logsumexp) + head * shape_.query_count + tile.query_begin;
       for (int64_t i = 0; i < queries; ++i) {
-        logsumexp[i] = maximum_[i] * (factor_ * static_cast<float>(kLn2)) + log_of(sum_[i]);
+        logsumexp[i] = logsumexp_of(maximum_[i], factor_, sum_[i]);
       }
     }
     const int64_t stride = shape_.heads * shape_.dim;

@@ -85,7 +85,7 @@ class BackwardHeads {
             grad_rows_[i * dim + d] * to_float(out.data[(tile.query_begin + i) * out.stride + d]);
       }
       delta_[i] = delta;
-      logsumexp_[i] = i < queries ? logsumexp[i] * T(kLog2E) : 0;
+      logsumexp_[i] = i < queries ? static_cast<T>(double{logsumexp[i]} * kLog2E) : 0;
     }
   }
 
@@ -96,7 +96,10 @@ class BackwardHeads {
       const Vector<T> logsumexp = load(logsumexp_ + j), delta = load(delta_ + j);
       for (int64_t n = 0; n < keys; ++n) {
         T *weight = weights_ + n * kTile + j, *grad = grad_scores_ + n * kTile + j;
-        const Vector<T> p = exp2_nonpositive(load(weight) * factor - logsumexp);
+        // No weight is above 1; where logits are so large that theirs rounds to more, it is 1.
+        Vector<T> exponent = load(weight) * factor - logsumexp;
+        exponent = exponent > 0 ? Vector<T>{} : exponent;
+        const Vector<T> p = exp2_nonpositive(exponent);
         store(weight, p);
         store(grad, p * (load(grad) - delta));
       }

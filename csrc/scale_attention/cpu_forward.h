@@ -32,6 +32,12 @@ static inline __attribute__((always_inline)) V exponential(V x) {
   return exp2_nonpositive(x);
 }
 
+// Of a row, rounded once: what it is wrong by is a relative error of the backward pass's weights.
+template <typename T>
+static inline T logsumexp_of(T maximum, T factor, T sum) {
+  return static_cast<T>(double{maximum} * (double{factor} * kLn2) + double{log_of(sum)});
+}
+
 // Turns a block of scores [keys, kTile] into exponentials relative to the new maximum.
 template <typename T, typename E>
 inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t keys,
@@ -46,15 +52,15 @@ inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t key
     store(state.maximum + j, maximum);
     // -inf, the maximum of no finite score, is no number to subtract. Differences are scaled, not
     // scores: a product less a rounded product would not be 0 for the maximum itself, and what is
-    // wrong with a correction multiplies with every block.
-    const T none = -__builtin_inf();
-    const Vector<T> base = maximum == none ? Vector<T>{} : maximum;
+    // wrong with a correction multiplies with every block. Halves, as a difference may overflow.
+    const T none = -__builtin_inf(), half = 0.5, factor = 2 * state.factor;
+    const Vector<T> base = maximum == none ? Vector<T>{} : maximum * half;
     const Vector<T> correction =
-        before == none ? Vector<T>{} : exp2_nonpositive((before - base) * state.factor);
+        before == none ? Vector<T>{} : exp2_nonpositive((before * half - base) * factor);
     Vector<T> sum = load(state.sum + j) * correction;
     for (int64_t n = 0; n < keys; ++n) {
       T* score = scores + n * kTile + j;
-      const Vector<T> weight = exponential<E>((load(score) - base) * state.factor);
+      const Vector<T> weight = exponential<E>((load(score) * half - base) * factor);
       store(score, weight);
       sum += weight;
     }
@@ -155,7 +161,7 @@ class ForwardTiles {
       T* logsumexp =
           static_cast<T*>(params_.logsumexp) + head * shape_.query_count + tile.query_begin;
       for (int64_t i = 0; i < queries; ++i) {
-        logsumexp[i] = softmax_.maximum[i] * (softmax_.factor * T(kLn2)) + log_of(softmax_.sum[i]);
+        logsumexp[i] = logsumexp_of(softmax_.maximum[i], softmax_.factor, softmax_.sum[i]);
       }
     }
     T* inverse = softmax_.correction;

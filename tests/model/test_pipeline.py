@@ -429,6 +429,16 @@ def test_float64_is_for_the_reference(pipe: FlexVARPipeline) -> None:
         wide.reconstruct(torch.zeros(3, 16, 16))
 
 
+def test_autocast_is_of_the_weights_dtype_or_of_float32(pipe: FlexVARPipeline) -> None:
+    narrow = deepcopy(pipe).to("cpu", torch.float16)
+    for call in (narrow.stream, narrow.__call__):
+        with pytest.raises(TypeError, match=r"autocast_dtype must be .* got torch\.bfloat16 for torch\.float16"):
+            call(1, schedule=SMALL, autocast_dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="autocast_dtype must be the dtype of the tokenizer's weights"):
+        narrow.reconstruct(torch.zeros(3, 16, 16), autocast_dtype=torch.bfloat16)
+    assert narrow(1, schedule=SMALL, autocast_dtype=torch.float16).images[0].size == (16, 12)
+
+
 def test_names_need_a_model_with_names(pipe: FlexVARPipeline) -> None:
     nameless = FlexVARTransformer(TransformerConfig(1, 64, 2, 5, 64, 8, upsample_mode="bilinear"))
     with pytest.raises(ValueError, match="class_labels must be numbers, as this model has no class names, got 'star'"):

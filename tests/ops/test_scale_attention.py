@@ -203,6 +203,49 @@ def test_long_rows_of_normalized_keys_are_as_accurate_as_torchs(device):
     assert (out - exact).abs().max() <= 2 * (same - exact).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("scale", [1e2, 1e6, 1e20])
+def test_no_weight_is_above_1_however_large_its_logit(scale, dtype):
+    """The weight of a single key is 1; its logit's rounding may take some of it away."""
+    q, k, v = leaves(*make_qkv(1, 1, 2, 32, dtype))
+    grad_out = gradient_of(v, dtype)
+    out = flexvar_ext.scale_attention(q, k, v, [1], softmax_scale=scale)
+    (grad,) = torch.autograd.grad(out, v, grad_out)
+    assert (grad.abs() <= grad_out.abs()).all()
+    if scale < 1e3:
+        assert_close(grad, grad_out, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("logit", [30.0, 100.0, 400.0])
+def test_gradients_of_large_logits_are_as_accurate_as_torchs(device, logit):
+    q, k, v = make_qkv(1, 680, 2, 64, torch.float32, device)
+    q, k = logit * torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    grad_out = gradient_of(q, torch.float32)
+
+    def gradients(op, dtype):
+        inputs = leaves(q.to(dtype), k.to(dtype), v.to(dtype))
+        out = op.scale_attention(*inputs, PAPER_LENGTHS, softmax_scale=1.0)
+        return torch.autograd.grad(out, inputs, grad_out.to(dtype))
+
+    exact = gradients(reference, torch.float64)
+    native, same = gradients(flexvar_ext, torch.float32), gradients(reference, torch.float32)
+    for ours, torchs, right in zip(native, same, exact, strict=True):
+        assert (ours - right).norm() <= GRADIENT_FACTOR * (torchs - right).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_scores_whose_difference_is_not(device, dtype):
+    q, k = torch.zeros(1, 1, 1, 32, device=device), torch.zeros(1, 2, 1, 32, device=device)
+    q[..., 0] = 1.7e19
+    k[0, :, 0, 0] = torch.tensor([1.7e19, -1.7e19])
+    v = torch.tensor([1.0, 3.0], device=device).view(1, 2, 1, 1).expand(1, 2, 1, 32)
+    q, k, v = (tensor.to(dtype).contiguous() for tensor in (q, k, v))
+    for scale in (0.0, 5e-39):
+        out = flexvar_ext.scale_attention_step(q, k, v, 2, softmax_scale=scale)
+        expected = reference.scale_attention_step(q.double(), k.double(), v.double(), 2, softmax_scale=scale)
+        assert_close(out.double(), expected, rtol=0.01, atol=0)
+
+
 def test_not_a_number_stays_in_its_rows(device):
     q, k, v = make_qkv(1, 54, 1, 32, torch.float32, device)
     q = q.clone()

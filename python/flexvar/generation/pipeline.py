@@ -235,7 +235,7 @@ class FlexVARPipeline:
         seeds, ids = resolve_seeds(seed, image_ids, len(labels))
         layout = resolved.layout(self.patch_size)
         cells = None if edit is None else edit.known_cells(layout, self.patch_size)
-        self._check_models()
+        self._check_models(resolved.autocast_dtype)
         return self._generate(labels, seeds, ids, layout, resolved, edit, cells)
 
     def inpaint(
@@ -339,7 +339,7 @@ class FlexVARPipeline:
         height, width = pixels.shape[2:]
         settings = GenerationSettings(schedule, height, width, steps, autocast_dtype=autocast_dtype)
         layout = settings.layout(self.patch_size)
-        self._check_models()
+        self._check_models(autocast_dtype)
         pyramid = self._encode(pad_to_patches(pixels, self.patch_size), layout.schedule, autocast_dtype)
         scales = [self._make_step(index, indices, layout, autocast_dtype) for index, indices in enumerate(pyramid)]
         return GenerationOutput(images=scales[-1].preview(output_type), steps=scales)
@@ -427,12 +427,17 @@ class FlexVARPipeline:
             return images
         return tensor_to_images(images) if output_type == "pil" else tensor_to_uint8(images)
 
-    def _check_models(self) -> None:
+    def _check_models(self, autocast_dtype: torch.dtype | None) -> None:
         """They are public and may have been changed since: a model in training mode would drop labels and paths."""
         for name, model in (("tokenizer", self.tokenizer), ("transformer", self.transformer)):
             weight = self.tokenizer.codebook if name == "tokenizer" else self.transformer.head.weight
             if model.backend == "native" and weight.dtype == torch.float64:
                 raise TypeError(f"generate: {name} must not be in float64 with the native ops, got {weight.dtype}")
+            if autocast_dtype is not None and weight.dtype not in (torch.float32, autocast_dtype):
+                raise TypeError(
+                    f"generate: autocast_dtype must be the dtype of the {name}'s weights unless that is float32, got "
+                    f"{autocast_dtype} for {weight.dtype}"
+                )
             if model.training:
                 raise ValueError(f"generate: {name} must be in evaluation mode, got training mode; call {name}.eval()")
         if self.tokenizer.codebook.device != self.device:

@@ -51,7 +51,7 @@ class GenerationSettings:
         top_p: then among the likeliest that together have this probability; 0 and 1 are all.
         published_greedy_quirk: take the likeliest code, whatever ``top_k``, at steps with a side other than 1 2 3 4 5 6
             8 10 13 16 23 24 32, as the released code does; needed to reproduce published figures.
-        autocast_dtype: compute in torch.bfloat16 or torch.float16, the weights staying as they are.
+        autocast_dtype: compute in torch.bfloat16 or torch.float16, the weights staying as they are: float32, or of it.
 
     Raises:
         TypeError, ValueError: a value breaks its rule; the text names it.

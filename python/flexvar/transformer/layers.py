@@ -99,9 +99,10 @@ class Linear(nn.Linear):
         ):  # fmt: skip
             return self.weight
         key = (torch.get_autocast_dtype(device), self.weight.data_ptr(), self.weight._version)
-        if self._cast is None or self._cast[0] != key:
-            self._cast = (key, self.weight.detach().to(key[0]))
-        return self._cast[1]
+        cast = self._cast  # another thread may put that of another dtype in its place
+        if cast is None or cast[0] != key:
+            cast = self._cast = (key, self.weight.detach().to(key[0]))
+        return cast[1]
 
 
 class SelfAttention(nn.Module):
