@@ -94,7 +94,6 @@ def main() -> None:
         flexvar_ext.guided_sample(randn(3, 4, 37), top_k=top_k, top_p=0.9, seed=1, image_ids=ids, step=0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_inputs_that_end_where_memory_ends(instruction_set):
     run = subprocess.run(
