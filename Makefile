@@ -62,7 +62,8 @@ bench: setup
 gpu: export FLEXVAR_CUDA = on
 gpu: setup  # what fails in the tests keeps nobody from measuring
 	status=0; FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
-	$(BIN)/python -m benchmarks.report --require-cuda || status=$$?; exit $$status
+	$(BIN)/python -m benchmarks.report --require-cuda || status=$$?; \
+	$(BIN)/python -m benchmarks.parts --depth 16 24 --batch 1 64 --out benchmarks/results || status=$$?; exit $$status
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures

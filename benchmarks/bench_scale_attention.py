@@ -1,109 +1,215 @@
-"""Block-causal attention against SDPA with a mask and SDPA scale by scale, also with normalised queries and keys; the
-cached step against SDPA on slices."""
+"""Block-causal attention against SDPA with a mask, SDPA scale by scale and FlexAttention, also with normalised queries
+and keys; the cached step against SDPA on slices."""
+
+from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flexvar import ScaleSchedule
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flexvar_ext
 from flexvar_ext import reference
 
-LENGTHS = [side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]  # one 256 px image, 680 tokens
-BATCH, HEADS, DIM = 2, 16, 64
-PAIRS = sum(length * end for length, end in zip(LENGTHS, itertools.accumulate(LENGTHS), strict=True))
-PRODUCT = 2 * BATCH * HEADS * DIM * PAIRS  # floating-point operations of one matrix product over the visible pairs
-DTYPES = [torch.float32, torch.bfloat16]
+HEADS, DIM = 16, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def per_scale_sdpa(q, k, v, scale=None):
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    bounds = itertools.pairwise([0, *itertools.accumulate(LENGTHS)])
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype
+    schedule: ScaleSchedule
+    batch: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.schedule.lengths)
+
+    @property
+    def product(self) -> int:
+        """Floating-point operations of one matrix product over the visible pairs."""
+        ends = itertools.accumulate(self.lengths)
+        pairs = sum(length * end for length, end in zip(self.lengths, ends, strict=True))
+        return 2 * self.batch * HEADS * DIM * pairs
+
+    @property
+    def gemm(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        beside = "" if self.batch == 2 else f" {self.schedule.num_tokens} tokens, batch {self.batch}"
+        return self.gemm + beside
+
+
+SCHEDULE = ScaleSchedule.preset(steps=10)  # one 256 px image, 680 tokens
+CPU_CASES = [Case(dtype, SCHEDULE, 2) for dtype in (torch.float32, torch.bfloat16)]
+CUDA_CASES = [
+    Case(torch.float32, SCHEDULE, 2),
+    Case(torch.bfloat16, SCHEDULE, 2),
+    Case(torch.bfloat16, SCHEDULE, 64),
+    Case(torch.bfloat16, ScaleSchedule.preset(steps=15, image_size=512), 16),  # 2,534 tokens
+]
+
+
+def cases(what: str) -> pytest.MarkDecorator:
+    found = CUDA_CASES if torch.cuda.is_available() else CPU_CASES
+    return pytest.mark.parametrize("case", found, ids=[f"{what} {case}" for case in found])
+
+
+def make_qkv(case: Case, device: torch.device, requires_grad: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    qkv = torch.randn(case.batch, sum(case.lengths), 3, HEADS, DIM, device=device).to(case.dtype)
+    return [part.detach().requires_grad_(requires_grad) for part in qkv.unbind(2)]
+
+
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def per_scale_sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    q, k, v = heads_first(q, k, v)
+    bounds = itertools.pairwise([0, *itertools.accumulate(case.lengths)])
     parts = [F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=scale) for a, b in bounds]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def make_qkv(dtype, device, requires_grad=False):
-    qkv = torch.randn(BATCH, sum(LENGTHS), 3, HEADS, DIM, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return [part.detach().requires_grad_(requires_grad) for part in qkv.unbind(2)]
+def scale_of_tokens(case: Case, device: torch.device) -> Tensor:
+    lengths = torch.tensor(case.lengths, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(lengths)
 
 
-def close(dtype):
-    def check(name, result, expected):
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def make_flex_attention(case: Case, device: torch.device) -> Attention:
+    scale_of = scale_of_tokens(case, device)
+    tokens = len(scale_of)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return scale_of[query] >= scale_of[key]
+
+    mask = create_block_mask(sees, None, None, tokens, tokens, device=device)
+    torch.compiler.reset()  # what other cases compiled counts against the limit of recompilations
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(*heads_first(q, k, v), block_mask=mask).transpose(1, 2)
+
+
+def make_cudnn_sdpa(case: Case, device: torch.device) -> Attention:
+    scale_of = scale_of_tokens(case, device)
+    mask = scale_of[:, None] >= scale_of
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=mask).transpose(1, 2)
+
+    return run
+
+
+def make_implementations(case: Case, device: torch.device, *, backward: bool = False) -> dict[str, Attention]:
+    found: dict[str, Attention] = {
+        "native": lambda q, k, v: flexvar_ext.scale_attention(q, k, v, case.lengths),
+        "reference": lambda q, k, v: reference.scale_attention(q, k, v, case.lengths),
+        "per-scale SDPA": lambda q, k, v: per_scale_sdpa(case, q, k, v),
+    }
+    if device.type == "cuda" or not backward:  # on a CPU it has no backward pass
+        found["FlexAttention"] = make_flex_attention(case, device)
+    if device.type == "cuda" and case.dtype != torch.float32:
+        found["SDPA by cuDNN"] = make_cudnn_sdpa(case, device)
+    return found
+
+
+def targets_of(implementations: Mapping[str, object], target: float) -> dict[str, float]:
+    return {name: target for name in implementations if name != "native"}
+
+
+def target_of(case: Case, device: torch.device, *, backward: bool = False) -> float:
+    if device.type == "cpu":
+        return 1.6 if backward else 1.5
+    if case.schedule.num_tokens > 2000:
+        return 1.2
+    return 1.4 if backward else 1.6
+
+
+def close(dtype: torch.dtype) -> Callable[[str, object, object], None]:
+    def check(name: str, result: object, expected: object) -> None:
         torch.testing.assert_close(result, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
     return check
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["forward float32", "forward bfloat16"])
-def test_forward(compare, device, dtype):
-    q, k, v = make_qkv(dtype, device)
+@cases("forward")
+def test_forward(compare, device, case):
+    qkv = make_qkv(case, device)
+    implementations = make_implementations(case, device)
     with torch.inference_mode():
         compare(
-            {
-                "native": lambda: flexvar_ext.scale_attention(q, k, v, LENGTHS),
-                "reference": lambda: reference.scale_attention(q, k, v, LENGTHS),
-                "per-scale SDPA": lambda: per_scale_sdpa(q, k, v),
-            },
-            check=close(dtype),
-            flops=2 * PRODUCT,
-            gemm=str(dtype).removeprefix("torch."),
-            targets={"reference": 1.5, "per-scale SDPA": 1.5},
+            {name: partial(attention, *qkv) for name, attention in implementations.items()},
+            check=close(case.dtype),
+            flops=2 * case.product,
+            gemm=case.gemm,
+            targets=targets_of(implementations, target_of(case, device)),
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["forward and backward float32", "forward and backward bfloat16"])
-def test_forward_and_backward(compare, device, dtype):
-    inputs = make_qkv(dtype, device, requires_grad=True)
+@cases("forward and backward")
+def test_forward_and_backward(compare, device, case):
+    inputs = make_qkv(case, device, requires_grad=True)
     grad_out = torch.randn_like(inputs[0])
+    implementations = make_implementations(case, device, backward=True)
 
-    def gradients(out):
-        return torch.autograd.grad(out, inputs, grad_out)
+    def gradients(attention: Attention) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(*inputs), inputs, grad_out)
 
     compare(
-        {
-            "native": lambda: gradients(flexvar_ext.scale_attention(*inputs, LENGTHS)),
-            "reference": lambda: gradients(reference.scale_attention(*inputs, LENGTHS)),
-            "per-scale SDPA": lambda: gradients(per_scale_sdpa(*inputs)),
-        },
-        check=close(dtype),
-        flops=7 * PRODUCT,
-        gemm=str(dtype).removeprefix("torch."),
-        targets={"reference": 1.6, "per-scale SDPA": 1.6},
+        {name: partial(gradients, attention) for name, attention in implementations.items()},
+        check=close(case.dtype),
+        flops=7 * case.product,
+        gemm=case.gemm,
+        targets=targets_of(implementations, target_of(case, device, backward=True)),
         seconds=4.0,
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["normalised forward float32", "normalised forward bfloat16"])
-def test_normalized_forward(compare, device, dtype):
+@cases("normalised forward")
+def test_normalized_forward(compare, device, case):
     """Normalised queries and keys. The reference is F.normalize and SDPA with a mask."""
-    q, k, v = make_qkv(dtype, device)
+    q, k, v = make_qkv(case, device)
     q_scale = torch.linspace(4, 20, HEADS, device=device)
+    settings = {"softmax_scale": 1.0, "q_scale": q_scale}
 
     def per_scale():
-        normalized_q = (F.normalize(q.float(), dim=-1) * q_scale[:, None]).to(dtype)
-        return per_scale_sdpa(normalized_q, F.normalize(k.float(), dim=-1).to(dtype), v, scale=1.0)
+        normalized_q = (F.normalize(q.float(), dim=-1) * q_scale[:, None]).to(case.dtype)
+        return per_scale_sdpa(case, normalized_q, F.normalize(k.float(), dim=-1).to(case.dtype), v, scale=1.0)
 
+    target = target_of(case, device)
     with torch.inference_mode():
         compare(
             {
-                "native": lambda: flexvar_ext.scale_attention(q, k, v, LENGTHS, softmax_scale=1.0, q_scale=q_scale),
-                "reference": lambda: reference.scale_attention(q, k, v, LENGTHS, softmax_scale=1.0, q_scale=q_scale),
+                "native": lambda: flexvar_ext.scale_attention(q, k, v, case.lengths, **settings),
+                "reference": lambda: reference.scale_attention(q, k, v, case.lengths, **settings),
                 "per-scale SDPA": per_scale,
             },
-            check=close(dtype),
-            flops=2 * PRODUCT,
-            gemm=str(dtype).removeprefix("torch."),
-            targets={"reference": 1.5, "per-scale SDPA": 1.5},
+            check=close(case.dtype),
+            flops=2 * case.product,
+            gemm=case.gemm,
+            targets={"reference": target, "per-scale SDPA": target},
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["step float32", "step bfloat16"])
+@cases("step")
 @pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (16, 30), (100, 255), (256, 680)])
-def test_step(compare, device, queries, kv_length, dtype):
-    q, k, v = make_qkv(dtype, device)
+def test_step(compare, device, queries, kv_length, case):
+    if case.schedule != SCHEDULE:
+        pytest.skip("other steps than those of 256 px")
+    q, k, v = make_qkv(case, device)
     k_cache, v_cache = k.contiguous(), v.contiguous()
     q = q[:, :queries]
     with torch.inference_mode():
@@ -112,8 +218,8 @@ def test_step(compare, device, queries, kv_length, dtype):
                 "native": lambda: flexvar_ext.scale_attention_step(q, k_cache, v_cache, kv_length),
                 "reference": lambda: reference.scale_attention_step(q, k_cache, v_cache, kv_length),
             },
-            check=close(dtype),
-            flops=4 * BATCH * HEADS * DIM * queries * kv_length,
-            gemm=str(dtype).removeprefix("torch."),
+            check=close(case.dtype),
+            flops=4 * case.batch * HEADS * DIM * queries * kv_length,
+            gemm=case.gemm,
             seconds=1.0,
         )

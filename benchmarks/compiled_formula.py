@@ -2,7 +2,7 @@
 
 Plain PyTorch on this library's modules, with the plan of work that a careful user would write: AdaLN vectors and
 positions once, a cache allocated once, guidance before the head. Blocks (for any number of tokens) and the decoder are
-compiled.
+compiled; on a GPU the whole generation is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,37 +14,60 @@ from flexvar.generation.guidance import guidance_weights, mix_guidance
 from flexvar.transformer.layers import Block, Modulation
 from torch import Tensor
 
-from benchmarks.released_formula import sorted_multinomial
+from benchmarks.released_formula import sorted_probabilities
 
 
 class CompiledGeneration:
-    """Call it with a label: the indices of every step, int64 [1, h, w], and the picture [1, 3, H, W].
+    """Called without arguments: the indices of every step, int64 [B, h, w], and the pictures, [B, 3, H, W].
 
-    ``pipeline`` has the reference backend.
+    The first call compiles. On a GPU the second records, and it and all later ones write into the same tensors.
+
+    Args:
+        pipeline: of the reference backend.
+        labels: int64 [B], on the models' device.
+        cache_dtype: of keys and values; that of the weights unless given.
     """
 
-    def __init__(self, pipeline: FlexVARPipeline) -> None:
-        self._pipeline = pipeline
-        self._block = torch.compile(_block, dynamic=True)
-        self._decode = torch.compile(pipeline.tokenizer.decode)
-
-    def __call__(
+    def __init__(
         self,
-        label: int,
+        pipeline: FlexVARPipeline,
+        labels: Tensor,
         schedule: ScaleSchedule,
         *,
         guidance_scale: float,
         top_k: int,
         top_p: float,
-        cache_dtype: torch.dtype | None,
-    ) -> tuple[list[Tensor], Tensor]:
-        model, tokenizer = self._pipeline.transformer, self._pipeline.tokenizer
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        torch.compiler.reset()  # what other cases compiled counts against the limit of recompilations
+        self._pipeline, self._labels, self._schedule = pipeline, labels, schedule
+        self._weights = guidance_weights(schedule, guidance_scale, "var")
+        self._top_k, self._top_p, self._cache_dtype = top_k, top_p, cache_dtype
+        self._block = torch.compile(_block, dynamic=True)
+        self._decode = torch.compile(pipeline.tokenizer.decode)
+        self._is_compiled = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: tuple[list[Tensor], Tensor]
+
+    def __call__(self) -> tuple[list[Tensor], Tensor]:
+        if not (self._is_compiled and self._labels.is_cuda):
+            self._is_compiled = True
+            return self._generate()
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._recorded = self._generate()
+        self._graph.replay()
+        return self._recorded
+
+    def _generate(self) -> tuple[list[Tensor], Tensor]:
+        model, tokenizer, schedule = self._pipeline.transformer, self._pipeline.tokenizer, self._schedule
         codebook = F.normalize(tokenizer.codebook, dim=-1)
-        state = model.begin([label, model.config.null_class], schedule, cache_dtype=cache_dtype)
-        weights = guidance_weights(schedule, guidance_scale, "var")
+        twins = torch.cat((self._labels, torch.full_like(self._labels, model.config.null_class)))
+        state = model.begin(twins, schedule, cache_dtype=self._cache_dtype)
         grid: Tensor | None = None
         pyramid = []
-        for index, (size, weight) in enumerate(zip(schedule, weights, strict=True)):
+        for index, (size, weight) in enumerate(zip(schedule, self._weights, strict=True)):
             begin, end = schedule.offsets[index], schedule.offsets[index + 1]
             positions = state.positions[:, begin:end]
             if grid is None:
@@ -56,10 +79,15 @@ class CompiledGeneration:
                 k_cache, v_cache = state.cache.k[layer], state.cache.v[layer]
                 x = self._block(x, state.modulations[layer], _weights(block), k_cache, v_cache, begin)
             scale, shift, _ = state.head_modulation
-            hidden = mix_guidance(_norm(x, scale, shift), weight)
-            pyramid.append(sorted_multinomial(model.head(hidden).float(), top_k, top_p).unflatten(1, size))
+            logits = model.head(mix_guidance(_norm(x, scale, shift), weight)).float()
+            pyramid.append(_draw(sorted_probabilities(logits, self._top_k, self._top_p)).unflatten(1, size))
             grid = F.embedding(pyramid[-1], codebook).permute(0, 3, 1, 2)
         return pyramid, self._decode(pyramid[-1])
+
+
+def _draw(probabilities: Tensor) -> Tensor:
+    """As torch.multinomial does it, without its look at the numbers, for which a GPU would have to be waited for."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
 def _weights(block: Block) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import Clock, Implementation, rounds_within, summarize
+from benchmarks.measure import Clock, Implementation, memory_of, rounds_within, summarize
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,7 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
     check: ``check(name, result, reference_result)`` raises when that implementation's result is wrong.
     flops, bytes_moved: the work in the result's terms, for the share of the machine's own matrix product and copy rate;
         ``gemm`` names the dtype whose matrix product is the limit.
+    images: how many a call makes or takes, for images a second.
     targets: peer -> the ratio aimed at.
     seconds: time to spend on the rounds, at least five of them (three where one takes seconds).
 
@@ -39,14 +40,21 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
         flops: float | None = None,
         gemm: str = "float32",
         bytes_moved: float | None = None,
+        images: int | None = None,
         targets: Mapping[str, float] | None = None,
         seconds: float = 2.0,
     ) -> None:
-        results = {name: call() for name, call in implementations.items()}  # compiles and warms up as well
+        # The native call's memory is measured where it computes step by step; what it records holds on to its own.
+        working_memory, first = memory_of(implementations["native"], device)
+        others = {name: call() for name, call in implementations.items() if name != "native"}  # compiles and warms up
+        results = {"native": first, **others}
         for name, result in results.items():
             if name != "reference":
                 check(name, result, results["reference"])
-        del results
+        del results, first, others
+        if device.type == "cuda":
+            for call in implementations.values():
+                call()  # CUDA graphs are recorded
         clock = Clock(device)
         # The first round tells how many are wanted.
         times: dict[str, list[float]] = {name: [clock(call)] for name, call in implementations.items()}
@@ -63,7 +71,13 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
         rounds = rounds_within(seconds, sum(values[0] for values in times.values()))
         benchmark.pedantic(time_one, setup=lambda: time_others() or (("native",), {}), rounds=rounds - 1)
         benchmark.extra_info.update(
-            summarize(times, "native"), flops=flops, gemm=gemm, bytes_moved=bytes_moved, targets=dict(targets or {})
+            summarize(times, "native"),
+            flops=flops,
+            gemm=gemm,
+            bytes_moved=bytes_moved,
+            images=images,
+            working_memory=working_memory,
+            targets=dict(targets or {}),
         )
 
     return run

@@ -42,6 +42,18 @@ class Clock:
         return begin.elapsed_time(end) * 1e-3
 
 
+def memory_of(run: Implementation, device: torch.device) -> tuple[int | None, Any]:
+    """The bytes that a call takes on a GPU beyond those in use before it (None on a CPU), and its result."""
+    if device.type == "cpu":
+        return None, run()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, result
+
+
 def rounds_within(seconds: float, one_round: float) -> int:
     """How many rounds of ``one_round`` seconds to measure."""
     fewest = LONG_ROUNDS if one_round > LONG_ROUND_SECONDS else MIN_ROUNDS

@@ -15,6 +15,11 @@ from torch import Tensor
 
 def sorted_multinomial(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """[B, l, V] -> int64 [B, l]: a threshold by topk, a full sort for top-p, softmax, multinomial."""
+    return torch.multinomial(sorted_probabilities(logits, top_k, top_p).flatten(0, 1), 1).view(logits.shape[:2])
+
+
+def sorted_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[B, l, V] -> [B, l, V]: the probabilities of what top-k and top-p keep."""
     if top_k > 0:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -23,16 +28,27 @@ def sorted_multinomial(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         dropped[..., -1:] = False
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
+    return logits.softmax(-1)
 
 
 def generate(
-    pipeline: FlexVARPipeline, label: int, schedule: ScaleSchedule, *, guidance_scale: float, top_k: int, top_p: float
+    pipeline: FlexVARPipeline,
+    labels: Tensor,
+    schedule: ScaleSchedule,
+    *,
+    guidance_scale: float,
+    top_k: int,
+    top_p: float,
 ) -> tuple[list[Tensor], Tensor]:
-    """One image, drawn with torch's generator: the indices of every step, int64 [1, h, w]; the picture [1, 3, H, W]."""
+    """Images drawn with torch's generator.
+
+    labels: int64 [B], on the models' device.
+
+    Returns the indices of every step, int64 [B, h, w], and the pictures, [B, 3, H, W].
+    """
     model, quantizer = pipeline.transformer, pipeline.tokenizer.quantize
     codebook = F.normalize(quantizer.embedding.weight, dim=-1)
-    condition = model.class_emb(torch.tensor([label, model.config.null_class], device=pipeline.device))
+    condition = model.class_emb(torch.cat((labels, torch.full_like(labels, model.config.null_class))))
     keys: list[Tensor | None] = [None] * len(model.blocks)
     values: list[Tensor | None] = [None] * len(model.blocks)
     weights = guidance_weights(schedule, guidance_scale, "var")
@@ -49,7 +65,8 @@ def generate(
             x = _block(model, layer, x, condition, keys, values)
         scale, shift = _linear(model.head_nm.ada_lin[1], F.silu(condition)).view(-1, 1, 2, model.config.width).unbind(2)
         logits = _linear(model.head, _norm(x, scale, shift)).float()
-        logits = (1 + weight) * logits[:1] - weight * logits[1:]
+        conditional, unconditional = logits.chunk(2)
+        logits = (1 + weight) * conditional - weight * unconditional
         pyramid.append(sorted_multinomial(logits, top_k, top_p).unflatten(1, size))
         grid = F.embedding(pyramid[-1], codebook).permute(0, 3, 1, 2)
     return pyramid, pipeline.tokenizer.decode(grid)

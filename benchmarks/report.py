@@ -50,8 +50,7 @@ def main() -> int:
     text = markdown(report)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    path = options.out / f"{report['date'][:10]}-{slug}"
+    path = options.out / base_name(report)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(text)
     print(f"written: {path}.json, {path.name}.md")
@@ -74,6 +73,12 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def base_name(about: dict[str, Any]) -> str:
+    """Of the files that hold what was measured in these surroundings."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return f"{about['date'][:10]}-{device}"
 
 
 def _cpu_name() -> str:
@@ -131,6 +136,10 @@ def _share(case: dict[str, Any], sticks: dict[str, float]) -> str:
     if case["bytes_moved"]:
         rate = case["bytes_moved"] / seconds
         shares.append(f"{_rate(rate, 'B/s')} = {rate / sticks['copy']:.0%} of copy")
+    if case["images"]:
+        shares.append(f"{case['images'] / seconds:.3g} images/s")
+    if case["working_memory"]:
+        shares.append(f"{case['working_memory'] / 1e6:.3g} MB beside its inputs")
     return ", ".join(shares)
 
 

@@ -11,22 +11,32 @@ from flexvar import (
     TransformerConfig,
 )
 
-from benchmarks import kernel_floors, kernel_table, measure, released_formula, report
+from benchmarks import compiled_formula, kernel_floors, kernel_table, measure, parts, released_formula, report
 
 
-def test_released_formula_gives_the_pipelines_codes():
+@pytest.fixture(scope="module")
+def pipeline():
     torch.manual_seed(0)
     tokenizer = MultiScaleTokenizer(
         TokenizerConfig(codebook_size=64, z_channels=32, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1)
     )
     transformer = FlexVARTransformer(TransformerConfig(depth=2, width=128, heads=2, num_classes=5, codebook_size=64))
-    pipeline, schedule = FlexVARPipeline(tokenizer, transformer), ScaleSchedule([(1, 1), (2, 3), (4, 5)])
+    return FlexVARPipeline(tokenizer, transformer)
+
+
+@pytest.mark.parametrize("formula", ["released", "compiled"])
+def test_peers_give_the_pipelines_codes(pipeline, formula, monkeypatch):
+    labels, schedule = torch.tensor([3, 0]), ScaleSchedule([(1, 1), (2, 3), (4, 5)])
     settings = {"guidance_scale": 2.5, "top_k": 1, "top_p": 0.0}
-    out = pipeline([3], schedule=schedule, output_type="pt", **settings)
+    out = pipeline(labels, schedule=schedule, output_type="pt", **settings)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with torch.inference_mode():
-        pyramid, image = released_formula.generate(pipeline, 3, schedule, **settings)
+        if formula == "released":
+            pyramid, images = released_formula.generate(pipeline, labels, schedule, **settings)
+        else:
+            pyramid, images = compiled_formula.CompiledGeneration(pipeline, labels, schedule, **settings)()
     assert all(torch.equal(found, expected) for found, expected in zip(pyramid, out.pyramid, strict=True))
-    torch.testing.assert_close(image, out.images, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(images, out.images, atol=1e-4, rtol=1e-4)
 
 
 def test_summary_takes_medians_of_paired_ratios():
@@ -47,7 +57,7 @@ def test_table():
     case = {
         "group": "vq_lookup", "case": "test_vq_lookup[680-32]", "seconds": {"native": 2e-3}, "bytes_moved": None,
         "flops": 1e9, "gemm": "float32", "ratios": {"reference": 6.0, "compiled": 2.0},
-        "targets": {"reference": 5, "compiled": 3},
+        "targets": {"reference": 5, "compiled": 3}, "images": 64, "working_memory": 5e6,
     }  # fmt: skip
     found = report.markdown(
         {
@@ -57,9 +67,30 @@ def test_table():
         }
     )  # fmt: skip
     assert "1 TFLOP/s in float32" in found
-    assert "| vq_lookup | 680-32 | 2 ms | 500 GFLOP/s = 50% of matrix product |" in found
+    assert "| vq_lookup | 680-32 | 2 ms | 500 GFLOP/s = 50% of matrix product, 3.2e+04 images/s, 5 MB" in found
     assert "reference 6.00× (≥5) · compiled 2.00× (≥3, missed) |" in found
     assert "Failed: bench_x.py" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("void flexvar::attention_forward_tensor_core<__nv_bfloat16, 64>(AttentionForwardCuda)", "attention"),
+        ("flexvar::residual_layer_norm_modulate", "AdaLN"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("at::native::vectorized_elementwise_kernel", "everything else"),
+    ],
+)
+def test_parts_by_name(name, part):
+    assert parts.part_of(name) == part
+
+
+def test_parts_of_a_call():
+    x = torch.randn(256, 256)
+    seconds, found = parts.measure_parts(lambda: torch.mm(x, x), torch.device("cpu"))
+    assert next(iter(found)) == "matrix products"
+    assert 0 < seconds < 1
 
 
 @pytest.mark.parametrize(
