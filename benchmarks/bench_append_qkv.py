@@ -1,4 +1,4 @@
-"""append_qkv at the last step of a 256 px image with guidance, d16."""
+"""append_qkv at two steps of 256 px images with guidance, d16."""
 
 import pytest
 import torch
@@ -9,10 +9,11 @@ from flexvar_ext import reference
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "position"), [(16, 14), (256, 424)])
-def test_append_qkv(compare, device, tokens, position, dtype):
+@pytest.mark.parametrize("rows", [2, 128] if torch.cuda.is_available() else [2])
+def test_append_qkv(compare, device, rows, tokens, position, dtype):
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, tokens, 3, 16, 64, generator=generator).to(device, dtype)
-    caches = [torch.zeros(2, 680, 16, 64, dtype=dtype, device=device) for _ in range(2)]
+    qkv = torch.randn(rows, tokens, 3, 16, 64, generator=generator).to(device, dtype)
+    caches = [torch.zeros(rows, 680, 16, 64, dtype=dtype, device=device) for _ in range(2)]
     scale = torch.full((16,), 4.0, device=device)
     with torch.inference_mode():
         compare(

@@ -16,17 +16,20 @@ LAYERS = [
     (512, 512, 16, "none"), (512, 512, 16, "up"), (512, 256, 32, "none"), (256, 256, 64, "none"), (256, 256, 64, "up"),
     (256, 128, 128, "none"), (128, 128, 128, "up"), (128, 128, 256, "none"), (128, 3, 256, "none"),
 ]  # fmt: skip
+DTYPES = [(torch.float32, 1), (torch.bfloat16, 1)]  # and images
+if torch.cuda.is_available():
+    DTYPES.append((torch.bfloat16, 64))
 
 
 @pytest.mark.parametrize(("channels", "out_channels", "side", "resize"), LAYERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(("dtype", "batch"), DTYPES, ids=[f"{str(d).removeprefix('torch.')}-{b}" for d, b in DTYPES])
+def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype, batch):
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    x = randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    x = randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
     weight, bias = randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5, randn(out_channels)
     folded = fold_nearest(weight).contiguous(memory_format=torch.channels_last)
     turned, planes = weight.contiguous(memory_format=torch.channels_last), x.contiguous()
@@ -66,7 +69,7 @@ def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype):
     compare(
         implementations,
         check=check,
-        flops=2 * channels * out_channels * side**2 * (16 if resize == "up" else 9),
+        flops=2 * batch * channels * out_channels * side**2 * (16 if resize == "up" else 9),
         gemm=str(dtype).removeprefix("torch."),
         targets={"reference": 1.0},
         seconds=0.5,

@@ -13,6 +13,8 @@ import flexvar_ext
 from flexvar_ext import reference
 
 SHAPES = [(1, 128, 256, 256), (1, 256, 128, 128), (1, 512, 32, 32)]
+if torch.cuda.is_available():
+    SHAPES.append((64, 128, 256, 256))
 GROUPS = 32
 
 
@@ -25,10 +27,10 @@ def arguments(
     shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, weight, bias, and a gradient of the result."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(device, dtype)
+        return torch.randn(sizes, generator=generator, device=device).to(dtype)
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x, grad = (randn(*shape).contiguous(memory_format=memory_format) for _ in range(2))

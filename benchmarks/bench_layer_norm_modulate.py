@@ -13,17 +13,20 @@ import flexvar_ext
 from flexvar_ext import reference
 
 WIDTH = 1024
-TOKENS = [1, 100, 256, 680]  # of each of two guided images
+# Rows, and tokens of each: both guided images at steps of a generation, all steps in training.
+SIZES = [(2, 1), (2, 100), (2, 256), (2, 680)]
+if torch.cuda.is_available():
+    SIZES.append((64, 680))
 
 
-def arguments(tokens: int, device: torch.device) -> dict[str, Tensor]:
+def arguments(rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    given = {name: randn(2, tokens, WIDTH) for name in ("x", "branch")}
-    return given | {name: randn(2, 1, WIDTH) for name in ("gate", "scale", "shift")}
+    given = {name: randn(rows, tokens, WIDTH) for name in ("x", "branch")}
+    return given | {name: randn(rows, 1, WIDTH) for name in ("gate", "scale", "shift")}
 
 
 def check(name: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -34,9 +37,9 @@ def check(name: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
 @pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual"])
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_layer_norm_modulate(compare, device, tokens, residual, autocast):
-    given = arguments(tokens, device)
+@pytest.mark.parametrize(("rows", "tokens"), SIZES)
+def test_layer_norm_modulate(compare, device, rows, tokens, residual, autocast):
+    given = arguments(rows, tokens, device)
     if autocast:
         given["branch"] = given["branch"].bfloat16()
 
@@ -61,9 +64,9 @@ def test_layer_norm_modulate(compare, device, tokens, residual, autocast):
     )
 
 
-@pytest.mark.parametrize("tokens", [256, 680])
-def test_forward_and_backward(compare, device, tokens):
-    given = arguments(tokens, device)
+@pytest.mark.parametrize(("rows", "tokens"), SIZES[2:])
+def test_forward_and_backward(compare, device, rows, tokens):
+    given = arguments(rows, tokens, device)
     leaves = [given[name].requires_grad_() for name in ("x", "scale", "shift")]
 
     def call(ops) -> Callable[[], tuple[Tensor, ...]]:

@@ -21,6 +21,8 @@ CASES = [
     ("bilinear", True, (4, 3, 640, 480), (256, 256)),
     ("bicubic", False, (4, 3, 256, 256), (512, 512)),
 ]
+if torch.cuda.is_available():
+    CASES.append(("area", False, (64, 32, 16, 16), (8, 8)))
 
 
 def check(name: str, result: Tensor, expected: Tensor) -> None:

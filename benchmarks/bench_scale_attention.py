@@ -55,7 +55,7 @@ CUDA_CASES = [
     Case(torch.float32, SCHEDULE, 2),
     Case(torch.bfloat16, SCHEDULE, 2),
     Case(torch.bfloat16, SCHEDULE, 64),
-    Case(torch.bfloat16, ScaleSchedule.preset(steps=15, image_size=512), 16),  # 2,534 tokens
+    Case(torch.bfloat16, ScaleSchedule.preset(steps=12, image_size=512), 16),  # 2,233 tokens
 ]
 
 
