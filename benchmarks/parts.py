@@ -57,7 +57,7 @@ def measure_parts(run: Callable[[], Any], device: torch.device) -> tuple[float, 
         wait()
         seconds.append(time.perf_counter() - start)
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    with profile(activities=[activity], acc_events=True) as profiler:
         run()
         wait()
     parts: dict[str, float] = {}
