@@ -7,31 +7,64 @@ namespace flexvar::FLEXVAR_ISA {
 constexpr int64_t kUnroll = 4;  // sums under way at a time: additions are slow to finish
 constexpr int64_t kStep = kUnroll * kFloatLanes;
 static_assert(norm_scratch(1) % kStep == 0);
+// Longer chains of sums lose what is small beside them.
+constexpr int64_t kChain = 8;
 
 static inline const float* vector_of(const NormVectors& vectors, int64_t image) {
   return vectors.data + image * vectors.stride;
 }
 
-// sum of term(row + i) over a row of scratch, in one order for a given length.
+static inline float total_of(Vector<float> lanes) {
+  float total[kFloatLanes];
+  store(total, lanes);
+#pragma GCC unroll 4
+  for (int64_t half = kFloatLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
+  }
+  return total[0];
+}
+
+// The sums over a row of scratch of what `add` adds at i to kCount vectors, in one order for a
+// given length.
+template <int kCount>
+struct Sums {
+  Vector<float> of[kCount] = {};
+};
+template <int kCount, typename Add>
+static inline Sums<kCount> sums_of(int64_t columns, const Add& add) {
+  Sums<kCount> result;
+  for (int64_t begin = 0; begin < columns; begin += kChain * kStep) {
+    const int64_t end = columns - begin < kChain * kStep ? columns : begin + kChain * kStep;
+    Sums<kCount> sums[kUnroll];
+    for (int64_t i = begin; i < end; i += kStep) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kUnroll; ++j) add(i + j * kFloatLanes, sums[j].of);
+    }
+#pragma GCC unroll 2
+    for (int s = 0; s < kCount; ++s) {
+      result.of[s] += (sums[0].of[s] + sums[1].of[s]) + (sums[2].of[s] + sums[3].of[s]);
+    }
+  }
+  return result;
+}
 template <typename Term>
 static inline float sum_of(int64_t columns, const Term& term) {
-  Vector<float> sum[kUnroll] = {};
-  for (int64_t i = 0; i < columns; i += kStep) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kUnroll; ++j) sum[j] += term(i + j * kFloatLanes);
-  }
-  const Vector<float> lanes = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float total = 0;
-  for (int64_t lane = 0; lane < kFloatLanes; ++lane) total += lanes[lane];
-  return total;
+  return total_of(
+      sums_of<1>(columns, [&](int64_t i, Vector<float>* sum) { sum[0] += term(i); }).of[0]);
 }
 
 static inline void fill(float* row, int64_t begin, int64_t end, float value) {
   for (int64_t i = begin; i < end; ++i) row[i] = value;
 }
 
+// A mean is rounded, which counts where it is large beside the deviation: `offset` is what it is
+// off by, as a share of the deviation.
 struct Moments {
-  float mean, reciprocal_deviation;
+  float mean, offset, reciprocal_deviation;
+
+  Vector<float> normalize(Vector<float> x) const {
+    return (x - mean) * reciprocal_deviation - offset;
+  }
 };
 
 // Of a row of scratch; what lies behind its end becomes the mean, and counts for nothing.
@@ -41,13 +74,16 @@ static inline Moments moments_of(float* row, int64_t columns, float eps) {
   fill(row, columns, padded, 0);
   const float mean = sum_of(columns, [&](int64_t i) { return load(row + i); }) / count;
   fill(row, columns, padded, mean);
-  const float variance = sum_of(columns,
-                                [&](int64_t i) {
-                                  const Vector<float> difference = load(row + i) - mean;
-                                  return difference * difference;
-                                }) /
-                         count;
-  return {mean, 1 / __builtin_sqrtf(variance + eps)};
+  const Sums<2> sums = sums_of<2>(columns, [&](int64_t i, Vector<float>* sum) {
+    const Vector<float> difference = load(row + i) - mean;
+    sum[0] += difference;
+    sum[1] += difference * difference;
+  });
+  const float rest = total_of(sums.of[0]) / count;
+  const float variance = total_of(sums.of[1]) / count - rest * rest;
+  // Of equal numbers it may come out below 0. NaN stays NaN.
+  const float reciprocal_deviation = 1 / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
+  return {mean, rest * reciprocal_deviation, reciprocal_deviation};
 }
 
 template <typename T>
@@ -85,7 +121,7 @@ static void modulate_row(const float* row, const Moments& moments, const float* 
   T* target = static_cast<T*>(out) + offset;
   for (int64_t i = 0; i < columns; i += kFloatLanes) {
     const int64_t count = columns - i;
-    const Vector<float> norm = (load(row + i) - moments.mean) * moments.reciprocal_deviation;
+    const Vector<float> norm = moments.normalize(load(row + i));
     store_first(target + i, norm * load_first(scale + i, count) + load_first(shift + i, count),
                 count);
   }
@@ -138,7 +174,7 @@ void layer_norm_modulate_backward_rows(const LayerNormModulateBackwardParams& pa
     FLEXVAR_FOR_ELEMENT(params.grad_element, load_row, grad, params.grad_out, offset, columns);
     const Moments moments = moments_of(norm, columns, params.eps);
     for (int64_t i = 0; i < columns; i += kFloatLanes) {
-      const Vector<float> n = (load(norm + i) - moments.mean) * moments.reciprocal_deviation;
+      const Vector<float> n = moments.normalize(load(norm + i));
       const Vector<float> g = load(grad + i);
       store(norm + i, n);
       store(scale_sums + i, load(scale_sums + i) + g * n);

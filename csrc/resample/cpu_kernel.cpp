@@ -4,6 +4,20 @@
 
 namespace flexvar::FLEXVAR_ISA {
 
+// The sum of term(k) over a window. Longer chains than these lose what is small beside them.
+constexpr int64_t kChain = 8;
+template <typename Term>
+static inline __attribute__((always_inline)) auto sum_of_window(int64_t count, const Term& term) {
+  auto sum = term(0);  // not 0 + term(0), as -0 is the sum of negative zeros
+  for (int64_t k = 1; k < count && k < kChain; ++k) sum += term(k);
+  for (int64_t begin = kChain; begin < count; begin += kChain) {
+    auto part = term(begin);
+    for (int64_t k = begin + 1; k < count && k < begin + kChain; ++k) part += term(k);
+    sum += part;
+  }
+  return sum;
+}
+
 // As many output rows as a vector has lanes, each with its own plane and vertical window:
 // the vertical sums run along x, are transposed so that lanes are rows, and the horizontal sums
 // then need one weight for all lanes; transposed again on the way out.
@@ -30,14 +44,11 @@ static void resample_row_block(const Resample2dParams<Real>& params, Real* scrat
 
   for (int64_t p = 0; p < x.in_size; p += lanes) {
     for (int64_t r = 0; r < rows; ++r) {
-      Vector<Real> sum = {};
-      for (int64_t k = 0; k < count[r]; ++k) {
+      square[r] = sum_of_window(count[r], [&](int64_t k) {
         // What lies behind the row's end is some other row, and goes into lanes nobody reads.
         const T* source = first_row[r] + k * x.in_size + p;
-        const Vector<Real> term = weights[r][k] * load_first(source, in_end - source);
-        sum = k == 0 ? term : sum + term;
-      }
-      square[r] = sum;
+        return weights[r][k] * load_first(source, in_end - source);
+      });
     }
     transpose<Real>(square);
     for (int64_t j = 0; j < lanes; ++j) store(scratch + (p + j) * lanes, square[j]);
@@ -48,12 +59,8 @@ static void resample_row_block(const Resample2dParams<Real>& params, Real* scrat
     for (int64_t j = 0; j < columns; ++j) {
       const Real* weight = x.weights + (q + j) * x.stride;
       const Real* source = scratch + x.start[q + j] * lanes;
-      Vector<Real> sum = {};
-      for (int64_t k = 0; k < x.count[q + j]; ++k) {
-        const Vector<Real> term = weight[k] * load(source + k * lanes);
-        sum = k == 0 ? term : sum + term;
-      }
-      square[j] = sum;
+      square[j] = sum_of_window(x.count[q + j],
+                                [&](int64_t k) { return weight[k] * load(source + k * lanes); });
     }
     transpose<Real>(square);
     for (int64_t r = 0; r < rows; ++r) store_first(out + r * x.out_size + q, square[r], columns);

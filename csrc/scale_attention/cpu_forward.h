@@ -38,6 +38,8 @@ static inline T logsumexp_of(T maximum, T factor, T sum) {
   return static_cast<T>(double{maximum} * (double{factor} * kLn2) + double{log_of(sum)});
 }
 
+constexpr int kChains = 4;  // of sums over a block's keys
+
 // Turns a block of scores [keys, kTile] into exponentials relative to the new maximum.
 template <typename T, typename E>
 inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t keys,
@@ -57,15 +59,23 @@ inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t key
     const Vector<T> base = maximum == none ? Vector<T>{} : maximum * half;
     const Vector<T> correction =
         before == none ? Vector<T>{} : exp2_nonpositive((before * half - base) * factor);
-    Vector<T> sum = load(state.sum + j) * correction;
-    for (int64_t n = 0; n < keys; ++n) {
+    // One long chain would lose the many weights that are too small beside the largest.
+    Vector<T> sums[kChains] = {};
+    const auto weigh = [&](int64_t n, int chain) __attribute__((always_inline)) {
       T* score = scores + n * kTile + j;
       const Vector<T> weight = exponential<E>((load(score) * half - base) * factor);
       store(score, weight);
-      sum += weight;
+      sums[chain] += weight;
+    };
+    int64_t n = 0;
+    for (; n + kChains <= keys; n += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) weigh(n + chain, chain);
     }
+    for (; n < keys; ++n) weigh(n, 0);
     store(state.correction + j, correction);
-    store(state.sum + j, sum);
+    store(state.sum + j,
+          load(state.sum + j) * correction + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
 }
 

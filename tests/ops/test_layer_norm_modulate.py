@@ -104,6 +104,25 @@ def test_mean_far_from_zero(device):
     )
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("channels", [64, 1024, 8000])
+def test_a_mean_far_from_zero_costs_no_digits(monkeypatch, instruction_set, channels):
+    """On the CPU: what the rounded mean is off by is taken off, too."""
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    given = arguments(1, 4, channels)
+    given["x"] = given["x"] + 100
+    error = (norm_of(flexvar_ext, given) - norm_of(reference, doubled(given))).abs().max()
+    assert error < 3e-6
+
+
+def test_one_number_far_from_the_others(device):
+    given = arguments(1, 4, 8192, device=device)
+    given["x"][..., 3] = 1e4
+    exact = norm_of(reference, doubled(given))
+    error, own = ((norm_of(ops, given) - exact).norm() for ops in (flexvar_ext, reference))
+    assert error < 3 * own
+
+
 def test_values_that_are_not_finite_stay_in_their_token(device):
     given = arguments(1, 5, 100, device=device)
     expected = norm_of(flexvar_ext, given)

@@ -52,6 +52,15 @@ def test_as_accurate_as_torch(device, grid, mode, antialias, dtype):
         assert_accurate(randn(2, 3, *grid, device=device).to(dtype), size, mode=mode, antialias=antialias)
 
 
+def test_means_of_many_pixels_are_as_accurate_as_torchs(device):
+    x = randn(8, 3, 200, 300, device=device)
+    exact = x.double().mean((2, 3), keepdim=True)
+    error, own = (
+        (out - exact).norm() for out in (ops.resample2d(x, (1, 1), mode="area") for ops in (flexvar_ext, reference))
+    )
+    assert error <= FORWARD_FACTOR * own
+
+
 @pytest.mark.parametrize("in_size", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 33, 64, 100])
 @pytest.mark.parametrize(("mode", "antialias"), MODES)
 def test_weights_are_torchs(device, mode, antialias, in_size):

@@ -5,9 +5,12 @@ import torch
 from torch.testing import assert_close
 
 import flexvar_ext
-from flexvar_ext import reference
+from flexvar_ext import _host, reference
 from tests.ops.attention_inputs import DTYPES, PAPER_LENGTHS, gradient_of, leaves, make_qkv
 from tests.tolerances import ATOL, FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_accurate_as_torch
+
+INSTRUCTION_SETS = _host.build_info()["cpu_instruction_sets"].split()
+INSTRUCTION_SETS = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_host.cpu_isa()) + 1]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -76,6 +79,20 @@ def test_long_rows_of_normalized_keys_are_as_accurate_as_torchs(device):
     exact = reference.scale_attention(q.double(), k.double(), v.double(), [2233], softmax_scale=1.0)
     same = reference.scale_attention(q, k, v, [2233], softmax_scale=1.0)
     assert (out - exact).abs().max() <= 2 * (same - exact).abs().max()
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("logit", [0.01, 1.0, 4.0])
+def test_weights_that_are_small_beside_the_largest_are_not_lost(monkeypatch, isa, logit):
+    """Long sums of weights are as accurate as torch's, whether one key has most of the weight or all have the same."""
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", isa)
+    q, k, v = make_qkv(1, 3000, 1, 64, torch.float32, torch.device("cpu"))
+    q = q * logit
+    out = flexvar_ext.scale_attention(q, k, v, [1000, 2000])
+    exact = reference.scale_attention(q.double(), k.double(), v.double(), [1000, 2000])
+    same = reference.scale_attention(q, k, v, [1000, 2000])
+    assert (out - exact).norm() <= 1.5 * (same - exact).norm()
+    assert (out - exact).abs().max() <= FORWARD_FACTOR * (same - exact).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
