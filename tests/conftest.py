@@ -11,6 +11,12 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    """On CUDA torch's convolutions are what ours are compared with: float32, and the same every time."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what is not here are skipped; the variable named in the reason makes them fail instead."""
     missing = {"cuda": "" if torch.cuda.is_available() else "CUDA device", "browser": _missing_for_browser()}
