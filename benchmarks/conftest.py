@@ -14,6 +14,8 @@ from benchmarks.measure import Clock, Implementation, memory_of, rounds_within, 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device at hand: the GPU where there is one."""
+    # Float32 is that of the yardstick's matrix product; by default torch's convolutions round factors to TF32.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,6 +34,7 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
 
     pytest-benchmark times the native call; its rounds run the other implementations in their set-up.
     """
+    torch.compiler.reset()  # or a second shape would be compiled for all shapes, to much slower code
 
     def run(
         implementations: Mapping[str, Implementation],

@@ -11,6 +11,11 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    """Float32 is float32: on CUDA torch's convolutions would round factors to TF32 by default."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what is not here are skipped; the variable named in the reason makes them fail instead."""
     missing = {"cuda": "" if torch.cuda.is_available() else "CUDA device", "browser": _missing_for_browser()}

@@ -18,11 +18,11 @@ void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t
   const int64_t bytes = guided_sample_shared_bytes<T>(params.vocabulary, params.pivot_rank);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
   const int64_t shared_limit =
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp) -
-      static_cast<int64_t>(sizeof(SampleStorage));
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp) - kSampleStaticBytes;
   if (bytes <= shared_limit) {
     const auto kernel = guided_sample_kernel<T, true>;
-    allow_shared_memory(kernel, bytes, kOp);
+    // All there is, not `bytes`: another thread may be about to launch with more.
+    allow_shared_memory(kernel, shared_limit, kOp);
     launch_kernel(kOp, stream, kernel, blocks, kSampleThreads, bytes, params);
   } else {
     launch_kernel(kOp, stream, guided_sample_kernel<T, false>, blocks, kSampleThreads, 0, params);

@@ -85,6 +85,9 @@ struct SampleStorage {
   int32_t members, low, high, bin, warp, found;
   Cut cut;
 };
+// What that takes of a block's shared memory: the dynamic part begins at a multiple of 128 bytes
+// (dynamic_shared).
+constexpr int64_t kSampleStaticBytes = (int64_t{sizeof(SampleStorage)} + 127) / 128 * 128;
 
 __device__ inline int bin_slot(int bin) { return bin + bin / kBinsPerLane; }
 

@@ -323,8 +323,10 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, const char*
   const size_t gaps = kSharedGap * (static_objects.size() + 1);
   const size_t offset = (kSharedStart + shared_used + gaps + alignment - 1) / alignment * alignment;
   shared_used += bytes;
-  if (shared_used > options.shared_memory) {
-    fail("shared memory: " + std::to_string(shared_used) + " bytes, a block has at most " +
+  // Dynamic shared memory lies behind the static one, at a multiple of 128 bytes.
+  const size_t gap = dynamic_shared_bytes == 0 ? 0 : (dynamic_shared_bytes - shared_used) % 128;
+  if (shared_used + gap > options.shared_memory) {
+    fail("shared memory: " + std::to_string(shared_used + gap) + " bytes, a block has at most " +
          std::to_string(options.shared_memory));
   }
   // "... [with T = Tile]"

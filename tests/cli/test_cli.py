@@ -119,7 +119,7 @@ def test_images_do_not_depend_on_num_and_batch(generate: Callable[..., Result]) 
 
 
 def test_names_win_over_numbers(run: Callable[..., Result], numbered: str) -> None:
-    options = ["--model", numbered, "--steps", 2]
+    options = ["--model", numbered, "--steps", 2, "--device", "cpu"]
     assert run("generate", "1", "none", "0", "2", "3", "--size", 8, *options, "--out", "images")[0] == 0
     files = ["0000-1.png", "0001-none.png", "0002-0.png", "0003-0.png", "0004-3.png"]
     assert sorted(os.listdir("images")) == files

@@ -96,6 +96,13 @@ def test_more_than_48_kib_of_shared_memory(launch_once):
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("missing", [0, 1, 24])
+def test_a_device_whose_shared_memory_just_holds_a_row(emulated, launch_once, missing):
+    """What aligns the row counts, too."""
+    needed = emulated.guided_sample_static_shared_bytes + emulated.guided_sample_shared_bytes(1500, 40)[4]
+    check(launch_once, random_logits(1500, torch.float32), 40, 0.9, shared_memory=needed - missing)
+
+
 @pytest.mark.parametrize("misalignment", [0, 1])
 def test_inputs_that_lie_otherwise(launch_in_every_order, misalignment):
     logits, seeds = random_logits(70, torch.bfloat16), torch.tensor([7, 0, 8, 0])[::2]

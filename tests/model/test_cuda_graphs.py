@@ -6,16 +6,20 @@ Without a GPU a recorder stands in for CUDA graphs that computes anew, in place,
 from __future__ import annotations
 
 import copy
+import gc
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from flexvar import FlexVARPipeline, FlexVARTransformer, MultiScaleTokenizer, TokenizerConfig, TransformerConfig
 from flexvar.generation import Inpaint
-from flexvar.generation.cuda_graphs import GraphCache
+from flexvar.generation.cuda_graphs import CudaRecorder, GraphCache
 
 OPTIONS: dict[str, Any] = {"schedule": [1, 2, (3, 4)], "output_type": "latent"}
 
@@ -24,6 +28,9 @@ class Recomputing:
     """A recorder. ``count`` is how often any of its recordings was replayed."""
 
     count = 0
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
 
     def record(self, function: Callable[[], torch.Tensor | None]) -> tuple[torch.Tensor | None, Callable[[], None]]:
         output = function()
@@ -180,6 +187,64 @@ def test_the_kinds_used_last_are_kept(pipe: FlexVARPipeline) -> None:
     assert Recomputing.count == replayed + 7
     cache.clear()
     assert len(cache) == 0
+
+
+class Addresses(Recomputing):
+    """A recorder that, as a CUDA graph does, keeps nothing alive that was there before."""
+
+    def record(self, function: Callable[[], torch.Tensor | None]) -> tuple[torch.Tensor | None, Callable[[], None]]:
+        return function(), lambda: None
+
+
+def test_what_recordings_read_stays_where_it_is(pipe: FlexVARPipeline) -> None:
+    reference = FlexVARPipeline(pipe.tokenizer, FlexVARTransformer(pipe.transformer.config, backend="reference"))
+    reference.cuda_graphs = GraphCache(20, Addresses, "cpu")
+    for _ in range(2):
+        pyramid(reference, autocast_dtype=torch.bfloat16)
+    (positions,) = reference.transformer._positions._entries.values()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        read = [positions, reference.transformer.head.weight_for(torch.zeros(1))]
+    kept = [weakref.ref(tensor) for tensor in read]
+    del positions, read
+    pyramid(reference, autocast_dtype=torch.float16)
+    for side in range(3, 13):
+        pyramid(reference, schedule=[1, side])
+    gc.collect()
+    assert len(reference.cuda_graphs) == 1
+    assert all(tensor() is not None for tensor in kept)
+    reference.cuda_graphs.clear()
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_one_recording_at_a_time_on_a_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole process: torch can no more. Stand-ins for torch's CUDA."""
+    devices, underway, recorded = ["cuda:0"], [], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        devices.append(str(chosen))
+        yield
+        devices.pop()
+
+    @contextmanager
+    def graph(_: object, *, stream: str, **options: object) -> Iterator[None]:
+        underway.append(stream)
+        time.sleep(0.005)
+        recorded.append((*underway, devices[-1]))
+        yield
+        underway.pop()
+
+    for name, stand_in in {
+        "device": device, "graph": graph, "Stream": lambda: f"stream of {devices[-1]}",
+        "CUDAGraph": lambda: SimpleNamespace(replay=None), "graph_pool_handle": lambda: (0, 1),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(CudaRecorder, "_streams", {})
+    with ThreadPoolExecutor(4) as pool:
+        for index in (0, 1, 1, 0, 1):
+            pool.submit(CudaRecorder(torch.device("cuda", index)).record, lambda: None)
+    assert sorted(recorded) == [(f"stream of cuda:{index}", f"cuda:{index}") for index in (0, 0, 1, 1, 1)]
 
 
 def test_a_failure_while_recording_leaves_nothing(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

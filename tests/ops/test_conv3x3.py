@@ -336,8 +336,10 @@ def test_autocast(device, resize, dtype):
 def test_layouts(device, resize, dtype):
     tensors = arguments((2, 24, 10, 6, 8), resize, dtype, device)
     expected = flexvar_ext.conv3x3(**tensors, resize=resize)
+    tolerance = max(1e-4, 16 * torch.finfo(dtype).eps)  # torch takes another algorithm for another layout
     if flexvar_ext.conv3x3_is_native(tensors["x"], resize=resize):
         assert expected.is_contiguous(memory_format=torch.channels_last)
+        tolerance = 1e-5
     for name, tensor in tensors.items():
         strided = torch.stack([tensor, -tensor], dim=-1)[..., 0]
         offset = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
@@ -347,7 +349,7 @@ def test_layouts(device, resize, dtype):
             same.append(tensor.contiguous(memory_format=torch.channels_last))
         for other in same:
             out = flexvar_ext.conv3x3(**dict(tensors, **{name: other}), resize=resize)
-            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_nothing_to_do(device):
@@ -359,7 +361,8 @@ def test_nothing_to_do(device):
 
 
 @pytest.mark.parametrize("resize", RESIZES)
-def test_gradients_are_torchs(device, resize):
+def test_gradients_are_torchs(monkeypatch, device, resize):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # each is computed twice
     tensors = {
         name: tensor.requires_grad_() for name, tensor in arguments((2, 3, 4, 5, 4), resize, device=device).items()
     }

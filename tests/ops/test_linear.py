@@ -42,6 +42,14 @@ def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
+def assert_same(out: Tensor, expected: Tensor) -> None:
+    """To the bit, but on CUDA: there the product is torch's, with another kernel for another layout or shape."""
+    if not out.is_cuda:
+        assert torch.equal(out, expected)
+    tolerance = 16 * torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
 def assert_accurate(tensors: dict[str, Tensor], **options: str) -> None:
     assert_as_accurate_as_torch(
         flexvar_ext.linear(**tensors, **options),
@@ -189,18 +197,18 @@ def test_layouts(device, dtype):
         offset = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
         turned = tensor.transpose(0, -1).contiguous().transpose(0, -1)
         for same in (strided, offset, turned):
-            assert torch.equal(flexvar_ext.linear(**dict(tensors, **{name: same})), expected)
+            assert_same(flexvar_ext.linear(**dict(tensors, **{name: same})), expected)
     x = tensors["x"]
     repeated = flexvar_ext.linear(x[:1].expand(4, -1, -1), tensors["weight"])
-    assert torch.equal(repeated, flexvar_ext.linear(x[:1], tensors["weight"]).expand(4, -1, -1))
+    assert_same(repeated, flexvar_ext.linear(x[:1], tensors["weight"]).expand(4, -1, -1))
 
 
 def test_any_rank(device):
     x, weight, bias = randn(2, 3, 4, 10, device=device), randn(6, 10, device=device), randn(6, device=device)
     expected = flexvar_ext.linear(x, weight, bias)
     assert expected.shape == (2, 3, 4, 6)
-    assert torch.equal(flexvar_ext.linear(x.flatten(0, 2), weight, bias), expected.flatten(0, 2))
-    assert torch.equal(flexvar_ext.linear(x[0, 0, 0], weight, bias), expected[0, 0, 0])
+    assert_same(flexvar_ext.linear(x.flatten(0, 2), weight, bias), expected.flatten(0, 2))
+    assert_same(flexvar_ext.linear(x[0, 0, 0], weight, bias), expected[0, 0, 0])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)])

@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import RLock
-from typing import Protocol
+from threading import Lock, RLock
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,27 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: to be replayed in the order in which they were recorded."""
+    """CUDA graphs that share one pool of memory: to be replayed in the order in which they were recorded.
 
-    def __init__(self) -> None:
+    Args:
+        device: that of the computations.
+    """
+
+    _recording: ClassVar = Lock()  # torch records one graph at a time in a process
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # to record on; torch's own is one device's only
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], Tensor | None]) -> tuple[Tensor | None, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = function()
+        with self._recording, torch.cuda.device(self._device):
+            if self._device not in self._streams:
+                self._streams[self._device] = torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            stream = self._streams[self._device]
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                output = function()
         return output, graph.replay
 
 
@@ -58,6 +70,8 @@ class GraphedSteps:
         self._arguments = (zeros(batch), zeros(batch), zeros(batch))
         # The codes that each step but the first starts from. Not what was drawn: an edit may replace that.
         self._previous = [zeros(batch, *size) for size in steps.schedule[:-1]]
+        # With its state: recordings know addresses only, and other schedules may push positions out of their cache.
+        self._steps = steps
         computations = list(self._computations(steps))
         for compute in computations:
             compute()
@@ -108,14 +122,14 @@ class GraphCache:
 
     Args:
         capacity: kinds to remember; 0 records nothing. Each holds a KV cache and the activations of its largest step.
-        make_recorder, device_type: makes what records, on devices of this type.
+        make_recorder, device_type: makes what records on a device of this type.
 
     Raises:
         TypeError, ValueError: ``capacity`` is not an integer from 0 up.
     """
 
     def __init__(
-        self, capacity: int, make_recorder: Callable[[], Recorder] = CudaRecorder, device_type: str = "cuda"
+        self, capacity: int, make_recorder: Callable[[torch.device], Recorder] = CudaRecorder, device_type: str = "cuda"
     ) -> None:
         self.capacity = check_integer("capacity", capacity, 0, op="GraphCache")
         self._make_recorder = make_recorder
@@ -153,7 +167,7 @@ class GraphCache:
             return
         try:
             if kind.recording is None:
-                kind.recording = GraphedSteps(steps, batch, device, self._make_recorder())
+                kind.recording = GraphedSteps(steps, batch, device, self._make_recorder(device))
             yield kind.recording
         finally:
             kind.in_use = False

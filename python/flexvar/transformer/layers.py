@@ -65,7 +65,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, backend: str, *, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.backend = backend
-        self._cast: tuple[tuple[torch.dtype, int, int], Tensor] | None = None
+        self._casts: dict[torch.dtype, tuple[tuple[int, int], Tensor]] = {}
 
     def forward(
         self, input: Tensor, *, activation: str = "none", gate: Tensor | None = None, residual: Tensor | None = None
@@ -87,9 +87,10 @@ class Linear(nn.Linear):
         return x, norm(x, self.backend)
 
     def weight_for(self, input: Tensor) -> Tensor:
-        """The weight as a product with ``input`` takes it: under autocast cast once, until its values change.
+        """The weight as a product with ``input`` takes it: under autocast cast once a dtype, until its values change.
 
-        Autocast itself would cast it at every step. The native op on the CPU reads float32 and needs no copy.
+        Autocast itself would cast it at every step. The native op on the CPU reads float32 and needs no copy. A cast
+        stays where it is while another dtype is used, too: CUDA graphs hold its address.
         """
         device = input.device.type
         is_cast_by_op = self.backend == "native" and device == "cpu"
@@ -98,10 +99,13 @@ class Linear(nn.Linear):
             or torch.compiler.is_compiling() or self.weight.is_inference()
         ):  # fmt: skip
             return self.weight
-        key = (torch.get_autocast_dtype(device), self.weight.data_ptr(), self.weight._version)
-        cast = self._cast  # another thread may put that of another dtype in its place
+        dtype = torch.get_autocast_dtype(device)
+        key = (self.weight.data_ptr(), self.weight._version)
+        cast = self._casts.get(dtype)
         if cast is None or cast[0] != key:
-            cast = self._cast = (key, self.weight.detach().to(key[0]))
+            cast = (key, self.weight.detach().to(dtype))
+            # One assignment, which other threads see whole or not at all; without casts of other values.
+            self._casts = {**{d: c for d, c in self._casts.items() if c[0] == key}, dtype: cast}
         return cast[1]
 
 
