@@ -70,7 +70,7 @@ def _describe_build(info: Mapping[str, Any], cuda_loaded: bool, cpu_isa: str) ->
             f"CUDA library  built with nvcc {info['cuda_compiler_version']} for {info['cuda_architectures']}; {state}"
         )
     else:
-        lines.append("CUDA library  not built: no nvcc was found, or FLEXVAR_CUDA=off was set, at build time")
+        lines.append("CUDA library  not built: torch was a CPU build, there was no nvcc, or FLEXVAR_CUDA=off was set")
     return lines
 
 
