@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: FORCE setup ext emulated demo test bench gpu figures kernels lint format clean
+.PHONY: FORCE setup ext emulated demo test bench gpu figures kernels linters lint format clean
 
 # The virtual environment borrows the packages of the Python it starts from when that has a torch that fits, and installs
 # torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
@@ -72,12 +72,14 @@ kernels: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) emulated PYTHON=$(abspath $(BIN))/python
 	$(BIN)/python -m benchmarks.kernel_table
 
-lint:
+linters: $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q ruff mypy clang-format
+
+lint: setup linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-format:
+format: linters
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 

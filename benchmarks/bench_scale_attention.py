@@ -59,9 +59,7 @@ CUDA_CASES = [
 ]
 
 
-def cases(what: str) -> pytest.MarkDecorator:
-    found = CUDA_CASES if torch.cuda.is_available() else CPU_CASES
-    return pytest.mark.parametrize("case", found, ids=[f"{what} {case}" for case in found])
+in_every_case = pytest.mark.parametrize("case", CUDA_CASES if torch.cuda.is_available() else CPU_CASES, ids=str)
 
 
 def make_qkv(case: Case, device: torch.device, requires_grad: bool = False) -> list[Tensor]:
@@ -145,7 +143,7 @@ def close(dtype: torch.dtype) -> Callable[[str, object, object], None]:
     return check
 
 
-@cases("forward")
+@in_every_case
 def test_forward(compare, device, case):
     qkv = make_qkv(case, device)
     implementations = make_implementations(case, device)
@@ -159,7 +157,7 @@ def test_forward(compare, device, case):
         )
 
 
-@cases("forward and backward")
+@in_every_case
 def test_forward_and_backward(compare, device, case):
     inputs = make_qkv(case, device, requires_grad=True)
     grad_out = torch.randn_like(inputs[0])
@@ -178,7 +176,7 @@ def test_forward_and_backward(compare, device, case):
     )
 
 
-@cases("normalised forward")
+@in_every_case
 def test_normalized_forward(compare, device, case):
     """Normalised queries and keys. The reference is F.normalize and SDPA with a mask."""
     q, k, v = make_qkv(case, device)
@@ -204,7 +202,7 @@ def test_normalized_forward(compare, device, case):
         )
 
 
-@cases("step")
+@in_every_case
 @pytest.mark.parametrize(("queries", "kv_length"), [(1, 1), (16, 30), (100, 255), (256, 680)])
 def test_step(compare, device, queries, kv_length, case):
     if case.schedule != SCHEDULE:

@@ -46,7 +46,7 @@ def test_vq_lookup(compare, device, queries, codes, dim):
     if device.type == "cpu" and importlib.util.find_spec("faiss"):
         peers["faiss IndexFlatL2, BLAS"] = faiss_search(latents, codebook)
     elif device.type == "cpu":
-        print("bench_vq_lookup: no faiss row, for faiss-cpu is not installed (pip install flexvar[bench])")
+        print("bench_vq_lookup: no faiss row, for faiss-cpu is not installed (pip install faiss-cpu)")
     with torch.inference_mode():
         compare(
             {

@@ -119,8 +119,10 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for case in report["cases"]:
-        label = re.sub(r"^test_\w+?\[|^test_|\]$", "", case["case"])
-        cells = [case["group"], label, _duration(case["seconds"]["native"]), _share(case, sticks), _ratios(case)]
+        test, _, parameters = case["case"].removesuffix("]").partition("[")
+        what = test.removeprefix("test_")
+        name = case["group"] if what == case["group"] else f"{case['group']}: {what.replace('_', ' ')}"
+        cells = [name, parameters, _duration(case["seconds"]["native"]), _share(case, sticks), _ratios(case)]
         lines.append(f"| {' | '.join(cells)} |")
     if report["failed"]:
         lines += ["", f"Failed: {', '.join(report['failed'])}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -42,15 +41,3 @@ def _load(library: Path) -> None:
             "torch older than 2.10, or a build made for another Python or libstdc++. Rebuild with "
             "`pip install --no-build-isolation --force-reinstall --no-deps .`"
         ) from error
-
-
-def cuda_driver_version() -> str | None:
-    """The CUDA version the installed NVIDIA driver supports, as '13.0', or None without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"

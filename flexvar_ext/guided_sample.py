@@ -23,7 +23,7 @@ def guided_sample(
 
     Tokens are ordered by logit, descending, and by index where logits are equal. top-k keeps the first k; then top-p
     keeps a token when the mass of the tokens before it, relative to what top-k kept, is less than p. (So the token that
-    crosses p is kept, and the first always is.) No sort: thresholds are found by bisecting integer keys of the logits.
+    crosses p is kept, and the first always is.) Nothing is sorted.
 
     A token's mass is an integer, floor(2**30 * exp(logit - row maximum)) to a relative 4e-6: sums do not depend on
     their order, and a token below 2**-30 of the most likely one's probability is never drawn. One Philox4x32-10 number

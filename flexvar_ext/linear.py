@@ -61,9 +61,7 @@ def linear(
     check_same_device(op, **given)
     _check_shapes(op, x, weight, bias, gate, residual)
     check_choice(op, "activation", activation, ACTIVATIONS)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = reference.result_dtype(x)
     if weight.dtype not in (dtype, torch.float32):
         raise TypeError(f"{op}: weight must have dtype {dtype} or float32, got {weight.dtype}")
     native = x.device.type != "cuda" and all(value.dtype != torch.float64 for value in given.values())

@@ -1,7 +1,7 @@
 """Every op of :mod:`flexvar_ext` in plain PyTorch: the specification.
 
-Slow and clear on purpose. Each function has the name, arguments and result of the native op. Nothing falls back to this
-file silently: call it by name, or build a model with ``backend="reference"``.
+Slow and clear on purpose. Each function has the name, arguments and result of the native op. Call it by name, or build
+a model with ``backend="reference"``; an op itself runs as this file only where its docstring says so.
 """
 
 from __future__ import annotations

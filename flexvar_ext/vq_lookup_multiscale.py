@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexvar_ext._checks import check_bool, check_choice, check_size
 from flexvar_ext._registration import register_autocast
+from flexvar_ext.resample2d import MODES
 from flexvar_ext.vq_lookup import check_lookup_arguments
 
 _OP = "vq_lookup_multiscale"
@@ -45,7 +46,7 @@ def vq_lookup_multiscale(
     check_lookup_arguments(_OP, "latent", "[B, C, H, W]", latent, codebook)
     check_bool(_OP, "normalize", normalize)
     check_bool(_OP, "antialias", antialias)
-    check_choice(_OP, "mode", mode, ("area", "bilinear", "bicubic", "nearest"))
+    check_choice(_OP, "mode", mode, MODES)
     if antialias and mode != "bilinear":
         raise ValueError(f"{_OP}: antialias must be False unless mode is bilinear, got mode {mode!r}")
     if latent.shape[2] < 1 or latent.shape[3] < 1:

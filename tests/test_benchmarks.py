@@ -63,11 +63,12 @@ def test_table():
         {
             "device": "a CPU", "commit": "c0ffee", "date": "2026-01-01", "torch": "2.13", "python": "3.12",
             "yardsticks": {"gemm_float32": 1e12, "gemm_bfloat16": 2e12, "copy": 4e10},
-            "cases": [case], "failed": ["bench_x.py"],
+            "cases": [case, {**case, "case": "test_step_back[1-2]"}], "failed": ["bench_x.py"],
         }
     )  # fmt: skip
     assert "1 TFLOP/s in float32" in found
     assert "| vq_lookup | 680-32 | 2 ms | 500 GFLOP/s = 50% of matrix product, 3.2e+04 images/s, 5 MB" in found
+    assert "| vq_lookup: step back | 1-2 | 2 ms |" in found
     assert "reference 6.00× (≥5) · compiled 2.00× (≥3, missed) |" in found
     assert "Failed: bench_x.py" in found
 

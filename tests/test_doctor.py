@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from flexvar import doctor
 from flexvar.commands import choose_device
 from flexvar.doctor import STRICT_VARIABLE, Report, examine
 
 import flexvar_ext
-from flexvar_ext import _host, _loader
+from flexvar_ext import _host
 
 
 def test_says_what_was_built_and_runs_every_op() -> None:
@@ -55,7 +56,7 @@ def test_strict_turns_notes_into_problems(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_driver_without_a_torch_that_uses_it_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loader, "cuda_driver_version", lambda: "13.0")
+    monkeypatch.setattr(doctor, "_cuda_driver_version", lambda: "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (note,) = examine().notes
     assert note.startswith("an NVIDIA driver (CUDA 13.0) is installed but")

@@ -23,7 +23,7 @@ static bool may_use_tiles() {
 }
 #endif
 
-CpuIsa best_cpu_isa() {
+static CpuIsa best_cpu_isa() {
 #ifdef FLEXVAR_X86
   static const CpuIsa best = [] {
     __builtin_cpu_init();

@@ -5,10 +5,9 @@
 // includes no torch and no standard headers with inline functions: the linker keeps one copy of an
 // inline function, and it could be the AVX-512 one.
 //
-// In cpu_kernel.h:   FLEXVAR_DECLARE_CPU_KERNEL(my_kernel, (const MyParams& params, int64_t begin,
-// int64_t end)); In cpu_kernel.cpp: namespace flexvar::FLEXVAR_ISA { void my_kernel(const MyParams&
-// params, ...) { ... } } In cpu.cpp:        const auto kernel =
-// FLEXVAR_SELECT_CPU_KERNEL(my_kernel);
+//   cpu_kernel.h    FLEXVAR_DECLARE_CPU_KERNEL(my_kernel, (const MyParams& params, int64_t end));
+//   cpu_kernel.cpp  namespace flexvar::FLEXVAR_ISA { void my_kernel(...) { ... } }
+//   cpu.cpp         const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(my_kernel);
 #pragma once
 
 namespace flexvar {
@@ -24,7 +23,6 @@ enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512bf
 // names (for tests and measurements). Throws std::runtime_error when that name is unknown or this
 // CPU does not have it.
 CpuIsa selected_cpu_isa();
-CpuIsa best_cpu_isa();
 const char* cpu_isa_name(CpuIsa isa);
 
 }  // namespace flexvar

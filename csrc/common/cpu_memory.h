@@ -1,7 +1,7 @@
-// Memory of the CPU launchers. torch::stable's empty, contiguous and to look their op up by name
-// and box its arguments, about a microsecond each: as long as a small call's arithmetic. So here
-// tensors are allocated past the dispatcher, scratch is no tensor, and nothing is asked to convert
-// what is as it should be.
+// Memory of the CPU launchers. `empty`, `contiguous` and `to` of torch::stable look their op up by
+// name and box its arguments, about a microsecond each: as long as a small call's arithmetic. So
+// here tensors are allocated past the dispatcher, scratch is no tensor, and what is as it should be
+// is not converted.
 #pragma once
 
 #ifdef __linux__

@@ -4,8 +4,7 @@
 
 namespace flexvar {
 
-// What scales a vector of this length to length 1, but those shorter than 1e-12 as F.normalize
-// does.
+// What scales a vector of this length to length 1; shorter than 1e-12, as F.normalize does.
 template <class Real>
 FLEXVAR_HOST_DEVICE Real inverse_length(Real length) {
   constexpr Real shortest = static_cast<Real>(1e-12);

@@ -10,11 +10,6 @@
 namespace flexvar {
 namespace {
 
-LogitType logit_type(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return LogitType::float16;
-  return dtype == ScalarType::BFloat16 ? LogitType::bfloat16 : LogitType::float32;
-}
-
 Tensor guided_sample_cpu(const Tensor& logits, int64_t top_k, double top_p, const Tensor& seeds,
                          const Tensor& image_ids, int64_t step) {
   check_guided_sample(logits, top_k, top_p, seeds, image_ids);
@@ -25,7 +20,7 @@ Tensor guided_sample_cpu(const Tensor& logits, int64_t top_k, double top_p, cons
   const Tensor x = contiguous_cpu(logits);
   const Tensor seed = contiguous_cpu(seeds), id = contiguous_cpu(image_ids);
   const GuidedSampleParams params{x.const_data_ptr(),
-                                  logit_type(x.scalar_type()),
+                                  float_element(x.scalar_type(), "guided_sample", "logits"),
                                   seed.const_data_ptr<int64_t>(),
                                   id.const_data_ptr<int64_t>(),
                                   tokens.mutable_data_ptr<int64_t>(),

@@ -26,12 +26,12 @@ int32_t half_to_float_bits(uint16_t half) {
 // Order keys of a row, and the largest of them.
 int32_t load_keys(const GuidedSampleParams& params, int64_t row, int32_t* keys) {
   const int64_t n = params.vocabulary;
-  if (params.type == LogitType::float32) {
+  if (params.element == FloatElement::float32) {
     const int32_t* bits = static_cast<const int32_t*>(params.logits) + row * n;
     for (int64_t i = 0; i < n; ++i) keys[i] = order_key(bits[i]);
   } else {
     const uint16_t* bits = static_cast<const uint16_t*>(params.logits) + row * n;
-    if (params.type == LogitType::bfloat16) {
+    if (params.element == FloatElement::bfloat16) {
       for (int64_t i = 0; i < n; ++i) {
         keys[i] = order_key(static_cast<int32_t>(static_cast<uint32_t>(bits[i]) << 16));
       }

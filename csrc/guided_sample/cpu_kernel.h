@@ -3,14 +3,13 @@
 #include <stdint.h>
 
 #include "common/cpu_isa.h"
+#include "common/float_element.h"
 
 namespace flexvar {
 
-enum class LogitType { float32, float16, bfloat16 };
-
 struct GuidedSampleParams {
   const void* logits;  // [B * l, V]
-  LogitType type;
+  FloatElement element;
   const int64_t* seeds;      // [B]
   const int64_t* image_ids;  // [B]
   int64_t* tokens;           // [B * l]

@@ -1,5 +1,5 @@
 // flexvar_ext._host: what the host side knows without tensors: how this was built, what this CPU
-// has.
+// has, how attention is cut into tiles.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,7 +44,7 @@ std::vector<std::array<int32_t, 3>> key_tiles(const std::vector<int64_t>& scale_
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host side of flexvar_ext: build information, CPU features.";
+  m.doc() = "Host side of flexvar_ext: build information, CPU features, attention's tiles.";
   m.def("build_info", &build_info,
         "How this binary was built: compilers, CUDA architectures, instruction sets.");
   m.def(

@@ -17,17 +17,8 @@ constexpr const char* kOp = "linear";
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerTask = 200'000;
 
-LinearElement element_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(is_floating(t.scalar_type()), kOp, ": ", name,
-                  " must have dtype float32, float16 or bfloat16");
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return LinearElement::float16;
-    case ScalarType::BFloat16:
-      return LinearElement::bfloat16;
-    default:
-      return LinearElement::float32;
-  }
+FloatElement element_of(const Tensor& t, const char* name) {
+  return float_element(t.scalar_type(), kOp, name);
 }
 
 // A small factor, contiguous and in float32.
@@ -126,7 +117,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
   params.x_element = element_of(x, "x");
   params.weight_element = element_of(weight, "weight");
   STD_TORCH_CHECK(
-      params.weight_element == params.x_element || params.weight_element == LinearElement::float32,
+      params.weight_element == params.x_element || params.weight_element == FloatElement::float32,
       kOp, ": weight must have the dtype of x, or float32");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == params.columns), kOp,
                   ": bias must have shape [N]");

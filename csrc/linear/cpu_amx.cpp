@@ -110,11 +110,11 @@ void multiply_block(const LinearParams& params, const LinearAmxBlock& block, con
   }
 
   switch (params.out_element) {
-    case LinearElement::float32:
+    case FloatElement::float32:
       return finish_tiles<float, X, W>(params, block, sums);
-    case LinearElement::float16:
+    case FloatElement::float16:
       return finish_tiles<Half, X, W>(params, block, sums);
-    case LinearElement::bfloat16:
+    case FloatElement::bfloat16:
       return finish_tiles<Bfloat16, X, W>(params, block, sums);
   }
 }
@@ -142,18 +142,18 @@ void pack_rows(const LinearParams& params, const LinearAmxRows& rows, int64_t ti
 }  // namespace
 
 int64_t linear_amx_panel_bytes(const LinearParams& params) {
-  const int64_t parts = params.x_element == LinearElement::bfloat16 ? 1 : 3;
+  const int64_t parts = params.x_element == FloatElement::bfloat16 ? 1 : 3;
   return (params.depth + kTileDepth - 1) / kTileDepth * parts * kTileBytes;
 }
 
 void linear_amx_pack(const LinearParams& params, const LinearAmxRows& rows, int64_t tile_begin,
                      int64_t tile_end, char* panels) {
   switch (params.x_element) {
-    case LinearElement::float32:
+    case FloatElement::float32:
       return pack_rows<float>(params, rows, tile_begin, tile_end, panels);
-    case LinearElement::float16:
+    case FloatElement::float16:
       return pack_rows<Half>(params, rows, tile_begin, tile_end, panels);
-    case LinearElement::bfloat16:
+    case FloatElement::bfloat16:
       return pack_rows<Bfloat16>(params, rows, tile_begin, tile_end, panels);
   }
 }
@@ -161,14 +161,14 @@ void linear_amx_pack(const LinearParams& params, const LinearAmxRows& rows, int6
 void linear_amx_block(const LinearParams& params, const LinearAmxBlock& block, const char* x_panels,
                       char* scratch) {
   const TileScope scope;
-  const bool float_weight = params.weight_element == LinearElement::float32;
+  const bool float_weight = params.weight_element == FloatElement::float32;
   switch (params.x_element) {
-    case LinearElement::float32:
+    case FloatElement::float32:
       return multiply_block<float, float>(params, block, x_panels, scratch);
-    case LinearElement::float16:
+    case FloatElement::float16:
       return float_weight ? multiply_block<Half, float>(params, block, x_panels, scratch)
                           : multiply_block<Half, Half>(params, block, x_panels, scratch);
-    case LinearElement::bfloat16:
+    case FloatElement::bfloat16:
       return float_weight ? multiply_block<Bfloat16, float>(params, block, x_panels, scratch)
                           : multiply_block<Bfloat16, Bfloat16>(params, block, x_panels, scratch);
   }

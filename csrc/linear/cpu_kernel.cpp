@@ -10,11 +10,11 @@ static_assert(kLinearGroup == kRegisterRows);
 static void finish_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
                          int64_t columns, const float* sums) {
   switch (params.out_element) {
-    case LinearElement::float32:
+    case FloatElement::float32:
       return finish<float>(params, row, rows, column, columns, sums, kPanelColumns);
-    case LinearElement::float16:
+    case FloatElement::float16:
       return finish<Half>(params, row, rows, column, columns, sums, kPanelColumns);
-    case LinearElement::bfloat16:
+    case FloatElement::bfloat16:
       return finish<Bfloat16>(params, row, rows, column, columns, sums, kPanelColumns);
   }
 }
@@ -22,7 +22,7 @@ static void finish_group(const LinearParams& params, int64_t row, int64_t rows, 
 // What finish_group will write.
 static void prefetch_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
                            int64_t columns) {
-  const int64_t bytes = params.out_element == LinearElement::float32 ? 4 : 2;
+  const int64_t bytes = params.out_element == FloatElement::float32 ? 4 : 2;
   char* place = static_cast<char*>(params.out) + (row * params.columns + column) * bytes;
   for (int64_t i = 0; i < rows; ++i, place += params.columns * bytes) {
     for (int64_t j = 0; j < columns * bytes; j += 64) __builtin_prefetch(place + j, 1);
@@ -92,16 +92,16 @@ static void multiply_block(const LinearParams& params, const LinearBlock& block,
 
 void linear_block(const LinearParams& params, const LinearBlock& block, void* scratch) {
   float* const sums = static_cast<float*>(scratch);
-  const bool float_weight = params.weight_element == LinearElement::float32;
+  const bool float_weight = params.weight_element == FloatElement::float32;
   switch (params.x_element) {
-    case LinearElement::float32:
+    case FloatElement::float32:
       multiply_block<float, float>(params, block, sums);
       break;
-    case LinearElement::float16:
+    case FloatElement::float16:
       float_weight ? multiply_block<Half, float>(params, block, sums)
                    : multiply_block<Half, Half>(params, block, sums);
       break;
-    case LinearElement::bfloat16:
+    case FloatElement::bfloat16:
       float_weight ? multiply_block<Bfloat16, float>(params, block, sums)
                    : multiply_block<Bfloat16, Bfloat16>(params, block, sums);
       break;

@@ -3,10 +3,9 @@
 #include <stdint.h>
 
 #include "common/cpu_isa.h"
+#include "common/float_element.h"
 
 namespace flexvar {
-
-enum class LinearElement : int { float32, float16, bfloat16 };
 
 // out = residual + gate * activation(x weight^T + bias); all contiguous.
 struct LinearParams {
@@ -16,7 +15,7 @@ struct LinearParams {
   const float* gate;     // [rows / rows_per_gate, columns], or null
   const void* residual;  // [rows, columns] of the element of out, or null
   void* out;             // [rows, columns]
-  LinearElement x_element, weight_element, out_element;
+  FloatElement x_element, weight_element, out_element;
   int64_t rows, columns, depth, rows_per_gate;
   bool gelu;
 };

@@ -58,19 +58,19 @@ void dispatch(const Tensor& q, const Run& run) {
 
 // One launch for every kTilesPerLaunch tiles.
 template <class Params, class Tile>
-void launch(void (*kernel)(Params, TileList<Tile>), int threads, size_t shared_bytes,
-            const Params& params, const std::vector<Tile>& tiles, int64_t heads,
-            cudaStream_t stream, int64_t parts = 1) {
+void launch(const char* op, void (*kernel)(Params, TileList<Tile>), int threads,
+            size_t shared_bytes, const Params& params, const std::vector<Tile>& tiles,
+            int64_t heads, cudaStream_t stream, int64_t parts = 1) {
   if (shared_bytes > 48 * 1024) {
-    allow_shared_memory(kernel, static_cast<int64_t>(shared_bytes), "scale_attention");
+    allow_shared_memory(kernel, static_cast<int64_t>(shared_bytes), op);
   }
   for (size_t begin = 0; begin < tiles.size(); begin += kTilesPerLaunch) {
     const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    const dim3 grid(grid_size(heads, "scale_attention"), static_cast<unsigned>(count),
+    const dim3 grid(grid_size(heads, op), static_cast<unsigned>(count),
                     static_cast<unsigned>(parts));
-    launch_kernel("scale_attention", stream, kernel, grid, threads, shared_bytes, params, list);
+    launch_kernel(op, stream, kernel, grid, threads, shared_bytes, params, list);
   }
 }
 
@@ -79,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, cons
                                                         std::vector<int64_t> scale_lengths,
                                                         double softmax_scale,
                                                         std::optional<Tensor> q_scale_in) {
+  constexpr const char* kOp = "scale_attention";
   check_attention(q_in, k_in, v_in, scale_lengths, q_scale_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
@@ -104,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, cons
                                     inverse_lengths_of(inverse_lengths, 1)};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
-    launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
-           longest_first(query_tiles(scale_lengths, Kernels::kForwardRows)), batch * heads,
+    launch(kOp, Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared),
+           params, longest_first(query_tiles(scale_lengths, Kernels::kForwardRows)), batch * heads,
            scope.stream());
   });
   return {out, logsumexp, inverse_lengths};
@@ -115,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
     const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     const Tensor& out_in, const Tensor& logsumexp_in, std::vector<int64_t> scale_lengths,
     double softmax_scale, std::optional<Tensor> q_scale_in, const Tensor& inverse_lengths_in) {
+  constexpr const char* kOp = "scale_attention_backward";
   check_attention_backward(grad_out_in, q_in, k_in, v_in, out_in, logsumexp_in, scale_lengths,
                            q_scale_in, inverse_lengths_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
@@ -156,20 +158,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
     using Kernels = AttentionKernels<T, kDim>;
     constexpr size_t kShared = sizeof(typename Kernels::BackwardShared);
     const int64_t all_tokens = batch * heads * tokens;
-    launch_kernel("scale_attention_backward", scope.stream(), &attention_delta<T, kDim>,
-                  grid_size((all_tokens + 15) / 16, "scale_attention_backward"), kPlainThreads, 0,
-                  params, all_tokens);
-    launch(Kernels::kGradQueries, Kernels::kThreads, kShared, params,
+    launch_kernel(kOp, scope.stream(), &attention_delta<T, kDim>,
+                  grid_size((all_tokens + 15) / 16, kOp), kPlainThreads, 0, params, all_tokens);
+    launch(kOp, Kernels::kGradQueries, Kernels::kThreads, kShared, params,
            longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
            scope.stream());
-    launch(Kernels::kGradKeys, Kernels::kThreads, kShared, params,
+    launch(kOp, Kernels::kGradKeys, Kernels::kThreads, kShared, params,
            longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
            scope.stream());
     if (q_scale) {
       using A = AttentionArithmetic<T>;
-      launch_kernel("scale_attention_backward", scope.stream(), &attention_grad_q_scale<A>,
-                    grid_size(heads, "scale_attention_backward"), kQScaleThreads, 0,
-                    static_cast<const A*>(params.grad_q_scale_parts),
+      launch_kernel(kOp, scope.stream(), &attention_grad_q_scale<A>, grid_size(heads, kOp),
+                    kQScaleThreads, 0, static_cast<const A*>(params.grad_q_scale_parts),
                     static_cast<A*>(grad_q_scale.mutable_data_ptr()), batch, tokens);
     }
   });
@@ -179,6 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
 Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                  int64_t kv_length, double softmax_scale,
                                  std::optional<Tensor> logit_bound_in) {
+  constexpr const char* kOp = "scale_attention_step";
   check_attention_step(q_in, k_in, v_in, kv_length, logit_bound_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
@@ -195,9 +196,8 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
     using A = AttentionArithmetic<T>;
     const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
     const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
-    const int64_t keys =
-        keys_per_part(count, kv_length, Kernels::kForwardColumns,
-                      device_attribute(cudaDevAttrMultiProcessorCount, q, "scale_attention_step"));
+    const int64_t keys = keys_per_part(count, kv_length, Kernels::kForwardColumns,
+                                       device_attribute(cudaDevAttrMultiProcessorCount, q, kOp));
     const int64_t parts = (kv_length + keys - 1) / keys, rows = batch * heads * tokens;
     std::optional<Tensor> part_sums, part_softmax;
     if (parts > 1) {
@@ -208,14 +208,14 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
       params.part_sums = part_sums->mutable_data_ptr();
       params.parts = part_softmax->mutable_data_ptr();
     }
-    launch(Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared), params,
-           tiles, batch * heads, scope.stream(), parts);
+    launch(kOp, Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared),
+           params, tiles, batch * heads, scope.stream(), parts);
     if (parts > 1) {
       static_assert(sizeof(AttentionPart<A>) == 2 * sizeof(A));
       constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
-      launch_kernel("scale_attention_step", scope.stream(), &attention_combine<T, kDim>,
-                    grid_size((rows + kRowsPerBlock - 1) / kRowsPerBlock, "scale_attention_step"),
-                    kCombineThreads, 0, params, rows, static_cast<int>(parts));
+      launch_kernel(kOp, scope.stream(), &attention_combine<T, kDim>,
+                    grid_size((rows + kRowsPerBlock - 1) / kRowsPerBlock, kOp), kCombineThreads, 0,
+                    params, rows, static_cast<int>(parts));
     }
   });
   return out;

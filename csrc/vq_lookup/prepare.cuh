@@ -35,8 +35,7 @@ struct VqPrepareParams {
   int64_t latent_rows;  // of this launch
 };
 
-// Eight threads share a row; thread j holds components j, j + 8, …. The sum over the threads adds
-// as
+// Eight threads share a row; thread j holds components j, j + 8, …. The sum over the threads is
 // ((0+4)+(2+6)) + ((1+5)+(3+7)).
 constexpr int kVqPrepareThreads = 256;
 constexpr int kVqThreadsPerRow = 8;

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 ConfigT = TypeVar("ConfigT", bound="JsonConfig")
 
+RESAMPLE_MODES = ("nearest", "bilinear", "bicubic", "area")  # of flexvar_ext.resample2d
+
 
 class JsonConfig:
     """Base of the configs. Each validates its fields in ``__post_init__``: a ValueError or TypeError names the one."""

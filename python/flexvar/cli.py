@@ -11,6 +11,7 @@ import typer
 
 from flexvar.cli_edit import add_edit_commands
 from flexvar.cli_options import (
+    DEFAULT_MAX_SIDE,
     Backend,
     BackendOption,
     ColumnsOption,
@@ -164,7 +165,7 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="The sheet, a `.png`.")] = Path("reconstruction.png"),
     steps: StepsOption = None,
     schedule: ScheduleOption = None,
-    max_side: MaxSideOption = 256,
+    max_side: MaxSideOption = DEFAULT_MAX_SIDE,
     columns: ColumnsOption = None,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flexvar.cli_options import (
+    DEFAULT_MAX_SIDE,
     DrawOptions,
     HeightOption,
     MaxSideOption,
@@ -47,7 +48,7 @@ def inpaint(
     paste: PasteOption = True,
     feather: FeatherOption = 0,
     start_step: StartStepOption = None,
-    max_side: MaxSideOption = 256,
+    max_side: MaxSideOption = DEFAULT_MAX_SIDE,
     *,
     options: DrawOptions,
 ) -> None:
@@ -75,7 +76,7 @@ def outpaint(
     paste: PasteOption = True,
     feather: FeatherOption = 0,
     start_step: StartStepOption = None,
-    max_side: MaxSideOption = 256,
+    max_side: MaxSideOption = DEFAULT_MAX_SIDE,
     *,
     options: DrawOptions,
 ) -> None:
@@ -102,7 +103,7 @@ def expand(
     paste: PasteOption = True,
     feather: FeatherOption = 0,
     start_step: StartStepOption = None,
-    max_side: MaxSideOption = 256,
+    max_side: MaxSideOption = DEFAULT_MAX_SIDE,
     *,
     options: DrawOptions,
 ) -> None:
@@ -131,7 +132,7 @@ def refine(
             help="The first step that is drawn; earlier ones are the picture's. Default: the first that is larger."
         ),
     ] = None,
-    max_side: MaxSideOption = 256,
+    max_side: MaxSideOption = DEFAULT_MAX_SIDE,
     *,
     options: DrawOptions,
 ) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from flexvar.drawing import Drawing
     from flexvar.generation import FlexVARPipeline
 
+DEFAULT_MAX_SIDE = 256  # pixels
+
 CommandT = TypeVar("CommandT", bound=Callable[..., None])
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from flexvar.cli_options import Backend, BackendOption, DeviceOption
 
 if TYPE_CHECKING:
     from flexvar.data import ImageDataset
@@ -23,13 +24,6 @@ train_app = typer.Typer(
 )
 
 
-class Backend(str, Enum):
-    """Which implementation of the ops."""
-
-    native = "native"
-    reference = "reference"
-
-
 DataOption = Annotated[
     Path | None,
     typer.Option(help="A folder with one sub-folder of pictures for each class; by default shapes, drawn on the fly."),
@@ -41,8 +35,6 @@ BatchOption = Annotated[int | None, typer.Option(help="Images a step.")]
 RateOption = Annotated[float | None, typer.Option(help="Highest learning rate.")]
 SeedOption = Annotated[int | None, typer.Option(help="Of everything random.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out after a stop or a crash.")]
-DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one.")]
-BackendOption = Annotated[Backend, typer.Option(help="`reference` is plain PyTorch: slow, and the specification.")]
 
 
 @train_app.command()
@@ -59,7 +51,7 @@ def tokenizer(
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.native,
 ) -> None:
-    """Train a tokenizer. Without options: the bundled demo's, in about ten minutes on two CPU cores.
+    """Train a tokenizer. Without options: the bundled demo's, in a quarter of an hour on two CPU cores.
 
     ```
     flexvar train tokenizer

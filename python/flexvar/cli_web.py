@@ -36,7 +36,7 @@ def web(
     max_upload: Annotated[int, typer.Option(help="Bytes of an uploaded picture.")] = 20_000_000,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the device.")] = 16,
 ) -> None:
-    """Open a page for generating and editing in a browser. It needs `pip install flexvar[web]`, and no internet.
+    """Open a page for generating and editing in a browser. It needs `pip install gradio`, and no internet.
 
     ```
     flexvar web
@@ -44,7 +44,7 @@ def web(
     ```
     """
     if find_spec("gradio") is None:
-        raise ImportError("web: the page needs gradio: pip install flexvar[web]")
+        raise ImportError("web: the page needs gradio: pip install gradio")
     from flexvar.web.limits import Limits
     from flexvar.web.privacy import forbid_telemetry
 

@@ -264,12 +264,13 @@ def reconstruct(
     columns: int | None,
 ) -> None:
     """``flexvar reconstruct``: the picture and its reconstruction at every scale, on one sheet."""
+    sheet = _sheet(columns)
     out = pipe.reconstruct(picture, schedule=schedule, steps=steps, autocast_dtype=autocast_dtype(dtype))
     _make_folder(target)
     scales: list[Image.Image] = []
     for step in tqdm(out.steps, desc="decoding", unit="scale", disable=None):
         scales += cast("list[Image.Image]", step.preview())
-    save_png(scales_sheet(picture, out.steps, scales, columns), target)
+    save_png(scales_sheet(picture, out.steps, scales, **sheet), target)
     print(target)
 
 

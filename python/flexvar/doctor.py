@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +71,7 @@ def _describe_build(info: Mapping[str, Any], cuda_loaded: bool, cpu_isa: str) ->
             f"CUDA library  built with nvcc {info['cuda_compiler_version']} for {info['cuda_architectures']}; {state}"
         )
     else:
-        lines.append("CUDA library  not built: no nvcc was found, or FLEXVAR_CUDA=off was set, at build time")
+        lines.append("CUDA library  not built: torch was a CPU build, there was no nvcc, or FLEXVAR_CUDA=off was set")
     return lines
 
 
@@ -78,11 +79,9 @@ def _devices(report: Report, info: Mapping[str, Any], cuda_loaded: bool) -> list
     """The devices that the ops run on here, described in the report."""
     import torch
 
-    from flexvar_ext._loader import cuda_driver_version
-
     report.lines.append(f"device        cpu, {torch.get_num_threads()} threads")
     devices = ["cpu"]
-    driver = cuda_driver_version()
+    driver = _cuda_driver_version()
     if not torch.cuda.is_available():
         if driver is not None:
             reason = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no usable GPU"
@@ -103,6 +102,18 @@ def _devices(report: Report, info: Mapping[str, Any], cuda_loaded: bool) -> list
             "there is a GPU but no CUDA kernels: install nvcc and rebuild with FLEXVAR_CUDA=on to generate on the GPU"
         )
     return devices
+
+
+def _cuda_driver_version() -> str | None:
+    """The CUDA version that the installed NVIDIA driver supports, as '13.0', or None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _op_table(report: Report, devices: list[str]) -> Iterator[str]:

@@ -246,6 +246,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ["outpaint", "photo.png", "star", "nonsense", "--right", "4", "--out", "new"],
         ["generate", "--seed", "-1", "--out", "new/star.png"],
         ["reconstruct", "photo.png", "--schedule", "1,3", "--out", "new/scales.png"],
+        ["reconstruct", "photo.png", "--columns", "0", "--out", "new/scales.png"],
         ["expand", "photo.png", "--size", "7", "--out", "new"],
         ["train", "tokenizer", "--resume", "--out", "new"],
     ],

@@ -15,7 +15,7 @@ Result = tuple[int, str, str]
 
 def test_without_gradio_it_says_what_to_install(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_web, "find_spec", lambda name: None)
-    assert run("web") == (2, "", "flexvar: error: web: the page needs gradio: pip install flexvar[web]\n")
+    assert run("web") == (2, "", "flexvar: error: web: the page needs gradio: pip install gradio\n")
 
 
 def test_loopback() -> None:

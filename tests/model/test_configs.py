@@ -38,7 +38,7 @@ def test_json_round_trip(config: TokenizerConfig | TransformerConfig) -> None:
         (TokenizerConfig, {"channel_multipliers": (1, 0)}, ValueError, r"from 1 to 64, got \(1, 0\)"),
         (TokenizerConfig, {"channel_multipliers": 4}, TypeError, "must be a tuple of ints, got 4"),
         (TokenizerConfig, {"normalize_codes": 1}, TypeError, "normalize_codes must be a bool, got 1"),
-        (TokenizerConfig, {"downsample_mode": "cubic"}, ValueError, "downsample_mode must be one of area, .* 'cubic'"),
+        (TokenizerConfig, {"downsample_mode": "cubic"}, ValueError, "must be one of nearest, .* 'cubic'"),
         (TokenizerConfig, {"upsample_mode": None}, ValueError, "upsample_mode must be one of .* got None"),
         (TransformerConfig, {"depth": 10**9}, ValueError, "depth must be from 1 to 512, got 1000000000"),
         (

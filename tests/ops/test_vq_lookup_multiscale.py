@@ -167,7 +167,7 @@ def test_autocast_keeps_float32(device):
         ({"latent": randn(1, 8, 4, 4).double()}, TypeError, "latent must have dtype .*, got float64"),
         ({"codebook": randn(5, 9)}, ValueError, r".*with C = 8 >= 1 as in latent, got \(5, 9\)"),
         ({"codebook": torch.full((5, 8), torch.inf)}, ValueError, "codebook must be finite, got 5 codes"),
-        ({"mode": "cubic"}, ValueError, "mode must be one of area, bilinear, bicubic, nearest, got 'cubic'"),
+        ({"mode": "cubic"}, ValueError, "mode must be one of nearest, bilinear, bicubic, area, got 'cubic'"),
         ({"antialias": True}, ValueError, "antialias must be False unless mode is bilinear, got mode 'area'"),
         ({"scales": []}, ValueError, r"scales must hold at least one \(height, width\), got \[\]"),
         ({"scales": 3}, TypeError, r"scales must be a sequence of \(height, width\), got int"),

@@ -1,9 +1,10 @@
-"""The build as a user meets it: a wheel from a copy of the sources, CUDA where there is none, a broken install."""
+"""The build as a user meets it: a wheel from the source archive, CUDA where there is none, a broken install."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,20 +12,20 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "flexvar_ext", "python"]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, unpacked: what the other tests build from, and nothing beside it."""
     folder = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
-        else:
-            shutil.copy(source, folder / name)
-    return folder
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder), "sdist", "-d", str(folder)]
+    packed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert packed.returncode == 0, packed.stderr
+    (archive,) = folder.glob("flexvar-*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

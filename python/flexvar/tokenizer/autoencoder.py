@@ -8,7 +8,6 @@ those of the published checkpoints. Feature maps are [B, channels, height, width
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -171,11 +170,6 @@ class Decoder(nn.Module):
         )  # fmt: skip
         self.norm_out = Norm(channels[-1], config.norm_groups, backend=backend)
         self.conv_out = Conv3x3(channels[-1], 3, backend=backend)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the last convolution, whose gradient norm balances adversarial losses (VQGAN, eq. 7)."""
-        return cast(nn.Parameter, self.conv_out.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(_arranged(z, self.norm_out.backend)))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexvar._config import JsonConfig
-
-_DOWNSAMPLE_MODES = ("area", "bilinear", "bicubic", "nearest")
-_UPSAMPLE_MODES = ("bicubic", "bilinear", "nearest", "area")
+from flexvar._config import RESAMPLE_MODES, JsonConfig
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ class TokenizerConfig(JsonConfig):
         object.__setattr__(self, "channel_multipliers", tuple(multipliers))
         self._check_int("num_res_blocks", 1, 64)
         self._check_bool("normalize_codes")
-        self._check_choice("downsample_mode", _DOWNSAMPLE_MODES)
-        self._check_choice("upsample_mode", _UPSAMPLE_MODES)
+        self._check_choice("downsample_mode", RESAMPLE_MODES)
+        self._check_choice("upsample_mode", RESAMPLE_MODES)
 
     @property
     def patch_size(self) -> int:

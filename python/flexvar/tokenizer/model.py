@@ -71,6 +71,10 @@ class MultiScaleTokenizer(nn.Module):
 
         Returns:
             [B, codebook_dim, H / patch_size, W / patch_size].
+
+        Raises:
+            TypeError: images that are not floating point, or not of the weights' dtype (without autocast).
+            ValueError: another shape, or another device than the weights'.
         """
         check_float("encode", "images", images, self.quant_conv.weight)
         patch_size = self.config.patch_size
@@ -91,6 +95,10 @@ class MultiScaleTokenizer(nn.Module):
 
         Returns:
             [B, 3, h * patch_size, w * patch_size], about in [-1, 1] (not clamped).
+
+        Raises:
+            TypeError: codes of another dtype.
+            ValueError: another shape or device, or (on a CPU) an index outside the codebook.
         """
         if isinstance(codes, Tensor) and codes.dtype == torch.int64:
             if codes.ndim != 3 or 0 in codes.shape[1:]:
@@ -104,7 +112,7 @@ class MultiScaleTokenizer(nn.Module):
         """Encode, quantise and decode images at every size of a schedule.
 
         Args:
-            images: [B, 3, H, W] in [-1, 1], as for :meth:`encode`.
+            images: [B, 3, H, W] in [-1, 1], as for :meth:`encode`, whose errors it has.
 
         Returns:
             For every step [B, 3, h_i * patch_size, w_i * patch_size].

@@ -62,6 +62,10 @@ class VectorQuantizer(nn.Module):
 
         Returns:
             For every step int64 [B, h_i, w_i].
+
+        Raises:
+            TypeError: a latent that is not floating point, or something else than a schedule.
+            ValueError: a latent of another shape.
         """
         check_latent("quantize", "latent", latent, self.config)
         check_schedule("quantize", schedule)

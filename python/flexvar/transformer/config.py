@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexvar._config import JsonConfig
+from flexvar._config import RESAMPLE_MODES, JsonConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TransformerConfig(JsonConfig):
         self._check_bool("shared_adaln")
         self._check_int("position_grid", 1, 1 << 10)
         self._check_int("mlp_ratio", 1, 64)
-        self._check_choice("upsample_mode", ("bicubic", "bilinear", "nearest", "area"))
+        self._check_choice("upsample_mode", RESAMPLE_MODES)
         self._check_probability("class_dropout")
         self._check_probability("drop_path")
         names = self.class_names

@@ -34,6 +34,11 @@ def next_scale_inputs(
     Returns:
         [B, L - L_0, codebook_dim] in the codebook's dtype, L_0 being the tokens of the first step. Differentiable in
         the codebook.
+
+    Raises:
+        TypeError: something else than a schedule, or a grid that is not an int64 tensor.
+        ValueError: another number of grids than steps, another shape than the schedule's, or (on a CPU) an index
+            outside the codebook.
     """
     check_schedule("next_scale_inputs", schedule)
     steps = len(schedule)

@@ -48,13 +48,16 @@ class KVCache:
 
         Returns:
             The block's keys and values, [B, max_tokens, heads, head_dim] each, and the first token to write.
+
+        Raises:
+            ValueError: they do not fit.
         """
         if self.length + tokens > self.max_tokens:
             raise ValueError(f"KVCache: the cache holds at most {self.max_tokens} tokens, got {self.length + tokens}")
         return self.k[layer], self.v[layer], self.length
 
     def advance(self, tokens: int) -> None:
-        """Count the tokens of a step that all blocks have written."""
+        """Count the tokens of a step that all blocks have written. Raises ValueError for more than fit."""
         if not 0 <= tokens <= self.max_tokens - self.length:
             raise ValueError(f"KVCache: tokens must be from 0 to {self.max_tokens - self.length}, got {tokens}")
         self.length += tokens

@@ -118,6 +118,10 @@ class FlexVARTransformer(nn.Module):
 
         Returns:
             [B, L, codebook_size].
+
+        Raises:
+            TypeError: labels or inputs of another dtype, or something else than a schedule.
+            ValueError: a label out of range, or inputs of another shape or device.
         """
         check_schedule("forward", schedule)
         self._check_labels("forward", class_labels)
@@ -149,6 +153,10 @@ class FlexVARTransformer(nn.Module):
                 the null class.
             schedule: the size of every step.
             cache_dtype: dtype of keys and values; that of the weights unless given.
+
+        Raises:
+            TypeError: labels that are not integers, or something else than a schedule.
+            ValueError: a label out of range.
         """
         check_schedule("begin", schedule)
         if not isinstance(class_labels, Tensor):
@@ -188,6 +196,10 @@ class FlexVARTransformer(nn.Module):
 
         Returns:
             [N, l, width], after the AdaLN before the head.
+
+        Raises:
+            TypeError: inputs of another dtype, or none behind the first step.
+            ValueError: inputs of another shape or device, or at the first step; or no step is left.
         """
         index, schedule = state.next_step, state.schedule
         if index >= len(schedule):

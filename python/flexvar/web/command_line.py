@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from flexvar.cli_options import DEFAULT_MAX_SIDE
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 
@@ -36,7 +37,7 @@ def command_line(
         options |= {
             name: value for name, value in request.arguments.items() if name != "paste" and value != _DEFAULTS.get(name)
         }
-        if request.max_side != 256:
+        if request.max_side != DEFAULT_MAX_SIDE:
             options["max-side"] = request.max_side
     options |= {name: drawing.options[name] for name in ("height", "width") if name in drawing.options}
     if drawing.num != len(drawing.labels):

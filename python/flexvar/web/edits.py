@@ -8,13 +8,12 @@ from typing import Any
 
 import gradio as gr
 
+from flexvar.cli_options import DEFAULT_MAX_SIDE
 from flexvar.edit_request import EditRequest
 from flexvar.web.painter import make_painter, write_mask
 from flexvar.web.picture import PictureInput, copied
 from flexvar.web.studio import Shown, Studio
 from flexvar.web.task import Inputs, Run, drawing_run, steps_or_auto
-
-_MAX_SIDE = 256
 
 
 def inpaint_inputs(studio: Studio) -> Inputs:
@@ -62,7 +61,7 @@ def reconstruct_inputs(studio: Studio) -> Inputs:
     picture = PictureInput()
     with gr.Row():
         steps = gr.Number(0, label="Steps (0: auto)", precision=0, min_width=100)
-        max_side = gr.Number(_MAX_SIDE, label="Shrink larger pictures to", precision=0, min_width=120)
+        max_side = gr.Number(DEFAULT_MAX_SIDE, label="Shrink larger pictures to", precision=0, min_width=120)
 
     def run(folder: Path, image: str | None, steps: int, max_side: int) -> Iterator[Shown]:
         return studio.reconstruct(copied(image, folder, "reconstruct"), steps_or_auto(steps), max_side)
@@ -103,5 +102,5 @@ def _options() -> dict[str, Any]:
     with gr.Row():
         return {
             "start_step": gr.Number(-1, label="First drawn step (-1: auto)", precision=0, min_width=120),
-            "max_side": gr.Number(_MAX_SIDE, label="Shrink larger pictures to", precision=0, min_width=120),
+            "max_side": gr.Number(DEFAULT_MAX_SIDE, label="Shrink larger pictures to", precision=0, min_width=120),
         }

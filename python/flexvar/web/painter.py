@@ -13,7 +13,7 @@ _PREFIX = "data:image/png;base64,"
 _LARGEST_MASK = 4_000_000  # characters
 _TEMPLATE = """<div class="painter">
 <div class="canvas"><img class="picture" alt="the picture to paint on">
-<canvas aria-label="paint the mask here"></canvas></div>
+<canvas role="img" aria-label="paint the mask here"></canvas></div>
 <div class="tools">
 <label>Brush <input class="size" type="range" min="2" max="40" value="12" aria-label="Brush size"></label>
 <label><input class="erase" type="checkbox"> Erase</label>
