@@ -16,6 +16,7 @@ from flexvar_ext._checks import (
     check_size,
     check_tensor,
 )
+from flexvar_ext._registration import forbid_second_gradient
 from flexvar_ext.resample2d import MODES
 
 
@@ -43,7 +44,7 @@ def embed_resample(
         normalize: use the codes scaled to length 1.
         mode: ``nearest``, ``bilinear``, ``bicubic`` or ``area``.
 
-    Returns: tokens [B, h * w, C] of the codebook's dtype. Differentiable in ``codebook``.
+    Returns: tokens [B, h * w, C] of the codebook's dtype. Differentiable once in ``codebook``.
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got. An index outside [0, V) is a
     ValueError on a CPU (a RuntimeError where torch.compile made the call); on CUDA, where looking would mean waiting,
@@ -94,3 +95,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None, N
 
 
 torch.library.register_autograd("flexvar::embed_resample", _gradient, setup_context=_save)
+forbid_second_gradient("embed_resample")

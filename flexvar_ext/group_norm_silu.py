@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexvar_ext import reference
 from flexvar_ext._checks import FLOATING, alike, check_bool, check_eps, check_integer, check_same_device, check_tensor
+from flexvar_ext._registration import forbid_second_gradient
 
 DTYPES = (*FLOATING, torch.float64)
 
@@ -119,3 +120,4 @@ def _gradient(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | No
 
 
 torch.library.register_autograd("flexvar::group_norm_silu", _gradient, setup_context=_save)
+forbid_second_gradient("group_norm_silu")

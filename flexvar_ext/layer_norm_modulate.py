@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexvar_ext import reference
 from flexvar_ext._checks import FLOATING, alike, check_eps, check_same_device, check_tensor
+from flexvar_ext._registration import forbid_second_gradient
 
 DTYPES = (*FLOATING, torch.float64)
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
@@ -183,3 +184,4 @@ torch.library.register_autograd("flexvar::layer_norm_modulate", _gradient, setup
 torch.library.register_autograd(
     "flexvar::residual_layer_norm_modulate", _residual_gradient, setup_context=_save_residual
 )
+forbid_second_gradient("layer_norm_modulate")

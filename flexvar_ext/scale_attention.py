@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext._checks import FLOATING, alike, check_same_device, check_tensor
-from flexvar_ext._registration import register_autocast
+from flexvar_ext._registration import forbid_second_gradient, register_autocast
 
 HEAD_DIMS = (32, 64, 96, 128)
 DTYPES = (*FLOATING, torch.float64)
@@ -236,5 +236,6 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
 
 
 torch.library.register_autograd("flexvar::scale_attention", _backward, setup_context=_setup_context)
+forbid_second_gradient("scale_attention")
 register_autocast("scale_attention", only=("q", "k", "v"))
 register_autocast("scale_attention_step", only=("q", "k_cache", "v_cache"))
