@@ -12,6 +12,7 @@ from flexvar_ext._checks import (
     check_bool,
     check_choice,
     check_elements,
+    check_no_tangent,
     check_same_device,
     check_size,
     check_tensor,
@@ -59,6 +60,7 @@ def embed_resample(
     if indices.shape[1] == 0 or indices.shape[2] == 0:
         raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
     check_elements("embed_resample", "size", size, indices.shape[0] * height * width * codebook.shape[1])
+    check_no_tangent("embed_resample", codebook)
     result: Tensor
     if torch.compiler.is_compiling():
         result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
