@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -113,6 +114,21 @@ def check_integer(op: str, name: str, value: object, lowest: int, bound: int) ->
     if not lowest <= value < bound:
         limit = f"2**{bound.bit_length() - 1}" if bound & (bound - 1) == 0 else str(bound)
         raise ValueError(f"{op}: {name} must be in [{lowest}, {limit}), got {value}")
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one carries a forward-mode derivative (``torch.func.jvp``), which torch drops where an op has none."""
+    if forward_ad._current_level < 0:  # outside of such derivatives, that is nearly always
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError for a forward-mode derivative: it would become 0."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            f"{op}: derivatives must be of reverse mode, got one of forward mode (torch.func.jvp)"
+        )
 
 
 def int64_per_image(

@@ -1,9 +1,9 @@
-"""What the op files share: autocast registration."""
+"""What the op files share: registration of autocast, and of gradients that have none themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,3 +40,12 @@ def _autocast_kernel(
             return packet(*map(cast, names, args), **{key: cast(key, value) for key, value in kwargs.items()})
 
     return kernel
+
+
+def forbid_second_gradient(name: str) -> None:
+    """Makes the gradient of a gradient of ``flexvar::name`` an error: torch would take it for 0, with one warning."""
+
+    def refuse(ctx: Any, *gradients: Tensor | None) -> NoReturn:
+        raise NotImplementedError(f"{name}: gradients must be of first order, got the gradient of a gradient")
+
+    torch.library.register_autograd(f"flexvar::{name}_backward", refuse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, check_integer, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, check_integer, check_no_tangent, check_same_device, check_tensor
 from flexvar_ext.scale_attention import HEAD_DIMS
 
 DTYPES = (*FLOATING, torch.float64)
@@ -74,6 +74,7 @@ def append_qkv(
     check_same_device(op, **given)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values()):
         raise ValueError(f"{op}: {', '.join(given)} must not require a gradient (use torch.no_grad), got one that does")
+    check_no_tangent(op, *given.values())
     if q_scale is not None:
         q_scale = q_scale.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32)
     q: Tensor = torch.ops.flexvar.append_qkv(qkv, k_cache, v_cache, position, q_scale)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import _host, reference
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_tensor, has_tangent
 from flexvar_ext._registration import register_autocast
 
 RESIZES = ("none", "down", "up")
@@ -31,7 +31,7 @@ def conv3x3(
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
     (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without AVX2, on CUDA in float32 or at
-    another change of resolution, and wherever a gradient is needed.
+    another change of resolution, and wherever a gradient is needed, a forward-mode one too.
 
     Args:
         x: [B, C, H, W] in any layout, float32, float16, bfloat16 or float64; C >= 1.
@@ -76,7 +76,7 @@ def conv3x3(
     if residual is not None and residual.dtype != dtype:
         raise TypeError(f"{op}: residual must have the result's dtype {dtype}, got {residual.dtype}")
     needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
-    if needs_gradient or not conv3x3_is_native(x, resize=resize):
+    if needs_gradient or has_tangent(*given.values()) or not conv3x3_is_native(x, resize=resize):
         return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
     result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
     return result

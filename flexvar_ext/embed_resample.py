@@ -12,10 +12,12 @@ from flexvar_ext._checks import (
     check_bool,
     check_choice,
     check_elements,
+    check_no_tangent,
     check_same_device,
     check_size,
     check_tensor,
 )
+from flexvar_ext._registration import forbid_second_gradient
 from flexvar_ext.resample2d import MODES
 
 
@@ -43,7 +45,7 @@ def embed_resample(
         normalize: use the codes scaled to length 1.
         mode: ``nearest``, ``bilinear``, ``bicubic`` or ``area``.
 
-    Returns: tokens [B, h * w, C] of the codebook's dtype. Differentiable in ``codebook``.
+    Returns: tokens [B, h * w, C] of the codebook's dtype. Differentiable once in ``codebook``.
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got. An index outside [0, V) is a
     ValueError on a CPU (a RuntimeError where torch.compile made the call); on CUDA, where looking would mean waiting,
@@ -58,6 +60,7 @@ def embed_resample(
     if indices.shape[1] == 0 or indices.shape[2] == 0:
         raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
     check_elements("embed_resample", "size", size, indices.shape[0] * height * width * codebook.shape[1])
+    check_no_tangent("embed_resample", codebook)
     result: Tensor
     if torch.compiler.is_compiling():
         result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
@@ -94,3 +97,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None, N
 
 
 torch.library.register_autograd("flexvar::embed_resample", _gradient, setup_context=_save)
+forbid_second_gradient("embed_resample")

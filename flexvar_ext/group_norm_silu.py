@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, alike, check_bool, check_eps, check_integer, check_same_device, check_tensor
+from flexvar_ext._checks import (
+    FLOATING,
+    alike,
+    check_bool,
+    check_eps,
+    check_integer,
+    check_no_tangent,
+    check_same_device,
+    check_tensor,
+)
+from flexvar_ext._registration import forbid_second_gradient
 
 DTYPES = (*FLOATING, torch.float64)
 
@@ -43,6 +53,7 @@ def group_norm_silu(
         _check(x, num_groups, weight, bias, eps, silu)
         if torch.float64 in (x.dtype, weight.dtype, bias.dtype):
             return reference.group_norm_silu(x, num_groups, weight, bias, eps=eps, silu=silu)
+    check_no_tangent("group_norm_silu", x, weight, bias)
     out, _ = torch.ops.flexvar.group_norm_silu(x, num_groups, weight, bias, eps, silu, reference.result_dtype(x))
     return out
 
@@ -119,3 +130,4 @@ def _gradient(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | No
 
 
 torch.library.register_autograd("flexvar::group_norm_silu", _gradient, setup_context=_save)
+forbid_second_gradient("group_norm_silu")

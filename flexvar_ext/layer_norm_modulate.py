@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, alike, check_eps, check_same_device, check_tensor
+from flexvar_ext._checks import FLOATING, alike, check_eps, check_no_tangent, check_same_device, check_tensor
+from flexvar_ext._registration import forbid_second_gradient
 
 DTYPES = (*FLOATING, torch.float64)
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
@@ -40,6 +41,7 @@ def layer_norm_modulate(
         if torch.float64 in (x.dtype, scale.dtype, shift.dtype, dtype):
             return reference.layer_norm_modulate(x, scale, shift, eps=eps, dtype=dtype)
     dtype = dtype or reference.result_dtype(x)
+    check_no_tangent("layer_norm_modulate", x, scale, shift)
     out: Tensor = torch.ops.flexvar.layer_norm_modulate(x, scale, shift, eps, dtype)
     return out
 
@@ -74,6 +76,7 @@ def residual_layer_norm_modulate(
         if torch.float64 in (x.dtype, branch.dtype, gate.dtype, scale.dtype, shift.dtype, dtype):
             return reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=eps, dtype=dtype)
     dtype = dtype or reference.result_dtype(x)
+    check_no_tangent("residual_layer_norm_modulate", x, branch, gate, scale, shift)
     y, out = torch.ops.flexvar.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps, dtype)
     return y, out
 
@@ -183,3 +186,4 @@ torch.library.register_autograd("flexvar::layer_norm_modulate", _gradient, setup
 torch.library.register_autograd(
     "flexvar::residual_layer_norm_modulate", _residual_gradient, setup_context=_save_residual
 )
+forbid_second_gradient("layer_norm_modulate")

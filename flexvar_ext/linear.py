@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device, not_dense
+from flexvar_ext._checks import FLOATING, check_choice, check_same_device, has_tangent, not_dense
 from flexvar_ext._registration import register_autocast
 
 ACTIVATIONS = ("none", "gelu_tanh")
@@ -31,7 +31,8 @@ def linear(
     factors and products below about 2e-31 keep fewer digits.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
-    matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed.
+    matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
+    a forward-mode one too.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; K >= 1.
@@ -65,7 +66,8 @@ def linear(
     if weight.dtype not in (dtype, torch.float32):
         raise TypeError(f"{op}: weight must have dtype {dtype} or float32, got {weight.dtype}")
     native = x.device.type != "cuda" and all(value.dtype != torch.float64 for value in given.values())
-    if not native or (torch.is_grad_enabled() and any(value.requires_grad for value in given.values())):
+    needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
+    if not native or needs_gradient or has_tangent(*given.values()):
         return reference.linear(x, weight, bias, activation=activation, gate=gate, residual=residual)
     result: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, gate, residual)
     return result

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, check_bool, check_choice, check_elements, check_size, check_tensor
+from flexvar_ext._checks import (
+    FLOATING,
+    check_bool,
+    check_choice,
+    check_elements,
+    check_no_tangent,
+    check_size,
+    check_tensor,
+)
 
 MODES = ("nearest", "bilinear", "bicubic", "area")
 
@@ -46,6 +54,7 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"resample2d: x must have at least one pixel, got shape {tuple(x.shape)}")
     check_elements("resample2d", "size", size, x.shape[0] * x.shape[1] * height * width)
+    check_no_tangent("resample2d", x)
     result: Tensor = torch.ops.flexvar.resample2d(x, height, width, mode, antialias)
     return result
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, alike, check_same_device, check_tensor
-from flexvar_ext._registration import register_autocast
+from flexvar_ext._checks import FLOATING, alike, check_no_tangent, check_same_device, check_tensor
+from flexvar_ext._registration import forbid_second_gradient, register_autocast
 
 HEAD_DIMS = (32, 64, 96, 128)
 DTYPES = (*FLOATING, torch.float64)
@@ -59,6 +59,7 @@ def scale_attention(
             raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
     lengths = _check_scale_lengths(op, scale_lengths, q.shape[1])
     scale = _softmax_scale(op, q, softmax_scale)
+    check_no_tangent(op, q, k, v, q_scale)
     out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, _of_heads(op, "q_scale", q_scale, q))[0]
     return out
 
@@ -109,6 +110,7 @@ def scale_attention_step(
         raise ValueError(
             f"{op}: q, k_cache and v_cache must not require a gradient (use torch.no_grad), got one that does"
         )
+    check_no_tangent(op, q, k_cache, v_cache)
     out: Tensor = torch.ops.flexvar.scale_attention_step(
         q,
         k_cache,
@@ -236,5 +238,6 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
 
 
 torch.library.register_autograd("flexvar::scale_attention", _backward, setup_context=_setup_context)
+forbid_second_gradient("scale_attention")
 register_autocast("scale_attention", only=("q", "k", "v"))
 register_autocast("scale_attention_step", only=("q", "k_cache", "v_cache"))

@@ -137,8 +137,12 @@ class ScaleSchedule:
         """
         arguments = {"height": height, "width": width, "steps": 1 if steps is None else steps, "patch_size": patch_size}
         for name, value in arguments.items():
-            if _as_int(value, f"ScaleSchedule.for_image: {name}") < 1:
+            arguments[name] = _as_int(value, f"ScaleSchedule.for_image: {name}")
+            if arguments[name] < 1:
                 raise ValueError(f"ScaleSchedule.for_image: {name} must be at least 1, got {value!s:.100}")
+        # From here on ints: those of numpy wrap around in products.
+        height, width, patch_size = (arguments[name] for name in ("height", "width", "patch_size"))
+        steps = None if steps is None else arguments["steps"]
         for name in ("height", "width"):
             if arguments[name] % patch_size:
                 raise ValueError(

@@ -203,6 +203,7 @@ def test_any_schedule_style_dtype_and_settings(pipe: FlexVARPipeline) -> None:
 # Masks and images in any form
 
 
+@pytest.mark.filterwarnings("error")
 def test_masks_in_every_form(pipe: FlexVARPipeline, tmp_path: Path) -> None:
     mask = box(16, 16, rows=slice(4, 12), columns=slice(2, 9))
     grey = Image.fromarray(mask.numpy()).convert("L")
@@ -212,8 +213,9 @@ def test_masks_in_every_form(pipe: FlexVARPipeline, tmp_path: Path) -> None:
     expected = Inpaint(photograph(16, 16), mask).paint
     assert torch.equal(expected[0, 0], mask)
     forms: list[Any] = [
-        mask.numpy(), mask[None], mask[None, None], mask.byte() * 255, mask.float(), soft, soft.double().numpy(),
-        grey, grey.convert("1"), grey.convert("RGB"), grey.convert("P"), see_through, see_through.convert("RGBA"),
+        mask.numpy(), mask.flip(1).numpy()[:, ::-1], np.asarray(grey), mask[None], mask[None, None],
+        mask.byte() * 255, mask.float(), soft, soft.double().numpy(), grey,
+        grey.convert("1"), grey.convert("RGB"), grey.convert("P"), see_through, see_through.convert("RGBA"),
         tmp_path / "mask.png", str(tmp_path / "mask.png"), [grey], grey.resize((64, 64), Image.Resampling.NEAREST),
     ]  # fmt: skip
     for form in forms:
@@ -255,6 +257,11 @@ def test_outpainting_is_inpainting_of_margins(pipe: FlexVARPipeline) -> None:
     by_hand = pipe.inpaint(canvas, mask, "star", seed=5, steps=4)
     assert pyramids_equal(out.pyramid, by_hand.pyramid)
     assert out.images[0].tobytes() == by_hand.images[0].tobytes()
+
+
+@pytest.mark.filterwarnings("error")
+def test_margins_may_be_small_integers_of_numpy() -> None:
+    assert Outpaint(torch.zeros(3, 64, 64), right=np.int8(100)).size == (64, 164)
 
 
 @pytest.mark.parametrize(("size", "larger"), [((16, 16), (16, 32)), ((16, 16), (32, 16)), ((7, 9), (14, 12))])

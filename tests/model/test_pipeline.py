@@ -134,6 +134,13 @@ def test_labels_by_number_name_tensor_and_none(pipe: FlexVARPipeline) -> None:
 # Schedules and sizes
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_small_integers_of_numpy_do_not_wrap_around(kind: type[np.integer]) -> None:
+    options = {"height": kind(120), "width": kind(64), "steps": kind(20)}
+    assert GenerationSettings(**options).layout(4) == GenerationSettings(height=120, width=64, steps=20).layout(4)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [[5], [(2, 7)], range(1, 19), [(1, 2), (2, 4), (4, 8)], [4, 2, 6], [3, 3, 3], ScaleSchedule.preset(6)],
@@ -362,7 +369,8 @@ def test_training_mode_is_refused(pipe: FlexVARPipeline) -> None:
         ({"guidance_scale": 10**400}, ValueError, "guidance_scale must be from .* got 1000"),
         ({"guidance_scale": "2"}, TypeError, "guidance_scale must be a number, got '2'"),
         ({"guidance_style": "cfg"}, ValueError, "guidance_style must be one of var, llamagen, off, got 'cfg'"),
-        ({"top_k": -1}, ValueError, "top_k must be at least 0, got -1"),
+        ({"top_k": -1}, ValueError, "top_k must be from 0 to 9223372036854775807, got -1"),
+        ({"top_k": 2**63}, ValueError, "top_k must be from 0 to .*, got 9223372036854775808"),
         ({"top_k": 2.5}, TypeError, r"top_k must be an int, got 2\.5"),
         ({"top_p": 1.5}, ValueError, r"top_p must be from 0 to 1, got 1\.5"),
         ({"top_p": float("nan")}, ValueError, "top_p must be from 0 to 1, got nan"),

@@ -119,6 +119,13 @@ def test_for_image_refuses(arguments: tuple[object, ...], error: type[Exception]
         ScaleSchedule.for_image(*arguments)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_small_integers_of_numpy_do_not_wrap_around(kind: type[np.integer]) -> None:
+    schedule = ScaleSchedule.for_image(kind(120), kind(64), kind(20), kind(4))
+    assert schedule == ScaleSchedule.for_image(120, 64, 20, 4)
+
+
 def test_hand_made() -> None:
     schedule = ScaleSchedule([1, (2, 4), [5, 9], np.int64(3), (7, 2)])
     assert schedule.sizes == ((1, 1), (2, 4), (5, 9), (3, 3), (7, 2))

@@ -1,6 +1,7 @@
 """The trainers learn, and a run that stopped continues as if it had not."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -211,6 +212,16 @@ def test_a_full_disk_names_the_curves(tmp_path, largest_file):
     with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*/curves\.png'"):
         draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_images_of_one_token_and_patches_of_one_pixel(tmp_path):
+    pixels = replace(TOKENIZER, channel_multipliers=(2,))  # a latent is as large as its image, and shrinks to 1 x 1
+    data = [ShapeDataset(24, 8, 8)]
+    config = replace(TOKENIZER_TRAINING, num_scales=6)
+    train_tokenizer(data, tmp_path / "pixels", pixels, config, backend="reference", progress=False)
+    patches = MultiScaleTokenizer(replace(TOKENIZER, channel_multipliers=(1, 1, 1, 2)), backend="reference")
+    train_transformer(data, tmp_path / "one", patches, TRANSFORMER, TRANSFORMER_TRAINING, progress=False)
+    assert all(math.isfinite(loss) for folder in ("pixels", "one") for loss in losses(tmp_path / folder))
 
 
 def test_random_schedules():

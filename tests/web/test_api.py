@@ -130,6 +130,7 @@ def test_a_number_that_json_does_not_know(site: Any) -> None:
         ("outpaint", {"feather": 1.5}, r"outpaint: feather must be an int, got 1\.5"),
         ("refine", {"width": None}, "refine: width must be an int, got None"),
         ("inpaint", {"mask": 7}, "inpaint: mask must be text, got int"),
+        ("inpaint", {"mask": "data:image/png;base64,ä"}, "inpaint: mask must be base64 after data:image/png;base64,"),
         ("reconstruct", {"steps": "abc"}, "steps must be an int, got 'abc'"),
         ("reconstruct", {"max_side": 1.5}, r"reconstruct: max_side must be an int, got 1\.5"),
     ],
@@ -160,6 +161,23 @@ def test_reconstruct_and_its_command_line(site: Any, tmp_path: Path, monkeypatch
         main()
     assert not stop.value.code
     assert np.array_equal(np.asarray(open_image(Path(sheet).name)), np.asarray(open_image(sheet)))
+
+
+@pytest.mark.parametrize("endpoint", ["reconstruct", "outpaint"])
+def test_a_picture_whose_name_begins_with_a_dash(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    from gradio_client import Client, handle_file
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("-photo.png")
+    client = Client(site.local_url, verbose=False)
+    files, command, _ = client.predict(image=handle_file("-photo.png"), steps=2, api_name=f"/{endpoint}")
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert np.array_equal(np.asarray(open_image(Path(files[0]).name)), np.asarray(open_image(files[0])))
 
 
 def test_the_film_of_many_steps_is_bounded(site: Any) -> None:

@@ -154,6 +154,7 @@ class Outpaint(Inpaint):
         widths = tuple(check_integer(name, width, 0, op=self.task) for name, width in margins.items())
         if not any(widths):
             raise ValueError(f"{self.task}: left, right, top or bottom must be at least 1, got 0 for each")
+        left, right, top, bottom = widths  # ints: those of numpy wrap around in sums
         check_pixels(self.task, pixels.shape[2] + top + bottom, pixels.shape[3] + left + right)
         inside = torch.zeros(1, 1, *pixels.shape[2:])
         canvas, mask = F.pad(pixels, widths), F.pad(inside, widths, value=1.0)

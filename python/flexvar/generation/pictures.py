@@ -57,8 +57,10 @@ def to_paint(op: str, masks: Masks, size: Size) -> Tensor:
 
     Raises as :func:`to_pixels`.
     """
-    if isinstance(masks, Tensor | np.ndarray):
-        levels = _levels(op, torch.as_tensor(masks))
+    if isinstance(masks, np.ndarray):
+        masks = torch.from_numpy(masks.copy())  # torch takes no flipped views, and warns of those it may not write to
+    if isinstance(masks, Tensor):
+        levels = _levels(op, masks)
     else:
         grey = [torch.from_numpy(np.array(open_mask(mask))) for mask in _listed(op, "mask", masks)]
         levels = torch.cat([_resized(mask[None, None].float() / 255, size) for mask in grey])

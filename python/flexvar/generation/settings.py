@@ -13,6 +13,7 @@ from flexvar.generation.guidance import GuidanceStyle, check_guidance
 from flexvar.schedule import ScaleSchedule, Size
 
 DEFAULT_GRID = 16  # tokens a side: what the paper's main presets end in
+_LARGEST_TOP_K = (1 << 63) - 1  # guided_sample's
 MAX_PIXELS = 1 << 28  # of a finished image, 16384 x 16384: a mistyped number is refused rather than drawn for days
 
 
@@ -47,7 +48,7 @@ class GenerationSettings:
         steps: how many, where no schedule is given; as :meth:`ScaleSchedule.for_image` says unless set: 10, and more
             for images beyond 20 x 20 tokens.
         guidance_scale, guidance_style: see :func:`~flexvar.generation.guidance.guidance_weights`; at most 1e30.
-        top_k: draw among the k likeliest codes; 0 is all, 1 always takes the likeliest.
+        top_k: draw among the k likeliest codes; 0 is all, 1 always takes the likeliest; at most 2**63 - 1.
         top_p: then among the likeliest that together have this probability; 0 and 1 are all.
         published_greedy_quirk: take the likeliest code, whatever ``top_k``, at steps with a side other than 1 2 3 4 5 6
             8 10 13 16 23 24 32, as the released code does; needed to reproduce published figures.
@@ -73,11 +74,12 @@ class GenerationSettings:
             object.__setattr__(self, "schedule", ScaleSchedule(self.schedule))
         if self.schedule is not None and self.steps is not None:
             raise ValueError(f"generate: steps must be left out where a schedule is given, got {self.steps}")
+        # Kept as ints: those of numpy wrap around in products and sums.
         for name in ("height", "width", "steps"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
+                object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
         check_guidance(self.guidance_scale, self.guidance_style)
-        check_integer("top_k", self.top_k, 0)
+        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 0, _LARGEST_TOP_K))
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float):
             raise TypeError(f"generate: top_p must be a number, got {self.top_p!r:.100}")
         if not 0 <= self.top_p <= 1:

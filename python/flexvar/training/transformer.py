@@ -153,12 +153,12 @@ def random_schedule(
     Args:
         grid: (h, w) of the full latent.
         step_dropout: probability that a step is left out; the first and last stay.
-        short: leave out the steps above half of the grid.
+        short: leave out the steps above half of the grid, unless all are, as of a grid of one token.
     """
     height, width = grid
     sizes = list(ScaleSchedule.for_image(height, width, steps=int(rng.integers(4, 12, endpoint=True)), patch_size=1))
     if short:
-        sizes = [size for size in sizes if 2 * max(size) <= max(grid)]
+        sizes = [size for size in sizes if 2 * max(size) <= max(grid)] or sizes
     kept = rng.random(len(sizes)) >= step_dropout
     kept[[0, -1]] = True
     return ScaleSchedule(size for size, keep in zip(sizes, kept, strict=True) if keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flexvar.cli_options import DEFAULT_MAX_SIDE
@@ -30,7 +31,7 @@ def command_line(
     """
     words = ["flexvar", "generate" if request is None else request.task]
     if request is not None:
-        words += [path.name for path in (request.image, request.mask) if path is not None]
+        words += [file_argument(path) for path in (request.image, request.mask) if path is not None]
     words += ["none" if label is None else str(label) for label in drawing.labels]
     options: dict[str, Any] = {}
     if request is not None:
@@ -55,3 +56,8 @@ def command_line(
     if request is not None and request.arguments.get("paste") is False:
         words.append("--no-paste")
     return shlex.join(words)
+
+
+def file_argument(path: Path) -> str:
+    """A file of the folder as an argument: a name that begins with a dash would be an option."""
+    return f"./{path.name}" if path.name.startswith("-") else path.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from importlib import resources
 from pathlib import Path
 
@@ -49,5 +48,5 @@ def write_mask(value: str | None, path: Path) -> None:
         raise ValueError(f"inpaint: mask must start with {_PREFIX} and be at most {_LARGEST_MASK} characters long")
     try:
         path.write_bytes(base64.b64decode(value[len(_PREFIX) :], validate=True))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or of other letters than ASCII's
         raise ValueError(f"inpaint: mask must be base64 after {_PREFIX}, got: {error}") from None

@@ -21,7 +21,7 @@ from flexvar.image_io import open_image, save_png
 from flexvar.photos import shrink
 from flexvar.schedule import Size
 from flexvar.web.before import before_picture, edited_size, starting_picture
-from flexvar.web.command_line import command_line
+from flexvar.web.command_line import command_line, file_argument
 from flexvar.web.limits import Limits
 
 
@@ -148,7 +148,7 @@ class Studio:
                 yield shown
         target = path.with_name(f"{_free_stem('flexvar-reconstruct', [path])}.png")
         save_png(scales_sheet(picture, out.steps, scales), target)
-        words = ["flexvar", "reconstruct", path.name, "--out", target.name, "--max-side", str(max_side)]
+        words = ["flexvar", "reconstruct", file_argument(path), "--out", target.name, "--max-side", str(max_side)]
         words += ["--model", self.model, "--device", self.pipe.device.type, "--dtype", self.dtype]
         words += ["--backend", self.pipe.transformer.backend] + ([] if steps is None else ["--steps", str(steps)])
         yield replace(shown, files=[target, path], command=shlex.join(words))
