@@ -183,7 +183,8 @@ class FlexVARPipeline:
         any number of threads. On CUDA, and with the reference ops, draws are exact too, but matrix products round
         differently in batches of different sizes, and a draw that falls on the rounding error then changes. Pixels
         decoded from equal codes differ by about 1e-5 in float32: the decoder's attention, and convolutions that are
-        torch's (:func:`flexvar_ext.conv3x3_is_native`), round by batch size as well.
+        torch's (:func:`flexvar_ext.conv3x3_is_native`), round by batch size as well; and by more where torch runs them
+        in TF32, as it does on CUDA unless ``torch.backends.cudnn.allow_tf32`` is False.
 
         Args:
             class_labels: one or several: numbers, names where the model has them, None for no class; or an integer
