@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from flexvar._checks import find_device
+from flexvar._numbers import check_integer
 from flexvar.doctor import is_strict
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import Edit, FlexVARPipeline, GenerationStep
-from flexvar.generation.settings import check_integer
 from flexvar.image_io import make_grid, save_png
 from flexvar.rerun import Recipe, count_differing_pixels
 from flexvar.schedule import ScaleSchedule

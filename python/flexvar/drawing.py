@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import flexvar
+from flexvar._numbers import check_integer
 from flexvar.generation import Edit, FlexVARPipeline, GenerationStep
-from flexvar.generation.settings import Layout, check_integer
+from flexvar.generation.settings import Layout
 
 #: Fields of GenerationSettings that JSON holds, and a PNG says. With an edit the sizes are the edit's.
 _SIZES = ("height", "width")

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexvar._numbers import check_integer
 from flexvar.generation.fill import fill_painted
 from flexvar.generation.pictures import Masks, Pictures, pad_to, pad_to_patches, to_paint, to_pixels
 from flexvar.generation.seam import paste_known
-from flexvar.generation.settings import Layout, check_integer, check_pixels
+from flexvar.generation.settings import Layout, check_pixels
 from flexvar.schedule import Size
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexvar._numbers import check_integer
 from flexvar.generation.editing import Edit
-from flexvar.generation.settings import check_integer
 
 Label = int | str | None
 Labels = Label | Sequence[Label] | Tensor

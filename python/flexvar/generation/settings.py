@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 
+from flexvar._numbers import check_integer
 from flexvar.generation.guidance import GuidanceStyle, check_guidance
 from flexvar.schedule import ScaleSchedule, Size
 
@@ -168,17 +168,3 @@ def check_pixels(op: str, height: int, width: int) -> None:
         raise ValueError(
             f"{op}: height x width must be at most {MAX_PIXELS} pixels, got {height!s:.100} x {width!s:.100}"
         )
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str = "generate") -> int:
-    """The value as an int. Raises TypeError when it is none, ValueError when it is out of range."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an int, got {value!r:.100}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r:.100}")
-    if number < low or (high is not None and number > high):
-        rule = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{op}: {name} must be {rule}, got {number!s:.100}")
-    return number

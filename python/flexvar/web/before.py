@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
+from flexvar._numbers import check_integer
 from flexvar.edit_request import EditRequest
-from flexvar.generation.settings import check_integer
 from flexvar.image_io import open_image
 from flexvar.schedule import Size
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 from PIL import Image
 
+from flexvar._numbers import check_integer
 from flexvar.cli_options import DrawOptions
 from flexvar.commands import autocast_dtype, parse_labels, scales_sheet
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import FlexVARPipeline
-from flexvar.generation.settings import check_integer
 from flexvar.image_io import open_image, save_png
 from flexvar.photos import shrink
 from flexvar.schedule import Size
