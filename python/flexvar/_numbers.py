@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str = "generate") -> int:
+def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str) -> int:
     """The value as an int. Raises TypeError when it is none, ValueError when it is out of range."""
     try:
         number = operator.index(value)

@@ -155,7 +155,7 @@ def generate(
     target = commands.check_target(options.out, grid=options.grid)
     pipe = options.load()
     parsed = commands.parse_labels(labels or [], pipe.transformer.config.num_classes, pipe.class_names)
-    drawing = options.drawing(parsed, sizes)
+    drawing = options.drawing("generate", parsed, sizes)
     commands.generate(pipe, drawing, model=options.model, target=target, grid=options.grid, columns=options.columns)
 
 

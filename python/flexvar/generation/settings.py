@@ -77,9 +77,9 @@ class GenerationSettings:
         # Kept as ints: those of numpy wrap around in products and sums.
         for name in ("height", "width", "steps"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
+                object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, op="generate"))
         check_guidance(self.guidance_scale, self.guidance_style)
-        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 0, _LARGEST_TOP_K))
+        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 0, _LARGEST_TOP_K, op="generate"))
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float):
             raise TypeError(f"generate: top_p must be a number, got {self.top_p!r:.100}")
         if not 0 <= self.top_p <= 1:

@@ -67,11 +67,12 @@ class Studio:
         self.dtype = dtype
         self._device = threading.Lock()
 
-    def drawing(self, label: str, num: int, seed: int, **options: Any) -> Drawing:
+    def drawing(self, task: str, label: str, num: int, seed: int, **options: Any) -> Drawing:
         """What a request asks for; options that are None are the model's. Raises TypeError and ValueError."""
-        check_integer("num", num, 1, self.limits.max_images)
+        check_integer("num", num, 1, self.limits.max_images, op=task)
         text = "" if label is None else str(label).strip()
         return Drawing(
+            task=task,
             labels=parse_labels([text or "none"], self.pipe.transformer.config.num_classes, self.pipe.class_names),
             num=num,
             batch=DrawOptions.batch,
@@ -91,16 +92,15 @@ class Studio:
         edit, fingerprints, before = None, dict[str, str](), None
         if request is not None:
             picture = starting_picture(request)
-            self.limits.check_size(request.task, edited_size(request, picture), drawing.num)
+            self.limits.check_size(drawing.task, edited_size(request, picture), drawing.num)
             edit, fingerprints = request.load()
             before = before_picture(request, picture)
-        task = "generate" if request is None else request.task
         layout = drawing.layout(self.pipe, edit)
         size = layout.image_size
-        self.limits.check_size(task, size, drawing.num)
-        self.limits.check_schedule(task, layout.schedule, drawing.num)
+        self.limits.check_size(drawing.task, size, drawing.num)
+        self.limits.check_schedule(drawing.task, layout.schedule, drawing.num)
         drawing.check(self.pipe, edit)
-        record = drawing.record(task, self.model, self.pipe, edit)
+        record = drawing.record(self.model, self.pipe, edit)
         if request is not None:
             record["edit"] = request.record(fingerprints, folder)
         steps = drawing.stream(self.pipe, edit, range(drawing.num))
@@ -114,7 +114,7 @@ class Studio:
                 break
             yield shown
         sources = [] if request is None else [path for path in (request.image, request.mask) if path is not None]
-        stem = _free_stem(f"flexvar-{record['command']}-{drawing.seed}", sources)
+        stem = _free_stem(f"flexvar-{drawing.task}-{drawing.seed}", sources)
         files = []
         for image, picture in enumerate(shown.pictures):
             files.append(folder / f"{stem}{'' if drawing.num == 1 else f'-{image}'}.png")
