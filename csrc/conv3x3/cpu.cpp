@@ -7,6 +7,7 @@
 
 #include "common/cpu_isa.h"
 #include "common/cpu_memory.h"
+#include "common/divide_up.h"
 #include "conv3x3/arguments.h"
 #include "conv3x3/cpu_amx.h"
 #include "conv3x3/cpu_kernel.h"
@@ -20,7 +21,6 @@ ConvElement element_of(const Tensor& t, const char* name) {
   return t.scalar_type() == ScalarType::Float ? ConvElement::float32 : ConvElement::bfloat16;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Into as few parts of at most `most` as there can be, and alike.
 int64_t divide_evenly(int64_t whole, int64_t most) {
   return divide_up(whole, divide_up(whole, most));
