@@ -139,8 +139,9 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
   std::optional<Tensor> residual;
   if (residual_in) {
     residual = torch::stable::contiguous(*residual_in);
-    STD_TORCH_CHECK(residual->numel() == params.rows * params.columns, kOp,
-                    ": residual must have the shape of the result");
+    STD_TORCH_CHECK(
+        std::equal(shape.begin(), shape.end(), residual->sizes().begin(), residual->sizes().end()),
+        kOp, ": residual must have the shape of the result");
     params.residual = residual->const_data_ptr();
   }
   Tensor out = torch::stable::new_empty(residual ? *residual : x, shape);
