@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import _host, reference
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_tensor, has_tangent
+from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, check_tensor, has_tangent
 from flexvar_ext._registration import register_autocast
 
 RESIZES = ("none", "down", "up")
-DTYPES = (*FLOATING, torch.float64)
 
 
 def conv3x3(
@@ -47,13 +46,13 @@ def conv3x3(
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
     op = "conv3x3"
-    check_tensor(op, "x", x, "[B, C, H, W]", DTYPES)
-    check_tensor(op, "weight", weight, "[N, C, 3, 3]", DTYPES)
+    check_tensor(op, "x", x, "[B, C, H, W]", WITH_FLOAT64)
+    check_tensor(op, "weight", weight, "[N, C, 3, 3]", WITH_FLOAT64)
     given = {"x": x, "weight": weight}
     if bias is not None:
-        given["bias"] = check_tensor(op, "bias", bias, "[N]", DTYPES)
+        given["bias"] = check_tensor(op, "bias", bias, "[N]", WITH_FLOAT64)
     if residual is not None:
-        given["residual"] = check_tensor(op, "residual", residual, "[B, N, h, w]", DTYPES)
+        given["residual"] = check_tensor(op, "residual", residual, "[B, N, h, w]", WITH_FLOAT64)
     check_same_device(op, **given)
     check_choice(op, "resize", resize, RESIZES)
     channels = x.shape[1]
