@@ -32,6 +32,14 @@ def append_qkv(
 
     Raises: TypeError, ValueError for arguments that break the rules above, and when a gradient would be needed.
     """
+    _check(qkv, k_cache, v_cache, position, q_scale)
+    if q_scale is not None:
+        q_scale = q_scale.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32)
+    q: Tensor = torch.ops.flexvar.append_qkv(qkv, k_cache, v_cache, position, q_scale)
+    return q
+
+
+def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, q_scale: Tensor | None) -> None:
     op = "append_qkv"
     check_tensor(op, "qkv", qkv, "[B, l, 3, H, D]", WITH_FLOAT64)
     batch, length, three, heads, dim = qkv.shape
@@ -73,10 +81,6 @@ def append_qkv(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values()):
         raise ValueError(f"{op}: {', '.join(given)} must not require a gradient (use torch.no_grad), got one that does")
     check_no_tangent(op, *given.values())
-    if q_scale is not None:
-        q_scale = q_scale.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    q: Tensor = torch.ops.flexvar.append_qkv(qkv, k_cache, v_cache, position, q_scale)
-    return q
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
