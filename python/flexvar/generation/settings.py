@@ -14,7 +14,7 @@ from flexvar.schedule import ScaleSchedule, Size
 
 DEFAULT_GRID = 16  # tokens a side: what the paper's main presets end in
 _LARGEST_TOP_K = (1 << 63) - 1  # guided_sample's
-MAX_PIXELS = 1 << 28  # of a finished image, 16384 x 16384: a mistyped number is refused rather than drawn for days
+_LARGEST_IMAGE = 1 << 28  # pixels, 16384 x 16384: a mistyped number is refused rather than drawn for days
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _check_names(values: Mapping[str, Any], known: tuple[str, ...], what: str) -
 
 
 def check_pixels(op: str, height: int, width: int) -> None:
-    """Raises ValueError for an image of more than :data:`MAX_PIXELS`."""
-    if height * width > MAX_PIXELS:
+    """Raises ValueError for an image of more than 2**28 pixels."""
+    if height * width > _LARGEST_IMAGE:
         raise ValueError(
-            f"{op}: height x width must be at most {MAX_PIXELS} pixels, got {height!s:.100} x {width!s:.100}"
+            f"{op}: height x width must be at most {_LARGEST_IMAGE} pixels, got {height!s:.100} x {width!s:.100}"
         )
