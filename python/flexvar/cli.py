@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from flexvar._errors import is_out_of_memory
 from flexvar.cli_edit import add_edit_commands
 from flexvar.cli_options import (
     DEFAULT_MAX_SIDE,
@@ -69,7 +70,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         _fail(error)
     except RuntimeError as error:
-        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+        if not is_out_of_memory(error):
             raise
         _fail(error)
     if code == STOPPED:
