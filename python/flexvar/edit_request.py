@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flexvar.generation import Edit, Expand, Inpaint, Outpaint, Refine
+from flexvar.generation.editing import Placement
 from flexvar.image_io import open_image, open_mask
 from flexvar.photos import read_with_fingerprint, shrink
+from flexvar.schedule import Size
 
 TASKS: dict[str, type[Edit]] = {kind.task: kind for kind in (Inpaint, Outpaint, Expand, Refine)}
 _FILES = ("image", "mask")  # what a task's class takes as pictures; all else are its arguments
@@ -37,6 +39,10 @@ class EditRequest:
     max_side: int
     arguments: Mapping[str, Any]
     expected: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, image: Size) -> Placement:
+        """Where a picture of this size goes in the result. Raises as :meth:`load`."""
+        return TASKS[self.task].place(image, self.arguments)
 
     def load(self) -> tuple[Edit, dict[str, str]]:
         """The edit, and the SHA-256 of "image" and "mask".

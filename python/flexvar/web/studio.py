@@ -20,7 +20,7 @@ from flexvar.generation import FlexVARPipeline
 from flexvar.image_io import open_image, save_png
 from flexvar.photos import shrink
 from flexvar.schedule import Size
-from flexvar.web.before import before_picture, edited_size, starting_picture
+from flexvar.web.before import before_picture, starting_picture
 from flexvar.web.command_line import command_line, file_argument
 from flexvar.web.limits import Limits
 
@@ -92,9 +92,10 @@ class Studio:
         edit, fingerprints, before = None, dict[str, str](), None
         if request is not None:
             picture = starting_picture(request)
-            self.limits.check_size(drawing.task, edited_size(request, picture), drawing.num)
+            place = request.place((picture.height, picture.width))
+            self.limits.check_size(drawing.task, place.size, drawing.num)
             edit, fingerprints = request.load()
-            before = before_picture(request, picture)
+            before = before_picture(picture, place)
         layout = drawing.layout(self.pipe, edit)
         size = layout.image_size
         self.limits.check_size(drawing.task, size, drawing.num)
