@@ -15,10 +15,10 @@
 namespace flexvar {
 namespace {
 
-ConvElement element_of(const Tensor& t, const char* name) {
+FloatElement element_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
                   kConv3x3, ": ", name, " must have dtype float32 or bfloat16");
-  return t.scalar_type() == ScalarType::Float ? ConvElement::float32 : ConvElement::bfloat16;
+  return t.scalar_type() == ScalarType::Float ? FloatElement::float32 : FloatElement::bfloat16;
 }
 
 // Into as few parts of at most `most` as there can be, and alike.
