@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+WITH_FLOAT64 = (*FLOATING, torch.float64)
 
 
 def alike(tensors: Sequence[object], rank: int, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:

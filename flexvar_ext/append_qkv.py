@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, check_integer, check_no_tangent, check_same_device, check_tensor
+from flexvar_ext._checks import WITH_FLOAT64, check_integer, check_no_tangent, check_same_device, check_tensor
 from flexvar_ext.scale_attention import HEAD_DIMS
-
-DTYPES = (*FLOATING, torch.float64)
 
 
 def append_qkv(
@@ -34,15 +32,23 @@ def append_qkv(
 
     Raises: TypeError, ValueError for arguments that break the rules above, and when a gradient would be needed.
     """
+    _check(qkv, k_cache, v_cache, position, q_scale)
+    if q_scale is not None:
+        q_scale = q_scale.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32)
+    q: Tensor = torch.ops.flexvar.append_qkv(qkv, k_cache, v_cache, position, q_scale)
+    return q
+
+
+def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, q_scale: Tensor | None) -> None:
     op = "append_qkv"
-    check_tensor(op, "qkv", qkv, "[B, l, 3, H, D]", DTYPES)
+    check_tensor(op, "qkv", qkv, "[B, l, 3, H, D]", WITH_FLOAT64)
     batch, length, three, heads, dim = qkv.shape
     if three != 3 or dim not in HEAD_DIMS:
         raise ValueError(
             f"{op}: qkv must have shape [B, l, 3, H, D] with D = 32, 64, 96 or 128, got {tuple(qkv.shape)}"
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(op, name, cache, "[B, L_max, H, D]", DTYPES)
+        check_tensor(op, name, cache, "[B, L_max, H, D]", WITH_FLOAT64)
         if cache.shape != (batch, k_cache.shape[1], heads, dim):
             raise ValueError(
                 f"{op}: {name} must have shape [B, L_max, H, D] with B, H, D as in qkv, {tuple(qkv.shape)}, and one "
@@ -67,7 +73,7 @@ def append_qkv(
         )
     given = {"qkv": qkv, "k_cache": k_cache, "v_cache": v_cache}
     if q_scale is not None:
-        check_tensor(op, "q_scale", q_scale, "[H]", DTYPES)
+        check_tensor(op, "q_scale", q_scale, "[H]", WITH_FLOAT64)
         if q_scale.shape[0] != heads:
             raise ValueError(f"{op}: q_scale must have shape [H] with H = {heads}, got {tuple(q_scale.shape)}")
         given["q_scale"] = q_scale
@@ -75,10 +81,6 @@ def append_qkv(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values()):
         raise ValueError(f"{op}: {', '.join(given)} must not require a gradient (use torch.no_grad), got one that does")
     check_no_tangent(op, *given.values())
-    if q_scale is not None:
-        q_scale = q_scale.to(torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    q: Tensor = torch.ops.flexvar.append_qkv(qkv, k_cache, v_cache, position, q_scale)
-    return q
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:

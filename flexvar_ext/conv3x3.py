@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import _host, reference
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device, check_tensor, has_tangent
+from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, check_tensor, has_tangent
 from flexvar_ext._registration import register_autocast
 
 RESIZES = ("none", "down", "up")
-DTYPES = (*FLOATING, torch.float64)
 
 
 def conv3x3(
@@ -46,14 +45,37 @@ def conv3x3(
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
+    _check(x, weight, bias, resize, residual)
+    given = [value for value in (x, weight, bias, residual) if value is not None]
+    needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    if needs_gradient or has_tangent(*given) or not conv3x3_is_native(x, resize=resize):
+        return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
+    result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
+    return result
+
+
+def conv3x3_is_native(x: Tensor, *, resize: str = "none") -> bool:
+    """Whether :func:`conv3x3` of x runs on this library's kernel (where no gradient is needed), or on torch's."""
+    dtype = reference.result_dtype(x)
+    if x.device.type == "cuda":  # cuDNN has the others until a card has measured both
+        return resize == "up" and dtype in (torch.float16, torch.bfloat16)
+    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel() -> bool:
+    return _host.cpu_isa() != "baseline"
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None) -> None:
     op = "conv3x3"
-    check_tensor(op, "x", x, "[B, C, H, W]", DTYPES)
-    check_tensor(op, "weight", weight, "[N, C, 3, 3]", DTYPES)
+    check_tensor(op, "x", x, "[B, C, H, W]", WITH_FLOAT64)
+    check_tensor(op, "weight", weight, "[N, C, 3, 3]", WITH_FLOAT64)
     given = {"x": x, "weight": weight}
     if bias is not None:
-        given["bias"] = check_tensor(op, "bias", bias, "[N]", DTYPES)
+        given["bias"] = check_tensor(op, "bias", bias, "[N]", WITH_FLOAT64)
     if residual is not None:
-        given["residual"] = check_tensor(op, "residual", residual, "[B, N, h, w]", DTYPES)
+        given["residual"] = check_tensor(op, "residual", residual, "[B, N, h, w]", WITH_FLOAT64)
     check_same_device(op, **given)
     check_choice(op, "resize", resize, RESIZES)
     channels = x.shape[1]
@@ -75,24 +97,6 @@ def conv3x3(
             raise TypeError(f"{op}: {name} must have dtype {dtype} or float32, got {factor.dtype}")
     if residual is not None and residual.dtype != dtype:
         raise TypeError(f"{op}: residual must have the result's dtype {dtype}, got {residual.dtype}")
-    needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
-    if needs_gradient or has_tangent(*given.values()) or not conv3x3_is_native(x, resize=resize):
-        return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
-    result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
-    return result
-
-
-def conv3x3_is_native(x: Tensor, *, resize: str = "none") -> bool:
-    """Whether :func:`conv3x3` of x runs on this library's kernel (where no gradient is needed), or on torch's."""
-    dtype = reference.result_dtype(x)
-    if x.device.type == "cuda":  # cuDNN has the others until a card has measured both
-        return resize == "up" and dtype in (torch.float16, torch.bfloat16)
-    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
-
-
-@torch.compiler.assume_constant_result
-def _has_kernel() -> bool:
-    return _host.cpu_isa() != "baseline"
 
 
 def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext._checks import (
-    FLOATING,
+    WITH_FLOAT64,
     check_bool,
     check_choice,
     check_elements,
@@ -52,7 +52,7 @@ def embed_resample(
     the tokens that it reaches are NaN.
     """
     check_tensor("embed_resample", "indices", indices, "[B, h0, w0]", (torch.int64,))
-    check_tensor("embed_resample", "codebook", codebook, "[V, C]", (*FLOATING, torch.float64))
+    check_tensor("embed_resample", "codebook", codebook, "[V, C]", WITH_FLOAT64)
     check_same_device("embed_resample", indices=indices, codebook=codebook)
     height, width = check_size("embed_resample", "size", size)
     check_choice("embed_resample", "mode", mode, MODES)

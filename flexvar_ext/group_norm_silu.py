@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexvar_ext import reference
 from flexvar_ext._checks import (
-    FLOATING,
+    WITH_FLOAT64,
     alike,
     check_bool,
     check_eps,
@@ -20,8 +20,6 @@ from flexvar_ext._checks import (
     check_tensor,
 )
 from flexvar_ext._registration import forbid_second_gradient
-
-DTYPES = (*FLOATING, torch.float64)
 
 
 def group_norm_silu(
@@ -76,7 +74,7 @@ def _fit(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, s
 
 def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> None:
     op = "group_norm_silu"
-    check_tensor(op, "x", x, "[B, C, H, W]", DTYPES)
+    check_tensor(op, "x", x, "[B, C, H, W]", WITH_FLOAT64)
     channels = x.shape[1]
     if channels == 0:
         raise ValueError(f"{op}: x must have at least one channel, got shape {tuple(x.shape)}")
@@ -84,7 +82,7 @@ def _check(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
     if channels % num_groups != 0:
         raise ValueError(f"{op}: num_groups must divide the channels of x, {channels}, got {num_groups}")
     for name, vector in (("weight", weight), ("bias", bias)):
-        check_tensor(op, name, vector, "[C]", DTYPES)
+        check_tensor(op, name, vector, "[C]", WITH_FLOAT64)
         if vector.shape[0] != channels:
             raise ValueError(f"{op}: {name} must have shape [C] with C = {channels}, got {tuple(vector.shape)}")
     check_same_device(op, x=x, weight=weight, bias=bias)

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, alike, check_eps, check_no_tangent, check_same_device, check_tensor
+from flexvar_ext._checks import (
+    FLOATING,
+    WITH_FLOAT64,
+    alike,
+    check_eps,
+    check_no_tangent,
+    check_same_device,
+    check_tensor,
+)
 from flexvar_ext._registration import forbid_second_gradient
 
-DTYPES = (*FLOATING, torch.float64)
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
 
 
@@ -103,20 +110,20 @@ def _check(
     eps: float,
     dtype: torch.dtype | None,
 ) -> None:
-    check_tensor(op, "x", x, "[B, L, C]", DTYPES)
+    check_tensor(op, "x", x, "[B, L, C]", WITH_FLOAT64)
     batch, _, channels = x.shape
     if channels == 0:
         raise ValueError(f"{op}: x must have at least one channel, got shape {tuple(x.shape)}")
     if x.is_cuda and channels > CUDA_MAX_CHANNELS:
         raise ValueError(f"{op}: x must have at most {CUDA_MAX_CHANNELS} channels on CUDA, got {channels}")
     for name, tensor in tokens.items():
-        check_tensor(op, name, tensor, "[B, L, C]", DTYPES)
+        check_tensor(op, name, tensor, "[B, L, C]", WITH_FLOAT64)
         if tensor.shape != x.shape:
             raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
     allowed: tuple[tuple[int, ...], ...] = ((batch, 1, channels), (1, 1, channels))
     shape: tuple[int, ...] | None = None
     for name, vector in vectors.items():  # scale is the first
-        check_tensor(op, name, vector, "[B, 1, C]", DTYPES)
+        check_tensor(op, name, vector, "[B, 1, C]", WITH_FLOAT64)
         given = vector.shape
         if given not in allowed:
             raise ValueError(f"{op}: {name} must have shape [B or 1, 1, C], got {tuple(given)} for x {tuple(x.shape)}")
@@ -126,7 +133,7 @@ def _check(
             raise ValueError(f"{op}: {name} must have the shape of scale, {shape}, got {tuple(given)}")
     check_same_device(op, x=x, **tokens, **vectors)
     check_eps(op, eps)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in WITH_FLOAT64:
         raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
 
 

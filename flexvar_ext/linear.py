@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import FLOATING, check_choice, check_same_device, has_tangent, not_dense
+from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, has_tangent, not_dense
 from flexvar_ext._registration import register_autocast
 
 ACTIVATIONS = ("none", "gelu_tanh")
-DTYPES = (*FLOATING, torch.float64)
 
 
 def linear(
@@ -55,7 +54,7 @@ def linear(
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in DTYPES:
+        if value.dtype not in WITH_FLOAT64:
             raise TypeError(f"{op}: {name} must have dtype float32, float16, bfloat16 or float64, got {value.dtype}")
         if value.layout is not torch.strided:
             raise not_dense(op, name, value)

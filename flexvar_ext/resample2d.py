@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext._checks import (
-    FLOATING,
+    WITH_FLOAT64,
     check_bool,
     check_choice,
     check_elements,
@@ -45,7 +45,7 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
-    check_tensor("resample2d", "x", x, "[B, C, H, W]", (*FLOATING, torch.float64))
+    check_tensor("resample2d", "x", x, "[B, C, H, W]", WITH_FLOAT64)
     height, width = check_size("resample2d", "size", size)
     check_choice("resample2d", "mode", mode, MODES)
     check_bool("resample2d", "antialias", antialias)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import FLOATING, alike, check_no_tangent, check_same_device, check_tensor
+from flexvar_ext._checks import WITH_FLOAT64, alike, check_no_tangent, check_same_device, check_tensor
 from flexvar_ext._registration import forbid_second_gradient, register_autocast
 
 HEAD_DIMS = (32, 64, 96, 128)
-DTYPES = (*FLOATING, torch.float64)
 
 
 def scale_attention(
@@ -124,7 +123,7 @@ def scale_attention_step(
 
 def _caches_fit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """A quick look (``alike``), right or not at all."""
-    if not alike((q, k_cache, v_cache), 4, DTYPES) or not q.dtype == k_cache.dtype == v_cache.dtype:
+    if not alike((q, k_cache, v_cache), 4, WITH_FLOAT64) or not q.dtype == k_cache.dtype == v_cache.dtype:
         return False
     batch, _, heads, dim = q.shape
     shape = k_cache.shape
@@ -142,11 +141,11 @@ def _check_caches(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def _check_tensors(op: str, q: Tensor, others: dict[str, Tensor]) -> None:
-    check_tensor(op, "q", q, "[B, L, H, D]", DTYPES)
+    check_tensor(op, "q", q, "[B, L, H, D]", WITH_FLOAT64)
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"{op}: q must have head dim D = 32, 64, 96 or 128, got {tuple(q.shape)}")
     for name, tensor in others.items():
-        check_tensor(op, name, tensor, "[B, L, H, D]", DTYPES)
+        check_tensor(op, name, tensor, "[B, L, H, D]", WITH_FLOAT64)
         if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
             raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
     check_same_device(op, q=q, **others)
@@ -172,7 +171,7 @@ def _of_heads(op: str, name: str, value: Tensor | None, q: Tensor) -> Tensor | N
     """One number a head in the type of the arithmetic."""
     if value is None:
         return None
-    check_tensor(op, name, value, "[H]", DTYPES)
+    check_tensor(op, name, value, "[H]", WITH_FLOAT64)
     if value.shape[0] != q.shape[2]:
         raise ValueError(f"{op}: {name} must have shape [H] with H = {q.shape[2]}, got {tuple(value.shape)}")
     check_same_device(op, **{"q": q, name: value})

@@ -12,19 +12,6 @@ namespace {
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t kElementsPerTask = 1 << 15;
 
-QkvElement element_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return QkvElement::float64;
-    case ScalarType::Half:
-      return QkvElement::float16;
-    case ScalarType::BFloat16:
-      return QkvElement::bfloat16;
-    default:
-      return QkvElement::float32;
-  }
-}
-
 Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int64_t position,
                       std::optional<Tensor> q_scale_in) {
   check_append_qkv(qkv_in, k_cache, v_cache, position, q_scale_in);
@@ -43,8 +30,8 @@ Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int6
                                q.mutable_data_ptr(),
                                cache_row(k_cache, position),
                                cache_row(v_cache, position),
-                               element_of(qkv),
-                               element_of(q),
+                               element_of(qkv, "append_qkv", "qkv"),
+                               element_of(q, "append_qkv", "q"),
                                tokens,
                                heads,
                                dim,

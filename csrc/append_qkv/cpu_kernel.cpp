@@ -40,9 +40,9 @@ static void append_tokens(const AppendQkvParams& p, int64_t begin, int64_t end) 
 template <typename From>
 static void append_from(const AppendQkvParams& params, int64_t begin, int64_t end) {
   switch (params.to) {
-    case QkvElement::float16:
+    case Element::float16:
       return append_tokens<float, From, Half>(params, begin, end);
-    case QkvElement::bfloat16:
+    case Element::bfloat16:
       return append_tokens<float, From, Bfloat16>(params, begin, end);
     default:
       return append_tokens<float, From, float>(params, begin, end);
@@ -51,11 +51,11 @@ static void append_from(const AppendQkvParams& params, int64_t begin, int64_t en
 
 void append_qkv_tokens(const AppendQkvParams& params, int64_t begin, int64_t end) {
   switch (params.from) {
-    case QkvElement::float64:
+    case Element::float64:
       return append_tokens<double, double, double>(params, begin, end);
-    case QkvElement::float16:
+    case Element::float16:
       return append_from<Half>(params, begin, end);
-    case QkvElement::bfloat16:
+    case Element::bfloat16:
       return append_from<Bfloat16>(params, begin, end);
     default:
       return append_from<float>(params, begin, end);

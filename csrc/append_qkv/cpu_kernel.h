@@ -3,10 +3,9 @@
 #include <stdint.h>
 
 #include "common/cpu_isa.h"
+#include "common/float_element.h"
 
 namespace flexvar {
-
-enum class QkvElement : int { float32, float64, float16, bfloat16 };
 
 struct AppendQkvParams {
   const void* qkv;      // [B, tokens, 3, heads, dim], contiguous
@@ -14,7 +13,7 @@ struct AppendQkvParams {
   void* q;              // [B, tokens, heads, dim], contiguous
   void* k;              // the first image's first new token in the cache
   void* v;
-  QkvElement from, to;  // of qkv; of q, k and v
+  Element from, to;  // of qkv; of q, k and v
   int64_t tokens, heads, dim;
   int64_t k_image_stride, k_token_stride;  // elements; a token's heads are contiguous
   int64_t v_image_stride, v_token_stride;

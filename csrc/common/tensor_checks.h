@@ -41,4 +41,19 @@ inline FloatElement float_element(ScalarType dtype, const char* op, const char* 
                                      : FloatElement::bfloat16;
 }
 
+inline Element element_of(const Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Element::float32;
+    case ScalarType::Double:
+      return Element::float64;
+    case ScalarType::Half:
+      return Element::float16;
+    default:
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, op, ": ", name,
+                      " must have dtype float32, float64, float16 or bfloat16");
+      return Element::bfloat16;
+  }
+}
+
 }  // namespace flexvar

@@ -7,6 +7,7 @@
 
 #include "common/cpu_isa.h"
 #include "common/cpu_memory.h"
+#include "common/divide_up.h"
 #include "conv3x3/arguments.h"
 #include "conv3x3/cpu_amx.h"
 #include "conv3x3/cpu_kernel.h"
@@ -14,13 +15,12 @@
 namespace flexvar {
 namespace {
 
-ConvElement element_of(const Tensor& t, const char* name) {
+FloatElement element_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
                   kConv3x3, ": ", name, " must have dtype float32 or bfloat16");
-  return t.scalar_type() == ScalarType::Float ? ConvElement::float32 : ConvElement::bfloat16;
+  return t.scalar_type() == ScalarType::Float ? FloatElement::float32 : FloatElement::bfloat16;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Into as few parts of at most `most` as there can be, and alike.
 int64_t divide_evenly(int64_t whole, int64_t most) {
   return divide_up(whole, divide_up(whole, most));

@@ -245,10 +245,10 @@ Conv3x3Band::Conv3x3Band(const ConvTileParams& params, int64_t count) {
 }
 
 void conv3x3_pack_weight(const ConvTileParams& params, int64_t unit_begin, int64_t unit_end) {
-  if (params.element == ConvElement::float32) {
+  if (params.element == FloatElement::float32) {
     return pack_weight<3, float>(params, unit_begin, unit_end);
   }
-  params.weight_element == ConvElement::float32
+  params.weight_element == FloatElement::float32
       ? pack_weight<1, float>(params, unit_begin, unit_end)
       : pack_weight<1, Bfloat16>(params, unit_begin, unit_end);
 }
@@ -256,10 +256,10 @@ void conv3x3_pack_weight(const ConvTileParams& params, int64_t unit_begin, int64
 void conv3x3_block(const ConvTileParams& params, const Conv3x3Band& band,
                    const ConvTileBlock& block, bool is_packed, char* scratch) {
   const TileScope scope;
-  if (params.element == ConvElement::float32) {
+  if (params.element == FloatElement::float32) {
     return convolve_block<float, float>(params, band, block, is_packed, scratch);
   }
-  params.weight_element == ConvElement::float32
+  params.weight_element == FloatElement::float32
       ? convolve_block<Bfloat16, float>(params, band, block, is_packed, scratch)
       : convolve_block<Bfloat16, Bfloat16>(params, band, block, is_packed, scratch);
 }

@@ -13,7 +13,7 @@ struct ConvTileParams : Conv3x3Params {
   char* weight_panels;  // packed: [phases][column_tiles][channel_blocks]
 
   int64_t taps() const { return side * side; }
-  int64_t parts() const { return element == ConvElement::bfloat16 ? 1 : 3; }
+  int64_t parts() const { return element == FloatElement::bfloat16 ? 1 : 3; }
   int64_t channel_blocks() const { return (in_channels + 31) / 32; }
   int64_t column_tiles() const { return (out_channels + 15) / 16; }
   int64_t tiles_in_row() const { return (grid_width + 15) / 16; }

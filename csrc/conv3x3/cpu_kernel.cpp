@@ -196,9 +196,9 @@ void pack_channels(const Conv3x3Params& params, int64_t channel, int64_t begin, 
 // Calls `function` with values of the types of x and of the weight.
 template <typename Function>
 void with_elements(const Conv3x3Params& params, Function function) {
-  if (params.element == ConvElement::float32) return function(float{}, float{});
-  params.weight_element == ConvElement::float32 ? function(Bfloat16{}, float{})
-                                                : function(Bfloat16{}, Bfloat16{});
+  if (params.element == FloatElement::float32) return function(float{}, float{});
+  params.weight_element == FloatElement::float32 ? function(Bfloat16{}, float{})
+                                                 : function(Bfloat16{}, Bfloat16{});
 }
 
 }  // namespace

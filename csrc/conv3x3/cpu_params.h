@@ -4,11 +4,10 @@
 
 #include <stdint.h>
 
+#include "common/float_element.h"
 #include "conv3x3/resize.h"
 
 namespace flexvar {
-
-enum class ConvElement : int { float32, bfloat16 };
 
 // out = residual + bias + conv(x). The feature maps are channels-last: [batch, height, width, C].
 // Upsampling, the output's pixels are of four phases by the parity of their row and column, with
@@ -20,7 +19,7 @@ struct Conv3x3Params {
   const float* bias;     // [out_channels], or null
   const void* residual;  // like out, or null
   void* out;
-  ConvElement element, weight_element;  // of x, residual and out; of the weight
+  FloatElement element, weight_element;  // of x, residual and out; of the weight
   ConvResize resize;
   int64_t batch, height, width, out_height, out_width, in_channels, out_channels;
   int64_t phases, grid_height, grid_width;  // the grid is a phase's pixels

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/divide_up.h"
 #include "conv3x3/resize.h"
 
 namespace flexvar {
@@ -44,7 +45,6 @@ struct Conv3x3Plan {
 // Sums are taken in the same order in every tile: which one is chosen changes no bit.
 inline Conv3x3Plan plan_conv3x3(int64_t batch, int64_t in_channels, int64_t height, int64_t width,
                                 int64_t out_channels, ConvResize resize, int multiprocessors) {
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const bool up = resize == ConvResize::up, down = resize == ConvResize::down;
   Conv3x3Plan plan{};
   plan.batch = batch;

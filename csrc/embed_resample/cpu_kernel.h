@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "common/cpu_isa.h"
+#include "common/float_element.h"
 #include "embed_resample/norm.h"
 #include "resample/taps.h"
 

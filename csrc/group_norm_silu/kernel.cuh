@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "common/divide_up.h"
 #include "common/float_element.h"
 
 namespace flexvar {
@@ -35,7 +36,6 @@ struct GroupNormPlan {
 
 inline GroupNormPlan plan_group_norm(int64_t images, int64_t channels, int64_t pixels,
                                      int64_t groups, bool channels_last, int vector) {
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   GroupNormPlan plan{};
   plan.images = images;
   plan.channels = channels;

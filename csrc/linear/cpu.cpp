@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cpu_memory.h"
+#include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "linear/cpu_amx.h"
 #include "linear/cpu_kernel.h"
@@ -31,8 +32,6 @@ std::optional<Tensor> floats(const std::optional<Tensor>& t, const char* name) {
 const float* data_or_null(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr<float>() : nullptr;
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifdef FLEXVAR_X86
 void run_on_tiles(const LinearParams& params) {
@@ -140,8 +139,9 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
   std::optional<Tensor> residual;
   if (residual_in) {
     residual = torch::stable::contiguous(*residual_in);
-    STD_TORCH_CHECK(residual->numel() == params.rows * params.columns, kOp,
-                    ": residual must have the shape of the result");
+    STD_TORCH_CHECK(
+        std::equal(shape.begin(), shape.end(), residual->sizes().begin(), residual->sizes().end()),
+        kOp, ": residual must have the shape of the result");
     params.residual = residual->const_data_ptr();
   }
   Tensor out = torch::stable::new_empty(residual ? *residual : x, shape);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/cpu_amx.h"
+#include "common/divide_up.h"
 #include "linear/cpu_amx.h"
 
 namespace flexvar::FLEXVAR_ISA {
@@ -82,7 +83,6 @@ class WeightAhead {
   int64_t runs_of(int64_t steps) const {
     return down_the_depth_ ? steps * kColumns / kRowsOfRun : kColumns;
   }
-  static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t steps_of(const Panel& panel) const {
     const int64_t steps = divide_up(block_.depth - panel.k, kTileDepth);
     return steps < kSteps ? steps : kSteps;

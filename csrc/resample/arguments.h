@@ -1,4 +1,4 @@
-// Argument checks and dtype names that the launchers of resample2d and embed_resample share.
+// Argument checks that the launchers of resample2d and embed_resample share.
 #pragma once
 
 #include <string>
@@ -26,21 +26,6 @@ inline ResampleMode parse_resample_mode(const std::string& mode, bool antialias,
 inline void check_side(int64_t side, const char* op, const char* name) {
   STD_TORCH_CHECK(side > 0 && side < (int64_t(1) << 31), op, ": ", name,
                   " must lie in [1, 2^31), got ", side);
-}
-
-inline Element element_of(const Tensor& t, const char* op, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Element::float32;
-    case ScalarType::Double:
-      return Element::float64;
-    case ScalarType::Half:
-      return Element::float16;
-    default:
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, op, ": ", name,
-                      " must have dtype float32, float64, float16 or bfloat16");
-      return Element::bfloat16;
-  }
 }
 
 }  // namespace flexvar

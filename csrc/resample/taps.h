@@ -1,12 +1,10 @@
 // What the CPU kernels of resampling take: tabulated windows and weights (built by table.h from
-// weights.h), and how elements are stored.
+// weights.h).
 #pragma once
 
 #include <stdint.h>
 
 namespace flexvar {
-
-enum class Element : int { float32, float64, float16, bfloat16 };
 
 // Output i of an axis is the sum over k < count[i] of weights[i * stride + k] * in[start[i] + k].
 // A count may be 0 (the adjoint of a nearest downsampling): that output is zero.

@@ -11,27 +11,20 @@
 namespace flexvar {
 namespace {
 
-AttentionElement element_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return AttentionElement::float16;
-    case ScalarType::BFloat16:
-      return AttentionElement::bfloat16;
-    case ScalarType::Double:
-      return AttentionElement::float64;
-    default:
-      return AttentionElement::float32;
-  }
-}
-
 AttentionTensor view_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 AttentionShape shape_of(const Tensor& q, int64_t key_count, double softmax_scale,
                         const std::vector<QueryTile>& tiles) {
-  return {element_of(q), q.size(2),     q.size(1),    key_count,
-          q.size(3),     softmax_scale, tiles.data(), static_cast<int64_t>(tiles.size())};
+  return {element_of(q, "scale_attention", "q"),
+          q.size(2),
+          q.size(1),
+          key_count,
+          q.size(3),
+          softmax_scale,
+          tiles.data(),
+          static_cast<int64_t>(tiles.size())};
 }
 
 // Elements below which a second thread costs more than it brings.
@@ -50,8 +43,9 @@ void for_tokens(void (*kernel)(const Params&, int64_t, int64_t), const Params& p
 Tensor normalized(const Tensor& x, const void* scale, void* inverse_lengths, bool measured) {
   Tensor out = empty_cpu({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   for_tokens(FLEXVAR_SELECT_CPU_KERNEL(attention_normalize),
-             AttentionNormalizeParams{element_of(x), x.size(1), x.size(2), x.size(3), view_of(x),
-                                      scale, inverse_lengths, measured, out.mutable_data_ptr()},
+             AttentionNormalizeParams{element_of(x, "scale_attention", "x"), x.size(1), x.size(2),
+                                      x.size(3), view_of(x), scale, inverse_lengths, measured,
+                                      out.mutable_data_ptr()},
              x.size(0));
   return out;
 }
@@ -60,9 +54,9 @@ Tensor normalized(const Tensor& x, const void* scale, void* inverse_lengths, boo
 void differentiate_normalized(Tensor& grad, const Tensor& x, const void* scale,
                               const void* inverse_lengths, void* scale_parts) {
   for_tokens(FLEXVAR_SELECT_CPU_KERNEL(attention_normalize_backward),
-             AttentionNormalizeBackwardParams{element_of(x), x.size(1), x.size(2), x.size(3),
-                                              view_of(x), scale, inverse_lengths,
-                                              grad.mutable_data_ptr(), scale_parts},
+             AttentionNormalizeBackwardParams{
+                 element_of(x, "scale_attention", "x"), x.size(1), x.size(2), x.size(3), view_of(x),
+                 scale, inverse_lengths, grad.mutable_data_ptr(), scale_parts},
              x.size(0));
 }
 
@@ -89,7 +83,7 @@ Scratch<char> scratch_for(const AttentionShape& shape, int64_t runs, int64_t per
       ((shape.key_count + kAttentionKeyBlock) * per_key + kAttentionTileQueries * per_tile) *
           shape.dim +
       (2 * kAttentionKeyBlock + 4) * kAttentionTileQueries;
-  *run_bytes = numbers * (shape.element == AttentionElement::float64 ? 8 : 4) + 64;
+  *run_bytes = numbers * (shape.element == Element::float64 ? 8 : 4) + 64;
   *run_bytes = (*run_bytes + 63) / 64 * 64;
   return Scratch<char>(runs * *run_bytes);
 }
@@ -115,7 +109,7 @@ void run_forward(const AttentionForwardParams& params, const std::vector<QueryTi
   char* const memory = scratch.data();
   auto kernel = FLEXVAR_SELECT_CPU_KERNEL(attention_forward);
 #ifdef FLEXVAR_X86
-  if (selected_cpu_isa() == CpuIsa::amx && params.shape.element == AttentionElement::bfloat16) {
+  if (selected_cpu_isa() == CpuIsa::amx && params.shape.element == Element::bfloat16) {
     kernel = &amx::attention_forward_bfloat16;
   }
 #endif

@@ -11,13 +11,13 @@ static void run_items(const Params& params, int64_t begin, int64_t end, void* sc
     for (int64_t item = begin; item < end; ++item) runner.run(item);
   };
   switch (params.shape.element) {
-    case AttentionElement::float32:
+    case Element::float32:
       return run(Runner<float, float>(params, scratch));
-    case AttentionElement::float16:
+    case Element::float16:
       return run(Runner<float, Half>(params, scratch));
-    case AttentionElement::bfloat16:
+    case Element::bfloat16:
       return run(Runner<float, Bfloat16>(params, scratch));
-    case AttentionElement::float64:
+    case Element::float64:
       return run(Runner<double, double>(params, scratch));
   }
 }
@@ -34,13 +34,13 @@ void attention_backward(const AttentionBackwardParams& params, int64_t begin, in
 
 void attention_normalize(const AttentionNormalizeParams& params, int64_t begin, int64_t end) {
   switch (params.element) {
-    case AttentionElement::float32:
+    case Element::float32:
       return normalize_tokens<float, float>(params, begin, end);
-    case AttentionElement::float16:
+    case Element::float16:
       return normalize_tokens<float, Half>(params, begin, end);
-    case AttentionElement::bfloat16:
+    case Element::bfloat16:
       return normalize_tokens<float, Bfloat16>(params, begin, end);
-    case AttentionElement::float64:
+    case Element::float64:
       return normalize_tokens<double, double>(params, begin, end);
   }
 }
@@ -48,13 +48,13 @@ void attention_normalize(const AttentionNormalizeParams& params, int64_t begin, 
 void attention_normalize_backward(const AttentionNormalizeBackwardParams& params, int64_t begin,
                                   int64_t end) {
   switch (params.element) {
-    case AttentionElement::float32:
+    case Element::float32:
       return normalize_tokens_backward<float, float>(params, begin, end);
-    case AttentionElement::float16:
+    case Element::float16:
       return normalize_tokens_backward<float, Half>(params, begin, end);
-    case AttentionElement::bfloat16:
+    case Element::bfloat16:
       return normalize_tokens_backward<float, Bfloat16>(params, begin, end);
-    case AttentionElement::float64:
+    case Element::float64:
       return normalize_tokens_backward<double, double>(params, begin, end);
   }
 }

@@ -3,12 +3,11 @@
 #include <stdint.h>
 
 #include "common/cpu_isa.h"
+#include "common/float_element.h"
 
 namespace flexvar {
 
 struct QueryTile;
-
-enum class AttentionElement { float32, float16, bfloat16, float64 };
 
 // [B, L, H, D] with contiguous rows of D elements; strides in elements.
 struct AttentionTensor {
@@ -19,7 +18,7 @@ struct AttentionTensor {
 };
 
 struct AttentionShape {
-  AttentionElement element;
+  Element element;
   int64_t heads;
   int64_t query_count;  // L of the queries
   int64_t key_count;    // of the keys that are attended to
@@ -48,7 +47,7 @@ struct AttentionBackwardParams {
 
 // Rows of D elements scaled to length 1, and multiplied by their head's scale.
 struct AttentionNormalizeParams {
-  AttentionElement element;
+  Element element;
   int64_t tokens, heads, dim;
   AttentionTensor x;
   const void* scale;      // [H] in the type of the arithmetic, or null
@@ -58,7 +57,7 @@ struct AttentionNormalizeParams {
 };
 
 struct AttentionNormalizeBackwardParams {
-  AttentionElement element;
+  Element element;
   int64_t tokens, heads, dim;
   AttentionTensor x;
   const void* scale;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/cpu_memory.h"
+#include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "resample/arguments.h"
 #include "resample/table.h"
@@ -19,8 +20,6 @@ namespace {
 constexpr int64_t kRowsAtATime = 64;
 // Multiply-adds below which another thread is not worth waking.
 constexpr int64_t kMinProducts = 1 << 20;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Everything that the scores need, in one parallel region: a unit is a block of codes or as many
 // latents.

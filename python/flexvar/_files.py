@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ def write_atomically(path: Path, contents: bytes) -> None:
     Raises:
         OSError: it cannot be written, for want of space or rights; names the file. Nothing is left beside it.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")  # of no other thread or process
     with errors_named(path):
         try:
             with part.open("wb") as file:

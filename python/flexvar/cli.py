@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from flexvar._errors import is_out_of_memory
 from flexvar.cli_edit import add_edit_commands
 from flexvar.cli_options import (
     DEFAULT_MAX_SIDE,
@@ -69,7 +70,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         _fail(error)
     except RuntimeError as error:
-        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+        if not is_out_of_memory(error):
             raise
         _fail(error)
     if code == STOPPED:
@@ -155,7 +156,7 @@ def generate(
     target = commands.check_target(options.out, grid=options.grid)
     pipe = options.load()
     parsed = commands.parse_labels(labels or [], pipe.transformer.config.num_classes, pipe.class_names)
-    drawing = options.drawing(parsed, sizes)
+    drawing = options.drawing("generate", parsed, sizes)
     commands.generate(pipe, drawing, model=options.model, target=target, grid=options.grid, columns=options.columns)
 
 

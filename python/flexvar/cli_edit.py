@@ -198,7 +198,7 @@ def _edit(
     parsed: list[int | str | None] = [None]
     if labels:
         parsed = commands.parse_labels(labels, pipe.transformer.config.num_classes, pipe.class_names)
-    drawing = options.drawing(parsed, {})
+    drawing = options.drawing(task, parsed, {})
     commands.edit(
         pipe, drawing, requests, model=options.model, target=target, grid=options.grid, columns=options.columns
     )

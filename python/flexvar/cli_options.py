@@ -102,7 +102,7 @@ class DrawOptions:
     dtype: PrecisionOption = Precision.float32
     backend: BackendOption = Backend.native
 
-    def drawing(self, labels: list[int | str | None], sizes: dict[str, int]) -> Drawing:
+    def drawing(self, task: str, labels: list[int | str | None], sizes: dict[str, int]) -> Drawing:
         """What to draw: as many images as there are labels unless ``num`` says; ``sizes``: height and width."""
         from flexvar.commands import parse_schedule
         from flexvar.drawing import Drawing
@@ -118,6 +118,7 @@ class DrawOptions:
             "published_greedy_quirk": self.published_greedy_quirk,
         }
         return Drawing(
+            task=task,
             labels=labels,
             num=len(labels) if self.num is None else self.num,
             batch=self.batch,

@@ -18,6 +18,7 @@ from flexvar.cli_options import (
     PrecisionOption,
     load_pipeline,
 )
+from flexvar.web.limits import Limits
 
 
 def web(
@@ -29,12 +30,14 @@ def web(
     device: DeviceOption = "auto",
     dtype: PrecisionOption = Precision.float32,
     backend: BackendOption = Backend.native,
-    max_pixels: Annotated[int, typer.Option(help="Pixels of all images of a request together.")] = 1 << 20,
-    max_images: Annotated[int, typer.Option(help="Images of a request.")] = 8,
-    max_steps: Annotated[int, typer.Option(help="Steps of a request.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of all steps and images of a request together.")] = 1 << 18,
-    max_upload: Annotated[int, typer.Option(help="Bytes of an uploaded picture.")] = 20_000_000,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the device.")] = 16,
+    max_pixels: Annotated[int, typer.Option(help="Pixels of all images of a request together.")] = Limits.max_pixels,
+    max_images: Annotated[int, typer.Option(help="Images of a request.")] = Limits.max_images,
+    max_steps: Annotated[int, typer.Option(help="Steps of a request.")] = Limits.max_steps,
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens of all steps and images of a request together.")
+    ] = Limits.max_tokens,
+    max_upload: Annotated[int, typer.Option(help="Bytes of an uploaded picture.")] = Limits.max_upload_bytes,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for the device.")] = Limits.max_waiting,
 ) -> None:
     """Open a page for generating and editing in a browser. It needs `pip install gradio`, and no internet.
 
@@ -45,7 +48,6 @@ def web(
     """
     if find_spec("gradio") is None:
         raise ImportError("web: the page needs gradio: pip install gradio")
-    from flexvar.web.limits import Limits
     from flexvar.web.privacy import forbid_telemetry
 
     forbid_telemetry()

@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from flexvar._checks import find_device
+from flexvar._numbers import check_integer
 from flexvar.doctor import is_strict
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import Edit, FlexVARPipeline, GenerationStep
-from flexvar.generation.settings import check_integer
 from flexvar.image_io import make_grid, save_png
 from flexvar.rerun import Recipe, count_differing_pixels
 from flexvar.schedule import ScaleSchedule
@@ -92,9 +92,9 @@ def generate(
     pipe: FlexVARPipeline, drawing: Drawing, *, model: str, target: Path, grid: bool, columns: int | None
 ) -> None:
     """``flexvar generate``: draws, and writes PNGs with their settings."""
-    sheet = _sheet(columns)
+    sheet = _sheet(drawing.task, columns)
     drawing.check(pipe, None)
-    record = drawing.record("generate", model, pipe, None)
+    record = drawing.record(model, pipe, None)
     with _progress("generating", drawing.num_passes(range(drawing.num)) * len(record["schedule"])) as bar:
         _draw_and_save(
             pipe, drawing, None, record, target, "", grid=grid, sheet=sheet, on_step=bar.update,
@@ -117,7 +117,7 @@ def edit(
     Raises:
         ValueError: some pictures could not be edited; each is named on stderr, and the others were written.
     """
-    sheet = _sheet(columns)
+    sheet = _sheet(drawing.task, columns)
     if len(requests) > 1 and (_is_png(target) or grid):
         raise ValueError(f"--out must be a folder, without --grid, where there are {len(requests)} pictures")
     inputs = {path.resolve() for request in requests for path in (request.image, request.mask) if path is not None}
@@ -137,7 +137,7 @@ def edit(
                 tqdm.write(f"flexvar: error: {request.image.name}: {' '.join(str(error).split())}", file=sys.stderr)
                 continue
             folder = target.parent if _is_png(target) else target
-            record = drawing.record(request.task, model, pipe, edit)
+            record = drawing.record(model, pipe, edit)
             record["edit"] = request.record(fingerprints, folder)
             bar.total = bar.n + num_passes * len(record["schedule"]) * (len(requests) - done)  # if all have as many
             _draw_and_save(
@@ -188,9 +188,9 @@ def _refuse_to_overwrite(path: Path, inputs: Collection[Path]) -> None:
         raise ValueError(f"--out must not be a picture that is edited, got {str(path)!r}")
 
 
-def _sheet(columns: int | None) -> dict[str, int | None]:
+def _sheet(op: str, columns: int | None) -> dict[str, int | None]:
     """How images are laid out, as :func:`make_grid` takes it and a PNG says it."""
-    return {"columns": None if columns is None else check_integer("--columns", columns, 1)}
+    return {"columns": None if columns is None else check_integer("--columns", columns, 1, op=op)}
 
 
 def _progress(what: str, total: int | None = None) -> tqdm[NoReturn]:
@@ -264,7 +264,7 @@ def reconstruct(
     columns: int | None,
 ) -> None:
     """``flexvar reconstruct``: the picture and its reconstruction at every scale, on one sheet."""
-    sheet = _sheet(columns)
+    sheet = _sheet("reconstruct", columns)
     out = pipe.reconstruct(picture, schedule=schedule, steps=steps, autocast_dtype=autocast_dtype(dtype))
     _make_folder(target)
     scales: list[Image.Image] = []

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import flexvar
+from flexvar._numbers import check_integer
 from flexvar.generation import Edit, FlexVARPipeline, GenerationStep
-from flexvar.generation.settings import Layout, check_integer
+from flexvar.generation.settings import Layout
 
 #: Fields of GenerationSettings that JSON holds, and a PNG says. With an edit the sizes are the edit's.
 _SIZES = ("height", "width")
@@ -27,6 +28,7 @@ class Drawing:
     all that makes the batches is here.
 
     Attributes:
+        task: "generate", or the edit's.
         labels: classes, which the images have in turn.
         num: how many images.
         batch: how many at a time.
@@ -35,6 +37,7 @@ class Drawing:
         options: keyword arguments of :class:`~flexvar.generation.GenerationSettings`.
     """
 
+    task: str
     labels: Sequence[int | str | None]
     num: int
     batch: int
@@ -43,12 +46,12 @@ class Drawing:
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        check_integer("--num", self.num, 1)
-        check_integer("--batch", self.batch, 1)
+        check_integer("--num", self.num, 1, op=self.task)
+        check_integer("--batch", self.batch, 1, op=self.task)
         if not self.labels:
-            raise ValueError("generate: labels must hold at least one label, got none")
+            raise ValueError(f"{self.task}: labels must hold at least one label, got none")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"generate: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.100}")
+            raise ValueError(f"{self.task}: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.100}")
 
     def label(self, image: int) -> int | str | None:
         """The class of an image."""
@@ -92,13 +95,13 @@ class Drawing:
                     if image in wanted:
                         yield image, picture
 
-    def record(self, command: str, model: str, pipe: FlexVARPipeline, edit: Edit | None) -> dict[str, Any]:
+    def record(self, model: str, pipe: FlexVARPipeline, edit: Edit | None) -> dict[str, Any]:
         """What every PNG of this drawing says: JSON."""
         settings, layout = pipe.settings(**self._settings()), self.layout(pipe, edit)
         return {
             "version": flexvar.__version__,
             "torch": torch.__version__,
-            "command": command,
+            "command": self.task,
             "model": model,
             "device": pipe.device.type,
             "threads": torch.get_num_threads(),
@@ -127,13 +130,15 @@ class Drawing:
         """The drawing that a PNG came from. Raises ValueError where it does not say all, TypeError for other types."""
         is_edit = record.get("edit") is not None
         options = (*_SETTINGS, *(() if is_edit else _SIZES))
-        missing = [name for name in ("labels", "num", "batch", "seed", "dtype", *options) if name not in record]
+        needed = ("command", "labels", "num", "batch", "seed", "dtype", *options)
+        missing = [name for name in needed if name not in record]
         if missing:
             raise ValueError(f"rerun: settings must hold {', '.join(missing)}, got those of version "
                              f"{record.get('version')!r:.20} without")  # fmt: skip
         if type(record["labels"]) is not list:
             raise TypeError(f"rerun: labels must be a list, got {type(record['labels']).__name__}")
         return cls(
+            task=record["command"],
             labels=record["labels"],
             num=record["num"],
             batch=record["batch"],

@@ -6,21 +6,18 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from flexvar.generation import Edit, Expand, Inpaint, Outpaint, Refine
+from flexvar.generation.editing import Placement
 from flexvar.image_io import open_image, open_mask
 from flexvar.photos import read_with_fingerprint, shrink
+from flexvar.schedule import Size
 
-_TASKS: dict[str, type[Edit]] = {kind.task: kind for kind in (Inpaint, Outpaint, Expand, Refine)}
-_PASTING = ("paste", "feather", "start_step")
-_ARGUMENTS = {
-    "inpaint": _PASTING,
-    "outpaint": ("left", "right", "top", "bottom", *_PASTING),
-    "expand": ("height", "width", *_PASTING),
-    "refine": ("height", "width", "start_step"),
-}
+TASKS: dict[str, type[Edit]] = {kind.task: kind for kind in (Inpaint, Outpaint, Expand, Refine)}
+_FILES = ("image", "mask")  # what a task's class takes as pictures; all else are its arguments
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,6 +40,10 @@ class EditRequest:
     arguments: Mapping[str, Any]
     expected: Mapping[str, str] = field(default_factory=dict)
 
+    def place(self, image: Size) -> Placement:
+        """Where a picture of this size goes in the result. Raises as :meth:`load`."""
+        return TASKS[self.task].place(image, self.arguments)
+
     def load(self) -> tuple[Edit, dict[str, str]]:
         """The edit, and the SHA-256 of "image" and "mask".
 
@@ -62,7 +63,7 @@ class EditRequest:
                     f"rerun: {getattr(self, name)} must be the {name} that was edited, SHA-256 {expected}, "
                     f"got {fingerprints.get(name)}"
                 )
-        return _TASKS[self.task](*pictures, **self.arguments), fingerprints
+        return TASKS[self.task](*pictures, **self.arguments), fingerprints
 
     def record(self, fingerprints: Mapping[str, str], folder: Path) -> dict[str, Any]:
         """What a PNG in ``folder`` carries of this: JSON, with the files' names as seen from there."""
@@ -79,12 +80,15 @@ class EditRequest:
         Raises:
             ValueError: it is no such record, or a file is no longer there.
         """
-        if type(record) is not dict or record.get("task") not in _TASKS:
-            raise ValueError(f"rerun: edit must be one of {', '.join(_TASKS)} with its arguments, got {record!r:.200}")
+        if type(record) is not dict or record.get("task") not in TASKS:
+            raise ValueError(f"rerun: edit must be one of {', '.join(TASKS)} with its arguments, got {record!r:.200}")
         task = record["task"]
         paths: dict[str, Path | None] = {"image": None, "mask": None}
         expected = {}
-        for name in ("image", "mask") if task == "inpaint" else ("image",):
+        parameters = signature(TASKS[task]).parameters
+        files = [name for name in parameters if name in _FILES]
+        names = [name for name in parameters if name not in _FILES]
+        for name in files:
             entry = record.get(name)
             if type(entry) is not dict or type(entry.get("file")) is not str or not _is_sha256(entry.get("sha256")):
                 raise ValueError(f"rerun: {name} must be recorded with its file and SHA-256, got {entry!r:.200}")
@@ -95,10 +99,10 @@ class EditRequest:
                     f"{entry['sha256']})"
                 )
             paths[name], expected[name] = path, entry["sha256"]
-        missing = [name for name in ("max_side", *_ARGUMENTS[task]) if name not in record]
+        missing = [name for name in ("max_side", *names) if name not in record]
         if missing or type(record["max_side"]) is not int:
-            raise ValueError(f"rerun: edit must have max_side and {', '.join(_ARGUMENTS[task])}, got {record!r:.200}")
-        arguments = {name: record[name] for name in _ARGUMENTS[task]}
+            raise ValueError(f"rerun: edit must have max_side and {', '.join(names)}, got {record!r:.200}")
+        arguments = {name: record[name] for name in names}
         image = paths["image"]
         if image is None:
             raise ValueError("rerun: edit must have an image, got none")

@@ -10,7 +10,7 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image
 
-from flexvar.generation.settings import check_integer
+from flexvar._numbers import check_integer
 from flexvar.image_io import open_image
 
 T = TypeVar("T")

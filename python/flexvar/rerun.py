@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flexvar._numbers import check_integer
 from flexvar.drawing import Drawing
-from flexvar.edit_request import EditRequest
-from flexvar.generation.settings import check_integer
+from flexvar.edit_request import TASKS, EditRequest
 from flexvar.image_io import make_grid, open_image, read_settings
 
-_COMMANDS = ("generate", "inpaint", "outpaint", "expand", "refine")
+_COMMANDS = ("generate", *TASKS)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flexvar import FlexVARTransformer, MultiScaleTokenizer, TokenizerConfig, TransformerConfig
+from flexvar._files import write_atomically
 from flexvar.storage import load_tokenizer, load_transformer, save_model
 from safetensors.torch import load_file, save_file
 
@@ -143,3 +146,20 @@ def test_failed_save_leaves_the_old_files(folder: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"):
         save_model(tiny_transformer(width=128), folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_threads_that_save_one_file_at_once_leave_one_of_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, both = os.fsync, threading.Barrier(2)
+
+    def sync_together(descriptor: int) -> None:
+        both.wait(timeout=30)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_together)
+    wanted = [b"a" * 1000, b"b" * 2000]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write_atomically, [tmp_path / "file"] * 2, wanted))
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() in wanted

@@ -211,6 +211,12 @@ def test_any_rank(device):
     assert_same(flexvar_ext.linear(x[0, 0, 0], weight, bias), expected[0, 0, 0])
 
 
+def test_the_op_itself_refuses_a_residual_of_another_shape_and_as_many_elements():
+    x, weight, residual = randn(3, 4), randn(5, 4), randn(5, 3)
+    with pytest.raises(RuntimeError, match="residual must have the shape of the result"):
+        torch.ops.flexvar.linear(x, weight, None, "none", None, residual)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)])
 def test_nothing_to_multiply(device, shape):
     gate, residual = torch.zeros(shape[0], 1, 7, device=device), torch.zeros(*shape[:2], 7, device=device)

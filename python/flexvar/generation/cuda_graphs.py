@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexvar.generation.settings import check_integer
+from flexvar._numbers import check_integer
 from flexvar.generation.steps import Steps
 
 

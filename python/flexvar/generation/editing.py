@@ -8,17 +8,42 @@ arXiv 2502.20313, section 4.3: nothing is trained for it). An edit is a value, g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexvar._numbers import check_integer
 from flexvar.generation.fill import fill_painted
 from flexvar.generation.pictures import Masks, Pictures, pad_to, pad_to_patches, to_paint, to_pixels
 from flexvar.generation.seam import paste_known
-from flexvar.generation.settings import Layout, check_integer, check_pixels
+from flexvar.generation.settings import Layout, check_pixels
 from flexvar.schedule import Size
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an edit has its picture.
+
+    Attributes:
+        size: (height, width) of the finished image in pixels.
+        left, top: of the picture in it.
+        picture_size: (height, width) of the picture in it.
+    """
+
+    size: Size
+    left: int
+    top: int
+    picture_size: Size
+
+    @property
+    def margins(self) -> tuple[int, int, int, int]:
+        """What is left, right, above and below of the picture."""
+        (height, width), (rows, columns) = self.size, self.picture_size
+        return self.left, width - columns - self.left, self.top, height - rows - self.top
 
 
 class Edit(ABC):
@@ -35,6 +60,14 @@ class Edit(ABC):
     size: Size
     count: int
     start_step: int | None
+
+    @classmethod
+    def place(cls, image: Size, arguments: Mapping[str, Any]) -> Placement:
+        """Where a picture of a size goes, by the arguments of the class; it stays as it is unless the task says more.
+
+        Raises TypeError and ValueError for arguments of which that follows.
+        """
+        return Placement(image, 0, 0, image)
 
     @abstractmethod
     def known_cells(self, layout: Layout, patch_size: int) -> list[Tensor]:
@@ -88,8 +121,7 @@ class Inpaint(Edit):
         start_step: int | None = None,
     ) -> None:
         self.pixels = to_pixels(self.task, image)
-        height, width = self.pixels.shape[2:]
-        self.size = (height, width)
+        self.size = _size_of(self.pixels)
         self.paint = to_paint(self.task, mask, self.size).to(self.pixels.device)
         counts = (len(self.pixels), len(self.paint))
         self.count = max(counts)
@@ -137,6 +169,13 @@ class Outpaint(Inpaint):
 
     task = "outpaint"
 
+    @classmethod
+    def place(cls, image: Size, arguments: Mapping[str, Any]) -> Placement:
+        left, right, top, bottom = (
+            check_integer(side, arguments.get(side, 0), 0, op=cls.task) for side in ("left", "right", "top", "bottom")
+        )
+        return Placement((image[0] + top + bottom, image[1] + left + right), left, top, image)
+
     def __init__(
         self,
         image: Pictures,
@@ -151,13 +190,12 @@ class Outpaint(Inpaint):
     ) -> None:
         pixels = to_pixels(self.task, image)
         margins = {"left": left, "right": right, "top": top, "bottom": bottom}
-        widths = tuple(check_integer(name, width, 0, op=self.task) for name, width in margins.items())
-        if not any(widths):
+        place = Outpaint.place(_size_of(pixels), margins)  # not a relative's, which has other arguments
+        if not any(place.margins):
             raise ValueError(f"{self.task}: left, right, top or bottom must be at least 1, got 0 for each")
-        left, right, top, bottom = widths  # ints: those of numpy wrap around in sums
-        check_pixels(self.task, pixels.shape[2] + top + bottom, pixels.shape[3] + left + right)
+        check_pixels(self.task, *place.size)
         inside = torch.zeros(1, 1, *pixels.shape[2:])
-        canvas, mask = F.pad(pixels, widths), F.pad(inside, widths, value=1.0)
+        canvas, mask = F.pad(pixels, place.margins), F.pad(inside, place.margins, value=1.0)
         super().__init__(canvas, mask, paste=paste, feather=feather, start_step=start_step)
 
 
@@ -174,6 +212,14 @@ class Expand(Outpaint):
 
     task = "expand"
 
+    @classmethod
+    def place(cls, image: Size, arguments: Mapping[str, Any]) -> Placement:
+        height, width = (
+            check_integer(name, arguments[name], side, op=cls.task)
+            for name, side in zip(("height", "width"), image, strict=True)
+        )
+        return Placement((height, width), (width - image[1]) // 2, (height - image[0]) // 2, image)
+
     def __init__(
         self,
         image: Pictures,
@@ -185,14 +231,10 @@ class Expand(Outpaint):
         start_step: int | None = None,
     ) -> None:
         pixels = to_pixels(self.task, image)
-        rows = check_integer("height", height, pixels.shape[2], op=self.task) - pixels.shape[2]
-        columns = check_integer("width", width, pixels.shape[3], op=self.task) - pixels.shape[3]
-        if not rows and not columns:
+        place = self.place(_size_of(pixels), {"height": height, "width": width})
+        if not any(place.margins):
             raise ValueError(f"{self.task}: height or width must be more than the image's, got {height} x {width}")
-        left, top = columns // 2, rows // 2
-        super().__init__(
-            pixels, left, columns - left, top, rows - top, paste=paste, feather=feather, start_step=start_step
-        )
+        super().__init__(pixels, *place.margins, paste=paste, feather=feather, start_step=start_step)
 
 
 class Refine(Edit):
@@ -214,13 +256,15 @@ class Refine(Edit):
 
     task = "refine"
 
+    @classmethod
+    def place(cls, image: Size, arguments: Mapping[str, Any]) -> Placement:
+        height, width = (check_integer(name, arguments[name], 1, op=cls.task) for name in ("height", "width"))
+        return Placement((height, width), 0, 0, (height, width))
+
     def __init__(self, image: Pictures, height: int, width: int, start_step: int | None = None) -> None:
         self.pixels = to_pixels(self.task, image)
         self.count = len(self.pixels)
-        self.size = (
-            check_integer("height", height, 1, op=self.task),
-            check_integer("width", width, 1, op=self.task),
-        )
+        self.size = self.place(_size_of(self.pixels), {"height": height, "width": width}).size
         check_pixels(self.task, *self.size)
         self.start_step = self._check_start_step(start_step)
 
@@ -255,3 +299,8 @@ class Refine(Edit):
         sides = zip(self.pixels.shape[2:], layout.schedule.final_size, strict=True)
         rows, columns = (min(-(-side // patch_size), last) for side, last in sides)
         return rows, columns
+
+
+def _size_of(pixels: Tensor) -> Size:
+    height, width = pixels.shape[2:]
+    return height, width

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexvar._numbers import check_integer
 from flexvar.generation.editing import Edit
-from flexvar.generation.settings import check_integer
 
 Label = int | str | None
 Labels = Label | Sequence[Label] | Tensor
@@ -45,7 +45,7 @@ def _resolve_label(label: Any, num_classes: int, class_names: Sequence[str]) -> 
     if label is None:
         return num_classes
     if not isinstance(label, str):
-        return check_integer("class_labels", label, 0, num_classes)
+        return check_integer("class_labels", label, 0, num_classes, op="generate")
     if not class_names:
         raise ValueError(
             f"generate: class_labels must be numbers, as this model has no class names, got {label!r:.100}"
@@ -86,7 +86,7 @@ def resolve_seeds(seed: Seeds, image_ids: Sequence[int] | Tensor | None, batch: 
     if isinstance(seed, list | tuple | range) or (isinstance(seed, Tensor) and seed.ndim > 0):
         seeds, ids = _integers("seed", seed, batch), [0] * batch
     else:
-        seeds, ids = [check_integer("seed", seed, 0, _MAX_SEED)] * batch, list(range(batch))
+        seeds, ids = [check_integer("seed", seed, 0, _MAX_SEED, op="generate")] * batch, list(range(batch))
     if image_ids is not None:
         ids = _integers("image_ids", image_ids, batch)
     return torch.tensor(seeds, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64)
@@ -98,4 +98,4 @@ def _integers(name: str, values: Sequence[int] | Tensor, count: int) -> list[int
         raise TypeError(f"generate: {name} must be a list of ints, one per image, got {type(values).__name__}")
     if len(listed) != count:
         raise ValueError(f"generate: {name} must be one per image ({count}), got {len(listed)}")
-    return [check_integer(name, value, 0, _MAX_SEED) for value in listed]
+    return [check_integer(name, value, 0, _MAX_SEED, op="generate") for value in listed]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 
+from flexvar._numbers import check_integer
 from flexvar.generation.guidance import GuidanceStyle, check_guidance
 from flexvar.schedule import ScaleSchedule, Size
 
 DEFAULT_GRID = 16  # tokens a side: what the paper's main presets end in
 _LARGEST_TOP_K = (1 << 63) - 1  # guided_sample's
-MAX_PIXELS = 1 << 28  # of a finished image, 16384 x 16384: a mistyped number is refused rather than drawn for days
+_LARGEST_IMAGE = 1 << 28  # pixels, 16384 x 16384: a mistyped number is refused rather than drawn for days
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class GenerationSettings:
         # Kept as ints: those of numpy wrap around in products and sums.
         for name in ("height", "width", "steps"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
+                object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, op="generate"))
         check_guidance(self.guidance_scale, self.guidance_style)
-        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 0, _LARGEST_TOP_K))
+        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 0, _LARGEST_TOP_K, op="generate"))
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float):
             raise TypeError(f"generate: top_p must be a number, got {self.top_p!r:.100}")
         if not 0 <= self.top_p <= 1:
@@ -163,22 +163,8 @@ def _check_names(values: Mapping[str, Any], known: tuple[str, ...], what: str) -
 
 
 def check_pixels(op: str, height: int, width: int) -> None:
-    """Raises ValueError for an image of more than :data:`MAX_PIXELS`."""
-    if height * width > MAX_PIXELS:
+    """Raises ValueError for an image of more than 2**28 pixels."""
+    if height * width > _LARGEST_IMAGE:
         raise ValueError(
-            f"{op}: height x width must be at most {MAX_PIXELS} pixels, got {height!s:.100} x {width!s:.100}"
+            f"{op}: height x width must be at most {_LARGEST_IMAGE} pixels, got {height!s:.100} x {width!s:.100}"
         )
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None = None, *, op: str = "generate") -> int:
-    """The value as an int. Raises TypeError when it is none, ValueError when it is out of range."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an int, got {value!r:.100}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r:.100}")
-    if number < low or (high is not None and number > high):
-        rule = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{op}: {name} must be {rule}, got {number!s:.100}")
-    return number

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from PIL import Image
 
+from flexvar._numbers import check_integer
 from flexvar.edit_request import EditRequest
-from flexvar.generation.settings import check_integer
+from flexvar.generation.editing import Placement
 from flexvar.image_io import open_image
-from flexvar.schedule import Size
 
 _MARGIN = (226, 232, 240)
 
@@ -21,26 +21,8 @@ def starting_picture(request: EditRequest) -> Image.Image:
     return picture
 
 
-def edited_size(request: EditRequest, picture: Image.Image) -> Size:
-    """(height, width) in pixels of an edit's result."""
-    arguments = request.arguments
-    left, right, top, bottom = (
-        check_integer(name, arguments.get(name, 0), 0, op=request.task) for name in ("left", "right", "top", "bottom")
-    )
-    return (
-        arguments.get("height", picture.height + top + bottom),
-        arguments.get("width", picture.width + left + right),
-    )
-
-
-def before_picture(request: EditRequest, picture: Image.Image) -> Image.Image:
+def before_picture(picture: Image.Image, place: Placement) -> Image.Image:
     """The picture where it is in the result, on grey; stretched to all of it where the edit refines."""
-    height, width = edited_size(request, picture)
-    if request.task == "refine":
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
-    corner = (request.arguments.get("left", 0), request.arguments.get("top", 0))
-    if request.task == "expand":
-        corner = ((width - picture.width) // 2, (height - picture.height) // 2)
-    canvas = Image.new("RGB", (width, height), _MARGIN)
-    canvas.paste(picture, corner)
+    canvas = Image.new("RGB", place.size[::-1], _MARGIN)
+    canvas.paste(picture.resize(place.picture_size[::-1], Image.Resampling.BICUBIC), (place.left, place.top))
     return canvas

@@ -29,7 +29,7 @@ def command_line(
 
     It draws all images of the request into one file, ``out``.
     """
-    words = ["flexvar", "generate" if request is None else request.task]
+    words = ["flexvar", drawing.task]
     if request is not None:
         words += [file_argument(path) for path in (request.image, request.mask) if path is not None]
     words += ["none" if label is None else str(label) for label in drawing.labels]

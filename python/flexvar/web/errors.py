@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import gradio as gr
 
+from flexvar._errors import is_out_of_memory
+
 #: Of the server, and nobody's business: of a file its name is said.
 _FOLDERS = re.compile(r"(?<!\S)/(?:[^/\s]+/)+")
 
@@ -20,7 +22,7 @@ def shown_errors() -> Iterator[None]:
     except (ValueError, TypeError, OverflowError, OSError, MemoryError) as error:
         raise _message(error) from None
     except RuntimeError as error:
-        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+        if not is_out_of_memory(error):
             raise
         raise _message(error) from None
 

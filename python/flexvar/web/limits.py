@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexvar._numbers import check_integer
 from flexvar.cli_options import DrawOptions
-from flexvar.generation.settings import check_integer
 from flexvar.schedule import ScaleSchedule, Size
 
 

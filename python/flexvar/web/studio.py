@@ -11,16 +11,16 @@ from typing import Any, cast
 
 from PIL import Image
 
+from flexvar._numbers import check_integer
 from flexvar.cli_options import DrawOptions
 from flexvar.commands import autocast_dtype, parse_labels, scales_sheet
 from flexvar.drawing import Drawing
 from flexvar.edit_request import EditRequest
 from flexvar.generation import FlexVARPipeline
-from flexvar.generation.settings import check_integer
 from flexvar.image_io import open_image, save_png
 from flexvar.photos import shrink
 from flexvar.schedule import Size
-from flexvar.web.before import before_picture, edited_size, starting_picture
+from flexvar.web.before import before_picture, starting_picture
 from flexvar.web.command_line import command_line, file_argument
 from flexvar.web.limits import Limits
 
@@ -67,11 +67,12 @@ class Studio:
         self.dtype = dtype
         self._device = threading.Lock()
 
-    def drawing(self, label: str, num: int, seed: int, **options: Any) -> Drawing:
+    def drawing(self, task: str, label: str, num: int, seed: int, **options: Any) -> Drawing:
         """What a request asks for; options that are None are the model's. Raises TypeError and ValueError."""
-        check_integer("num", num, 1, self.limits.max_images)
+        check_integer("num", num, 1, self.limits.max_images, op=task)
         text = "" if label is None else str(label).strip()
         return Drawing(
+            task=task,
             labels=parse_labels([text or "none"], self.pipe.transformer.config.num_classes, self.pipe.class_names),
             num=num,
             batch=DrawOptions.batch,
@@ -91,16 +92,16 @@ class Studio:
         edit, fingerprints, before = None, dict[str, str](), None
         if request is not None:
             picture = starting_picture(request)
-            self.limits.check_size(request.task, edited_size(request, picture), drawing.num)
+            place = request.place((picture.height, picture.width))
+            self.limits.check_size(drawing.task, place.size, drawing.num)
             edit, fingerprints = request.load()
-            before = before_picture(request, picture)
-        task = "generate" if request is None else request.task
+            before = before_picture(picture, place)
         layout = drawing.layout(self.pipe, edit)
         size = layout.image_size
-        self.limits.check_size(task, size, drawing.num)
-        self.limits.check_schedule(task, layout.schedule, drawing.num)
+        self.limits.check_size(drawing.task, size, drawing.num)
+        self.limits.check_schedule(drawing.task, layout.schedule, drawing.num)
         drawing.check(self.pipe, edit)
-        record = drawing.record(task, self.model, self.pipe, edit)
+        record = drawing.record(self.model, self.pipe, edit)
         if request is not None:
             record["edit"] = request.record(fingerprints, folder)
         steps = drawing.stream(self.pipe, edit, range(drawing.num))
@@ -114,7 +115,7 @@ class Studio:
                 break
             yield shown
         sources = [] if request is None else [path for path in (request.image, request.mask) if path is not None]
-        stem = _free_stem(f"flexvar-{record['command']}-{drawing.seed}", sources)
+        stem = _free_stem(f"flexvar-{drawing.task}-{drawing.seed}", sources)
         files = []
         for image, picture in enumerate(shown.pictures):
             files.append(folder / f"{stem}{'' if drawing.num == 1 else f'-{image}'}.png")

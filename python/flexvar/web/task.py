@@ -101,7 +101,8 @@ def drawing_run(studio: Studio, start: Start) -> Run:
     def run(folder: Path, **values: Any) -> Iterator[Shown]:
         common = {name: values.pop(name) for name in Controls.NAMES}
         request, options = start(folder, **values)
-        drawing = studio.drawing(**{**common, "steps": steps_or_auto(common["steps"])}, **options)
+        task = "generate" if request is None else request.task
+        drawing = studio.drawing(task, **{**common, "steps": steps_or_auto(common["steps"])}, **options)
         yield from studio.draw(drawing, request, folder)
 
     return run
