@@ -130,9 +130,10 @@ struct Moments {
 constexpr int64_t kShiftElements = 256;  // of at most 4,096 side by side
 constexpr int64_t kShiftPixels = 16;     // of at most 256
 
+// In double, as a square may be beyond a float's range, and infinity less infinity is no number.
 static inline float squares_about_mean(float squares, float differences, float count) {
-  const float rest = squares - differences * differences / count;
-  return rest < 0 ? 0 : rest;
+  const double difference = differences, rest = squares - difference * difference / count;
+  return rest < 0 ? 0 : static_cast<float>(rest);
 }
 
 // add(j, vector) for all elements, with j going round the sums under way; what lies behind the last

@@ -30,7 +30,7 @@ constexpr int64_t kLinearColumns = 64;
 
 // Of the depth, in 32-bit entries: what a panel holds, and what a sum adds up before the next such
 // chain begins.
-constexpr int64_t kLinearPanelDepth = 1024, kLinearChain = 256;
+constexpr int64_t kLinearPanelDepth = 1024, kLinearChain = 128;
 static_assert(kLinearPanelDepth % kLinearChain == 0);
 constexpr int64_t kLinearGroup = 6;  // rows that are multiplied together
 

@@ -116,14 +116,13 @@ FLEXVAR_HOST_DEVICE ResampleWindow<Real> resample_window(const ResampleAxis<Real
   return {start, end - start, source - static_cast<Real>(start), Real(0)};
 }
 
-// The cubic convolution kernel of Keys (1981) with A = -0.75, at a distance in [0, 2].
+// The cubic convolution kernel of Keys (1981) with A = -0.75, at a distance in [0, 2]. In factors
+// of its roots, 1 and 2: as a sum of powers, terms up to 6 would cancel.
 template <typename Real>
 FLEXVAR_HOST_DEVICE Real cubic_kernel(Real distance) {
-  const Real a = Real(-0.75);
-  if (distance <= Real(1)) {
-    return ((a + 2) * distance - (a + 3)) * distance * distance + 1;
-  }
-  return ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a;
+  const Real a = Real(-0.75), from_1 = distance - 1, from_2 = distance - 2;
+  if (distance <= Real(1)) return from_1 * (((a + 2) * distance - 1) * distance - 1);
+  return a * from_1 * (from_2 * from_2);
 }
 
 // Weight of input start + k, whose share includes the taps outside the image when it is a border.

@@ -405,3 +405,11 @@ def test_bad_arguments_do_not_reach_the_kernel():
     ):
         with pytest.raises(RuntimeError, match=r"must|unexpected dtype"):
             call()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_squares_beyond_the_range_of_float32_give_the_bias(memory_format):
+    x = (1e20 * randn(1, 32, 16, 16)).contiguous(memory_format=memory_format)
+    bias = randn(32, seed=1)
+    out = flexvar_ext.group_norm_silu(x, 32, torch.ones(32), bias, silu=False)
+    assert torch.equal(out, bias[:, None, None].expand_as(out))

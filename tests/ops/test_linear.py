@@ -318,3 +318,13 @@ def test_bad_input(changed, error, message):
 def test_bad_arguments_do_not_reach_the_kernel(call):
     with pytest.raises(RuntimeError, match="linear: "):
         torch.ops.flexvar.linear(*call)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_long_sums_of_few_rows_are_as_accurate_as_torchs(monkeypatch, instruction_set):
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.rand(rows, 1024, generator=generator) for rows in (5, 200))
+    exact = x.double() @ weight.double().T
+    error, own = ((ops.linear(x, weight) - exact).norm() for ops in (flexvar_ext, reference))
+    assert error <= FORWARD_FACTOR * own

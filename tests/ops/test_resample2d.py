@@ -61,6 +61,13 @@ def test_means_of_many_pixels_are_as_accurate_as_torchs(device):
     assert error <= FORWARD_FACTOR * own
 
 
+@pytest.mark.parametrize(("grid", "size"), [((16, 16), (5, 5)), ((1, 1), (300, 300)), ((7, 9), (30, 31))])
+def test_bicubic_keeps_what_is_even_as_well_as_torch(device, grid, size):
+    x = torch.full((1, 1, *grid), 100.0, device=device)
+    error, own = ((ops.resample2d(x, size, mode="bicubic") - 100).norm() for ops in (flexvar_ext, reference))
+    assert error <= own
+
+
 @pytest.mark.parametrize("in_size", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 33, 64, 100])
 @pytest.mark.parametrize(("mode", "antialias"), MODES)
 def test_weights_are_torchs(device, mode, antialias, in_size):
