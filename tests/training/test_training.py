@@ -100,6 +100,11 @@ def test_tokenizer_learns_and_is_saved(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_training_on_the_cpu_seeds_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
+    run_tokenizer(tmp_path, config=replace(TOKENIZER_TRAINING, steps=2))
+
+
 def test_transformer_learns_and_is_saved(tmp_path):
     model = run_transformer(tmp_path, replace(TRANSFORMER_TRAINING, steps=30, short_steps=15))
     curve = losses(tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flexvar.data.dataset import ImageDataset, to_model_range
 from flexvar.training.config import TrainingConfig
-from flexvar.training.loop import Losses, train
+from flexvar.training.loop import Losses, initialized_from, train
 
 DEFAULT_CONFIG = TrainingConfig(steps=500, batch_size=48, learning_rate=2e-3, warmup_steps=20, ema_decay=0.98)
 
@@ -53,8 +53,7 @@ def train_classifier(
     """Trains a classifier on data sets that share their classes. Errors as :func:`flexvar.training.loop.train`."""
     device = torch.device(device)
     names = datasets[0].class_names
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with initialized_from(config.seed):
         model = ShapeClassifier(len(names))
 
     def compute_losses(step: int, rng: np.random.Generator) -> Losses:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,28 @@ Losses = dict[str, Tensor]
 StepFunction = Callable[[int, np.random.Generator], Losses]
 
 LOG_NAME = "log.jsonl"
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """torch's generators of the CPU and of ``device``; ``torch.manual_seed`` would seed every other GPU as well."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def callers_generators_kept(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside, on the CPU and on ``device``, leaves torch's generators as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def initialized_from(seed: int) -> Iterator[None]:
+    """Weights that are made inside, on the CPU, depend on ``seed`` alone."""
+    cpu = torch.device("cpu")
+    with callers_generators_kept(cpu):
+        seed_generators(seed, cpu)
+        yield
 
 
 def train(
@@ -64,15 +86,15 @@ def train(
     _truncate_log(folder / LOG_NAME, first)
 
     with ExitStack() as stack:
-        # Everything that torch draws is seeded step by step below; the caller's generators come back unchanged.
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        # Everything that torch draws is seeded step by step below.
+        stack.enter_context(callers_generators_kept(device))
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=first, desc=description, unit="step", disable=not progress)
         )
         for step in range(first, config.steps):
             start = time.perf_counter()
             rng = np.random.default_rng((config.seed, step))
-            torch.manual_seed(int(rng.integers(1 << 62)))
+            seed_generators(int(rng.integers(1 << 62)), device)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):

@@ -21,7 +21,7 @@ from flexvar.storage import save_model
 from flexvar.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from flexvar.training.config import TokenizerTrainingConfig
 from flexvar.training.curves import CURVES_NAME, draw_curves
-from flexvar.training.loop import LOG_NAME, Losses, train
+from flexvar.training.loop import LOG_NAME, Losses, initialized_from, train
 from flexvar.training.losses import gradient_loss, reconstruction_loss
 
 REVIVE_BATCHES = 8
@@ -56,8 +56,7 @@ def train_tokenizer(
     check_datasets("train_tokenizer", datasets, model_config.patch_size)
     proportions = shares(datasets)
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with initialized_from(config.seed):
         tokenizer = MultiScaleTokenizer(model_config, backend=backend)
 
     def draw_images(rng: np.random.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from flexvar.storage import save_model, weights_checksum
 from flexvar.tokenizer import MultiScaleTokenizer
 from flexvar.training.config import TransformerTrainingConfig
 from flexvar.training.curves import CURVES_NAME, draw_curves
-from flexvar.training.loop import LOG_NAME, Losses, train
+from flexvar.training.loop import LOG_NAME, Losses, initialized_from, train
 from flexvar.transformer import FlexVARTransformer, TransformerConfig, next_scale_inputs
 
 ENCODE_BATCH = 64
@@ -67,8 +67,7 @@ def train_transformer(
     tokenizer = tokenizer.to(device).eval()
     encoded = [encode_dataset(dataset, tokenizer, bfloat16=config.bfloat16, progress=progress) for dataset in datasets]
     proportions = shares(datasets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with initialized_from(config.seed):
         model = FlexVARTransformer(model_config, backend=backend)
     if start_from is not None:
         if start_from.config != model_config:
