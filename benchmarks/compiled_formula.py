@@ -39,7 +39,6 @@ class CompiledGeneration:
         top_p: float,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        torch.compiler.reset()  # what other cases compiled counts against the limit of recompilations
         self._pipeline, self._labels, self._schedule = pipeline, labels, schedule
         self._weights = guidance_weights(schedule, guidance_scale, "var")
         self._top_k, self._top_p, self._cache_dtype = top_k, top_p, cache_dtype

@@ -34,7 +34,9 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
 
     pytest-benchmark times the native call; its rounds run the other implementations in their set-up.
     """
-    torch.compiler.reset()  # or a second shape would be compiled for all shapes, to much slower code
+    # Or a second shape would be compiled for all shapes, to much slower code, and other cases' compilations would count
+    # against the limit of recompilations.
+    torch.compiler.reset()
 
     def run(
         implementations: Mapping[str, Implementation],

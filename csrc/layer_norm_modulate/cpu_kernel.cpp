@@ -80,7 +80,8 @@ static inline Moments moments_of(float* row, int64_t columns, float eps) {
     sum[1] += difference * difference;
   });
   const float rest = total_of(sums.of[0]) / count;
-  const float variance = total_of(sums.of[1]) / count - rest * rest;
+  // In double, as a square may be beyond a float's range, and infinity less infinity is no number.
+  const auto variance = static_cast<float>(total_of(sums.of[1]) / count - double{rest} * rest);
   // Of equal numbers it may come out below 0. NaN stays NaN.
   const float reciprocal_deviation = 1 / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
   return {mean, rest * reciprocal_deviation, reciprocal_deviation};

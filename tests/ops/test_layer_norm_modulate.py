@@ -115,6 +115,16 @@ def test_a_mean_far_from_zero_costs_no_digits(monkeypatch, instruction_set, chan
     assert error < 3e-6
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("channels", [7, 1000])
+def test_nearly_equal_numbers_whose_squares_overflow(monkeypatch, instruction_set, channels):
+    """The variance is infinite, and the row all shift."""
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    given = arguments(1, 2, channels)
+    given["x"] = 1e30 * (1 + torch.arange(channels) % 3 * 1e-7).expand(1, 2, channels)
+    assert torch.equal(norm_of(flexvar_ext, given), given["shift"].expand(1, 2, channels))
+
+
 def test_one_number_far_from_the_others(device):
     given = arguments(1, 4, 8192, device=device)
     given["x"][..., 3] = 1e4
