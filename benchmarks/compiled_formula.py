@@ -78,7 +78,8 @@ class CompiledGeneration:
                 k_cache, v_cache = state.cache.k[layer], state.cache.v[layer]
                 x = self._block(x, state.modulations[layer], _weights(block), k_cache, v_cache, begin)
             scale, shift, _ = state.head_modulation
-            logits = model.head(mix_guidance(_norm(x, scale, shift), weight)).float()
+            hidden = mix_guidance(_norm(x, scale, shift), weight).to(model.head.weight.dtype)
+            logits = model.head(hidden).float()
             pyramid.append(_draw(sorted_probabilities(logits, self._top_k, self._top_p)).unflatten(1, size))
             grid = F.embedding(pyramid[-1], codebook).permute(0, 3, 1, 2)
         return pyramid, self._decode(pyramid[-1])
@@ -100,8 +101,9 @@ def _block(
 ) -> Tensor:
     """Block.step on functions of tensors alone, so that one compiled graph serves all blocks."""
     qkv_weight, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    end = position + x.shape[1]
-    qkv = F.linear(_norm(x, m.scale1, m.shift1), qkv_weight, m.qkv_bias)
+    # Modulations are float32 whatever the weights are, and so is what they multiply.
+    end, dtype = position + x.shape[1], qkv_weight.dtype
+    qkv = F.linear(_norm(x, m.scale1, m.shift1).to(dtype), qkv_weight, m.qkv_bias.to(dtype))
     q, k, v = qkv.unflatten(-1, (3, k_cache.shape[2], k_cache.shape[3])).unbind(2)
     if m.q_scale is None:
         raise ValueError("compiled_formula: the model must have qk_l2_norm, got one without")
@@ -110,8 +112,8 @@ def _block(
     v_cache[:, position:end] = v
     past_k, past_v = k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), past_k, past_v, scale=1.0)
-    x = x + m.gamma1 * F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
-    hidden = F.gelu(F.linear(_norm(x, m.scale2, m.shift2), fc1_weight, fc1_bias), approximate="tanh")
+    x = x + m.gamma1 * F.linear(out.transpose(1, 2).flatten(2).to(dtype), proj_weight, proj_bias)
+    hidden = F.gelu(F.linear(_norm(x, m.scale2, m.shift2).to(dtype), fc1_weight, fc1_bias), approximate="tanh")
     return x + m.gamma2 * F.linear(hidden, fc2_weight, fc2_bias)
 
 
