@@ -26,10 +26,11 @@ __device__ __forceinline__ T& shared_storage() {
   return storage;
 }
 
-// The block's dynamic shared memory, 128-byte aligned. Instead of `extern __shared__ char x[]`.
+// The block's dynamic shared memory, aligned to what tiles with a swizzle need. Instead of `extern
+// __shared__ char x[]`.
 template <class T = unsigned char>
 __device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char flexvar_dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char flexvar_dynamic_shared[];
   return reinterpret_cast<T*>(flexvar_dynamic_shared);
 }
 #else

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common/cuda.cuh"
+#include "common/swizzle.h"
 
 namespace flexvar::ptx {
 
@@ -187,6 +188,130 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
   mma_by_shuffles<1>(d, a, b, [](uint32_t bits, int) { return __uint_as_float(bits); });
 #endif
 }
+
+// --- Products of a warpgroup -------------------------------------------------------------------
+
+// 4 warps, the first of which is a multiple of 4, multiply 64 x 64 matrices together, right
+// factors straight from shared memory: on sm_90a, which alone has wgmma. Accumulators and left
+// factors in registers are those of mma_m16n8k16, warp i having rows 16 i and up. Tiles are 64 rows
+// of 64 elements at swizzled_column. All products between warpgroup_begin and warpgroup_end run
+// asynchronously: what they use is not to be touched in between.
+__host__ __device__ constexpr bool has_warpgroup_products() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Makes this thread's writes to shared memory, asynchronous copies included, visible to the
+// products of a warpgroup behind the next barrier.
+__device__ __forceinline__ void fence_for_warpgroup() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+#define FLEXVAR_ACCUMULATORS(kind, d)                                                           \
+  kind(d[0][0]), kind(d[0][1]), kind(d[0][2]), kind(d[0][3]), kind(d[1][0]), kind(d[1][1]),     \
+      kind(d[1][2]), kind(d[1][3]), kind(d[2][0]), kind(d[2][1]), kind(d[2][2]), kind(d[2][3]), \
+      kind(d[3][0]), kind(d[3][1]), kind(d[3][2]), kind(d[3][3]), kind(d[4][0]), kind(d[4][1]), \
+      kind(d[4][2]), kind(d[4][3]), kind(d[5][0]), kind(d[5][1]), kind(d[5][2]), kind(d[5][3]), \
+      kind(d[6][0]), kind(d[6][1]), kind(d[6][2]), kind(d[6][3]), kind(d[7][0]), kind(d[7][1]), \
+      kind(d[7][2]), kind(d[7][3])
+#define FLEXVAR_ACCUMULATOR_LIST                                                                \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+
+// The registers of a product that has not begun, or has ended, may be moved and changed by the
+// compiler up to here, or from here on.
+__device__ __forceinline__ void hold_registers(float (&d)[8][4]) {
+  asm volatile("" : FLEXVAR_ACCUMULATORS("+f", d)::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void hold_registers(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+  }
+}
+__device__ __forceinline__ void warpgroup_begin() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void warpgroup_end() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+#endif
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Matrix descriptor of a tile from this address on: groups of 8 rows 1024 bytes apart, 128-byte
+// swizzle.
+__device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
+  return (shared_address(tile) & 0x3ffffu) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+#endif
+
+// d = a b^T (kAdd: d +=) over depth [depth, depth + 16), of two tiles' rows.
+template <class T, bool kAdd>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], const T* a, const T* b,
+                                                   int depth) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t left = tile_descriptor(a + depth), right = tile_descriptor(b + depth);
+#define FLEXVAR_MULTIPLY(type, kind)                                                           \
+  asm volatile(                                                                                \
+      "{.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                           \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FLEXVAR_ACCUMULATOR_LIST \
+      ", %32, %33, add, 1, 1, 0, 0;}\n"                                                        \
+      : FLEXVAR_ACCUMULATORS(kind, d)                                                          \
+      : "l"(left), "l"(right), "n"(kAdd ? 1 : 0)                                               \
+      : "memory")
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kAdd) {
+      FLEXVAR_MULTIPLY("f16", "+f");
+    } else {
+      FLEXVAR_MULTIPLY("f16", "=f");
+    }
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    if constexpr (kAdd) {
+      FLEXVAR_MULTIPLY("bf16", "+f");
+    } else {
+      FLEXVAR_MULTIPLY("bf16", "=f");
+    }
+  }
+#undef FLEXVAR_MULTIPLY
+#endif
+}
+
+// d += a b, where b is rows [row, row + 16) of a tile.
+template <class T>
+__device__ __forceinline__ void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4],
+                                                        const T* b, int row) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t right = tile_descriptor(b + row * 64);
+#define FLEXVAR_MULTIPLY(type)                                                                 \
+  asm volatile(                                                                                \
+      "{.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                             \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FLEXVAR_ACCUMULATOR_LIST \
+      ", {%32, %33, %34, %35}, %36, add, 1, 1, 1;}\n"                                          \
+      : FLEXVAR_ACCUMULATORS("+f", d)                                                          \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right)                                 \
+      : "memory")
+  if constexpr (std::is_same_v<T, __half>) {
+    FLEXVAR_MULTIPLY("f16");
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    FLEXVAR_MULTIPLY("bf16");
+  }
+#undef FLEXVAR_MULTIPLY
+#endif
+}
+#undef FLEXVAR_ACCUMULATORS
+#undef FLEXVAR_ACCUMULATOR_LIST
 
 // --- Named barriers -----------------------------------------------------------------------------
 

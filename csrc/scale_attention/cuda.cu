@@ -68,7 +68,8 @@ void launch(const char* op, void (*kernel)(Params, TileList<Tile>), int threads,
     const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    const dim3 grid(grid_size(heads, op), static_cast<unsigned>(count),
+    list.count = static_cast<int>(count);
+    const dim3 grid(grid_size(heads * static_cast<int64_t>(count), op), 1,
                     static_cast<unsigned>(parts));
     launch_kernel(op, stream, kernel, grid, threads, shared_bytes, params, list);
   }

@@ -11,8 +11,8 @@ namespace flexvar {
 template <class T>
 constexpr bool kOnTensorCores = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
 
-// Which kernels an element type and head dim take, and how they are launched. Grids are (B * H,
-// tiles), and (B * H, tiles, parts) for kForward.
+// Which kernels an element type and head dim take, and how they are launched. Grids are in
+// kernel_common.cuh.
 template <class T, int kDim, bool kTensorCore = kOnTensorCores<T>>
 struct AttentionKernels {
   static constexpr int kThreads = kPlainThreads;

@@ -24,7 +24,19 @@ constexpr int kTilesPerLaunch = 256;
 template <class Tile>
 struct TileList {
   Tile tiles[kTilesPerLaunch];
+  int count;
 };
+
+// What a block works on. The tiles of a head are neighbours in the grid: they run side by side, and
+// all but the first find its keys and values in the L2 cache.
+template <class Tile>
+__device__ __forceinline__ const Tile& tile_of_block(const TileList<Tile>& list) {
+  return list.tiles[blockIdx.x % static_cast<unsigned>(list.count)];
+}
+template <class Tile>
+__device__ __forceinline__ int64_t head_of_block(const TileList<Tile>& list) {
+  return blockIdx.x / static_cast<unsigned>(list.count);
+}
 
 // A row's softmax over a part of the keys.
 template <class A>
@@ -33,8 +45,8 @@ struct AttentionPart {
   A sum;      // of the weights, relative to that
 };
 
-// The grid of every kernel is (B * H heads, tiles), of the forward pass (B * H, tiles, parts); A is
-// the type of the arithmetic, float or (for double) double.
+// The grid of every kernel is (B * H heads times tiles), of the forward pass with parts in its
+// third dimension; A is the type of the arithmetic, float or (for double) double.
 struct AttentionForwardCuda {
   AttentionCudaTensor q, k, v;
   void* out;        // [B, L, H, D], contiguous
@@ -140,9 +152,11 @@ __device__ __forceinline__ KeyRange keys_of_block(const AttentionForwardCuda& pa
 }
 
 // A row of this block's part in [parts, B, H, L].
-__device__ __forceinline__ int64_t part_row(const AttentionForwardCuda& params, int64_t head,
+__device__ __forceinline__ int64_t part_row(const AttentionForwardCuda& params,
+                                            const TileList<QueryTile>& list, int64_t head,
                                             int64_t token) {
-  return (blockIdx.z * int64_t{gridDim.x} + head) * params.query_count + token;
+  const int64_t heads = gridDim.x / static_cast<unsigned>(list.count);
+  return (blockIdx.z * heads + head) * params.query_count + token;
 }
 
 // The head's part of A [B, H, L], or null.

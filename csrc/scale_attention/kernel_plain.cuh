@@ -236,9 +236,9 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   using Shared = PlainForwardShared<A, kDim>;
   using Tile = typename Shared::Tile;
   Shared& shared = *dynamic_shared<Shared>();
-  const QueryTile tile = list.tiles[blockIdx.y];
+  const QueryTile tile = tile_of_block(list);
   const KeyRange key_range = keys_of_block(params, tile);
-  const int64_t head = blockIdx.x;
+  const int64_t head = head_of_block(list);
   const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
   const T* keys = head_of<T>(params.k, head, params.heads);
   const T* values = head_of<T>(params.v, head, params.heads);
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
     const int64_t token = tile.query_begin + group + 16 * r;
     if (token >= tile.query_end) continue;
     if (params.parts != nullptr) {
-      const int64_t row = part_row(params, head, token);
+      const int64_t row = part_row(params, list, head, token);
       store_plain_row<A, Tile>(static_cast<A*>(params.part_sums) + row * kDim, out[r], A(1));
       if (lane == 0) static_cast<AttentionPart<A>*>(params.parts)[row] = {maximum[r], total};
       continue;
@@ -416,8 +416,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   using Shared = PlainBackwardShared<A, kDim>;
   using Tile = typename Shared::Tile;
   Shared& shared = *dynamic_shared<Shared>();
-  const QueryTile tile = list.tiles[blockIdx.y];
-  const int64_t head = blockIdx.x;
+  const QueryTile tile = tile_of_block(list);
+  const int64_t head = head_of_block(list);
   const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
   const T* keys = head_of<T>(params.k, head, params.heads);
   const T* values = head_of<T>(params.v, head, params.heads);
@@ -495,8 +495,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   using Shared = PlainBackwardShared<A, kDim>;
   using Tile = typename Shared::Tile;
   Shared& shared = *dynamic_shared<Shared>();
-  const KeyTile tile = list.tiles[blockIdx.y];
-  const int64_t head = blockIdx.x;
+  const KeyTile tile = tile_of_block(list);
+  const int64_t head = head_of_block(list);
   const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
   const int tokens = static_cast<int>(params.query_count);
   const T* queries = head_of<T>(params.q, head, params.heads);

@@ -18,20 +18,34 @@ namespace flexvar {
 
 constexpr int kTensorCoreThreads = 128;
 constexpr int kTensorCoreRows = 64;
-// Blocks a multiprocessor that a kernel asks room for. The compiler by itself makes room for 4, and
-// spills registers for it.
-constexpr int forward_blocks(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 3 : 2; }
+// Blocks a multiprocessor that a kernel asks room for. Where products take fragments from registers
+// 4 would make the compiler spill some.
+__host__ __device__ constexpr int forward_blocks(int dim) {
+  return dim <= 32 ? 4 : dim > 64 ? 2 : ptx::has_warpgroup_products() ? 4 : 3;
+}
 
-// A row is 16 bytes longer than its elements: 8 rows of an 8 x 8 matrix lie in different banks.
+// Rows of kDim elements. 8 rows of an 8 x 8 matrix lie in different banks: rows of 64 are swizzled,
+// as the products of a warpgroup want it, others are 16 bytes longer than their elements.
 template <class T, int kRows, int kDim>
-using HalfTile = T[kRows][kDim + 8];
+struct HalfTile {
+  static constexpr bool kSwizzled = kDim == 64;
+  alignas(kSwizzled ? 1024 : 16) T rows[kRows][kSwizzled ? kDim : kDim + 8];
+
+  // The 8 elements of a row from `column`, a multiple of 8.
+  __device__ __forceinline__ T* at(int row, int column) {
+    return &rows[row][kSwizzled ? ptx::swizzled_column(row, column) : column];
+  }
+  __device__ __forceinline__ const T* at(int row, int column) const {
+    return &rows[row][kSwizzled ? ptx::swizzled_column(row, column) : column];
+  }
+};
 
 template <class T, int kDim>
 struct TensorCoreForwardShared {
   static constexpr int kColumns = kDim <= 64 ? 64 : 32;
-  alignas(16) HalfTile<T, kTensorCoreRows, kDim> queries;
-  alignas(16) HalfTile<T, kColumns, kDim> keys[2];
-  alignas(16) HalfTile<T, kColumns, kDim> values[2];
+  HalfTile<T, kTensorCoreRows, kDim> queries;
+  HalfTile<T, kColumns, kDim> keys[2];
+  HalfTile<T, kColumns, kDim> values[2];
   float inverse_lengths[kColumns];  // of the keys at hand
 };
 
@@ -55,43 +69,55 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
   }
 }
 
-// Starts copying rows [begin, begin + kRows) of a head; zeros from `end` on.
-template <class T, int kRows, int kStride>
-__device__ __forceinline__ void copy_rows_async(T (&shared)[kRows][kStride], const T* head,
+// Starts copying rows [begin, begin + kRows) of a head; zeros from `end` on, which are not read.
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ void copy_rows_async(HalfTile<T, kRows, kDim>& shared, const T* head,
                                                 int64_t token_stride, int begin, int end) {
-  constexpr int kChunks = (kStride - 8) / 8;  // of 16 bytes in a row
+  constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+  if constexpr (kTensorCoreThreads % kChunks == 0) {
+    // A thread stays in its column: its rows are a constant number of bytes apart.
+    constexpr int kStep = kTensorCoreThreads / kChunks;
+    const int first = static_cast<int>(threadIdx.x) / kChunks;
+    const int d = static_cast<int>(threadIdx.x) % kChunks * 8;
+    const T* source = head + (begin + first) * token_stride + d;
 #pragma unroll
-  for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
-    const int i = start + static_cast<int>(threadIdx.x);
-    if (kRows * kChunks % kTensorCoreThreads != 0 && i >= kRows * kChunks) break;
-    const int row = i / kChunks, d = i % kChunks * 8;
-    const bool valid = begin + row < end;
-    const T* source = head + (valid ? begin + row : 0) * token_stride + d;
-    ptx::cp_async<16>(&shared[row][d], source, valid);
+    for (int row = 0; row < kRows; row += kStep, source += kStep * token_stride) {
+      ptx::cp_async<16>(shared.at(first + row, d), source, begin + first + row < end);
+    }
+  } else {
+#pragma unroll
+    for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
+      const int i = start + static_cast<int>(threadIdx.x);
+      const int row = i / kChunks, d = i % kChunks * 8;
+      ptx::cp_async<16>(shared.at(row, d), head + (begin + row) * token_stride + d,
+                        begin + row < end);
+    }
   }
 }
 
 // The 16 x 16 block at (row, column) as the left factor of a product, or, transposed, as two right
 // factors whose rows (keys of V, queries of dO, …) are the depth of the product.
-template <class T, int kRows, int kStride>
-__device__ __forceinline__ void load_left(uint32_t (&fragment)[4], const T (&tile)[kRows][kStride],
-                                          int row, int column) {
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ void load_left(uint32_t (&fragment)[4],
+                                          const HalfTile<T, kRows, kDim>& tile, int row,
+                                          int column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ptx::ldmatrix_x4(fragment, &tile[row + lane % 16][column + lane / 16 * 8]);
+  ptx::ldmatrix_x4(fragment, tile.at(row + lane % 16, column + lane / 16 * 8));
 }
-template <class T, int kRows, int kStride>
+template <class T, int kRows, int kDim>
 __device__ __forceinline__ void load_right_transposed(uint32_t (&fragment)[4],
-                                                      const T (&tile)[kRows][kStride], int row,
+                                                      const HalfTile<T, kRows, kDim>& tile, int row,
                                                       int column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ptx::ldmatrix_x4_trans(fragment, &tile[row + lane % 16][column + lane / 16 * 8]);
+  ptx::ldmatrix_x4_trans(fragment, tile.at(row + lane % 16, column + lane / 16 * 8));
 }
 // Two right factors for 16 rows of the tile as columns of the product, with depth 16 from `column`.
-template <class T, int kRows, int kStride>
-__device__ __forceinline__ void load_right(uint32_t (&fragment)[4], const T (&tile)[kRows][kStride],
-                                           int row, int column) {
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ void load_right(uint32_t (&fragment)[4],
+                                           const HalfTile<T, kRows, kDim>& tile, int row,
+                                           int column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  ptx::ldmatrix_x4(fragment, &tile[row + lane / 16 * 8 + lane % 8][column + lane / 8 % 2 * 8]);
+  ptx::ldmatrix_x4(fragment, tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
 }
 
 template <class T>
@@ -103,18 +129,18 @@ __device__ __forceinline__ void multiply_pair(float (&left_sums)[4], float (&rig
 }
 
 // scores = rows [warp_row, warp_row + 16) times all columns, over the whole depth kDim.
-template <class T, int kTiles, int kRows, int kColumns, int kStride>
-__device__ __forceinline__ void tile_scores(float (&scores)[kTiles][4],
-                                            const T (&rows)[kRows][kStride],
-                                            const T (&columns)[kColumns][kStride], int warp_row) {
-  static_assert(kTiles * 8 == kColumns);
+template <class T, int kTiles, int kRows, int kColumns, int kDim>
+__device__ __forceinline__ void tile_scores_by_warps(float (&scores)[kTiles][4],
+                                                     const HalfTile<T, kRows, kDim>& rows,
+                                                     const HalfTile<T, kColumns, kDim>& columns,
+                                                     int warp_row) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[n][i] = 0;
   }
 #pragma unroll
-  for (int d = 0; d < kStride - 8; d += 16) {
+  for (int d = 0; d < kDim; d += 16) {
     uint32_t left[4];
     load_left(left, rows, warp_row, d);
 #pragma unroll
@@ -125,36 +151,98 @@ __device__ __forceinline__ void tile_scores(float (&scores)[kTiles][4],
     }
   }
 }
-
-// sums += weights (16 rows of this warp x columns, as accumulators) times the columns' rows of D.
-template <class T, int kTiles, int kDimTiles, int kColumns, int kStride>
-__device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
-                                                const float (&weights)[kTiles][4],
-                                                const T (&columns)[kColumns][kStride]) {
+template <class T>
+__device__ __forceinline__ void tile_scores_by_warpgroup(float (&scores)[8][4],
+                                                         const HalfTile<T, 64, 64>& rows,
+                                                         const HalfTile<T, 64, 64>& columns) {
+  ptx::warpgroup_begin();
+  ptx::warpgroup_multiply<T, false>(scores, rows.rows[0], columns.rows[0], 0);
 #pragma unroll
-  for (int n = 0; n < kTiles; n += 2) {
-    const uint32_t left[4] = {pack_pair<T>(weights[n][0], weights[n][1]),
-                              pack_pair<T>(weights[n][2], weights[n][3]),
-                              pack_pair<T>(weights[n + 1][0], weights[n + 1][1]),
-                              pack_pair<T>(weights[n + 1][2], weights[n + 1][3])};
+  for (int d = 16; d < 64; d += 16) {
+    ptx::warpgroup_multiply<T, true>(scores, rows.rows[0], columns.rows[0], d);
+  }
+  ptx::warpgroup_end();
+  ptx::hold_registers(scores);
+}
+template <class T, int kTiles, int kRows, int kColumns, int kDim>
+__device__ __forceinline__ void tile_scores(float (&scores)[kTiles][4],
+                                            const HalfTile<T, kRows, kDim>& rows,
+                                            const HalfTile<T, kColumns, kDim>& columns,
+                                            int warp_row) {
+  static_assert(kTiles * 8 == kColumns);
+  if constexpr (kColumns == 64 && kDim == 64) {
+    if (ptx::has_warpgroup_products()) {
+      tile_scores_by_warpgroup(scores, rows, columns);
+    } else {
+      tile_scores_by_warps(scores, rows, columns, warp_row);
+    }
+  } else {
+    tile_scores_by_warps(scores, rows, columns, warp_row);
+  }
+}
+
+// sums += weights (16 rows of this warp x columns, as left factors) times the columns' rows of D.
+template <class T, int kPairs, int kDimTiles, int kColumns, int kDim>
+__device__ __forceinline__ void tile_accumulate_by_warps(
+    float (&sums)[kDimTiles][4], const uint32_t (&weights)[kPairs][4],
+    const HalfTile<T, kColumns, kDim>& columns) {
+#pragma unroll
+  for (int n = 0; n < kPairs; ++n) {
 #pragma unroll
     for (int d = 0; d < kDimTiles; d += 2) {
       uint32_t right[4];
-      load_right_transposed(right, columns, n * 8, d * 8);
-      multiply_pair<T>(sums[d], sums[d + 1], left, right);
+      load_right_transposed(right, columns, n * 16, d * 8);
+      multiply_pair<T>(sums[d], sums[d + 1], weights[n], right);
     }
+  }
+}
+template <class T>
+__device__ __forceinline__ void tile_accumulate_by_warpgroup(float (&sums)[8][4],
+                                                             uint32_t (&weights)[4][4],
+                                                             const HalfTile<T, 64, 64>& columns) {
+  ptx::hold_registers(sums);
+  ptx::hold_registers(weights);
+  ptx::warpgroup_begin();
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    ptx::warpgroup_multiply_rows(sums, weights[n], columns.rows[0], n * 16);
+  }
+  ptx::warpgroup_end();
+  ptx::hold_registers(sums);
+}
+// The same with weights as accumulators.
+template <class T, int kTiles, int kDimTiles, int kColumns, int kDim>
+__device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
+                                                const float (&weights)[kTiles][4],
+                                                const HalfTile<T, kColumns, kDim>& columns) {
+  uint32_t left[kTiles / 2][4];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      left[n / 2][n % 2 * 2 + half] = pack_pair<T>(weights[n][2 * half], weights[n][2 * half + 1]);
+    }
+  }
+  if constexpr (kColumns == 64 && kDim == 64) {
+    if (ptx::has_warpgroup_products()) {
+      tile_accumulate_by_warpgroup(sums, left, columns);
+    } else {
+      tile_accumulate_by_warps(sums, left, columns);
+    }
+  } else {
+    tile_accumulate_by_warps(sums, left, columns);
   }
 }
 
 // Rows `row` + g and `row` + g + 8 of a tile times this have length 1. The squares are the diagonal
 // of the rows' products with themselves.
-template <class T, int kRows, int kStride>
+template <class T, int kRows, int kDim>
 __device__ __forceinline__ void inverse_row_lengths(float (&inverse)[2],
-                                                    const T (&tile)[kRows][kStride], int row) {
+                                                    const HalfTile<T, kRows, kDim>& tile, int row) {
   const int g = static_cast<int>(threadIdx.x) % 32 / 4;
   float upper[4] = {}, lower[4] = {};
 #pragma unroll
-  for (int d = 0; d < kStride - 8; d += 16) {
+  for (int d = 0; d < kDim; d += 16) {
     uint32_t left[4];
     load_left(left, tile, row, d);
     const uint32_t right[4] = {left[0], left[2], left[1], left[3]};  // the same rows as columns
@@ -192,8 +280,8 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // Products of rows and columns become softmax weights, relative to a maximum of scores in base 2,
-// and this lane's parts of their sums grow. Columns from `columns` on get no weight.
-template <int kTiles>
+// and this lane's parts of their sums grow. kMasked: columns from `columns` on get no weight.
+template <bool kMasked, int kTiles>
 __device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][4], float (&sum)[2],
                                                        const float (&factor)[2], float maximum,
                                                        int columns) {
@@ -203,14 +291,14 @@ __device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float weight = ptx::exp2_approx(weights[n][i] * factor[i / 2] - maximum);
-      weights[n][i] = n * 8 + 2 * t + i % 2 < columns ? weight : 0.0f;
+      weights[n][i] = !kMasked || n * 8 + 2 * t + i % 2 < columns ? weight : 0.0f;
       sum[i / 2] += weights[n][i];
     }
   }
 }
 
 // The same at the maximum so far; what is already in `sum` and `out` is made relative to that.
-template <int kTiles, int kDimTiles>
+template <bool kMasked, int kTiles, int kDimTiles>
 __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles][4],
                                                          float (&maximum)[2], float (&sum)[2],
                                                          float (&out)[kDimTiles][4],
@@ -224,7 +312,7 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& score = weights[n][2 * half + i];
-        score = n * 8 + 2 * t + i < columns ? score * factor[half] : -INFINITY;
+        score = !kMasked || n * 8 + 2 * t + i < columns ? score * factor[half] : -INFINITY;
         highest = fmaxf(highest, score);
       }
     }
@@ -257,9 +345,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   using Shared = TensorCoreForwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
   Shared& shared = *dynamic_shared<Shared>();
-  const QueryTile tile = list.tiles[blockIdx.y];
+  const QueryTile tile = tile_of_block(list);
   const KeyRange key_range = keys_of_block(params, tile);
-  const int64_t head = blockIdx.x;
+  const int64_t head = head_of_block(list);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const T* keys = head_of<T>(params.k, head, params.heads);
@@ -290,6 +378,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
+    ptx::fence_for_warpgroup();
     __syncthreads();
     float weights[kTiles][4];
     tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
@@ -325,10 +414,18 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
         }
       }
     }
-    if (softmax.fixed) {
-      weigh_at_fixed_maximum(weights, sum, factor, softmax.maximum, key_range.end - begin);
+    const auto weigh = [&]<bool kMasked>() {
+      const int columns = key_range.end - begin;
+      if (softmax.fixed) {
+        weigh_at_fixed_maximum<kMasked>(weights, sum, factor, softmax.maximum, columns);
+      } else {
+        weigh_at_running_maximum<kMasked>(weights, maximum, sum, out, factor, columns);
+      }
+    };
+    if (next <= key_range.end) {
+      weigh.template operator()<false>();
     } else {
-      weigh_at_running_maximum(weights, maximum, sum, out, factor, key_range.end - begin);
+      weigh.template operator()<true>();
     }
     tile_accumulate(out, weights, shared.values[stage]);
     __syncthreads();
@@ -340,7 +437,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     const int64_t token = tile.query_begin + warp_row + g + 8 * half;
     if (token >= tile.query_end) continue;
     if (params.parts != nullptr) {
-      const int64_t row = part_row(params, head, token);
+      const int64_t row = part_row(params, list, head, token);
       float2* sums = reinterpret_cast<float2*>(static_cast<float*>(params.part_sums) + row * kDim);
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {

@@ -7,24 +7,41 @@
 
 namespace flexvar {
 
-constexpr int kBackwardBlocks = 2;  // a multiprocessor, as in forward_blocks
+// As forward_blocks.
+__host__ __device__ constexpr int grad_queries_blocks(int dim) {
+  return dim == 64 && ptx::has_warpgroup_products() ? 3 : 2;
+}
+constexpr int kGradKeysBlocks = 2;
 
 // `first`, `second`: Q and dO in rows, K and V in columns for dQ; the other way round for dK, dV.
 template <class T, int kDim>
 struct TensorCoreBackwardShared {
   static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 96 ? 32 : 16;
-  alignas(16) HalfTile<T, kTensorCoreRows, kDim> first_rows;
-  alignas(16) HalfTile<T, kTensorCoreRows, kDim> second_rows;
-  alignas(16) HalfTile<T, kColumns, kDim> first_columns[2];
-  alignas(16) HalfTile<T, kColumns, kDim> second_columns[2];
+  HalfTile<T, kTensorCoreRows, kDim> first_rows;
+  HalfTile<T, kTensorCoreRows, kDim> second_rows;
+  HalfTile<T, kColumns, kDim> first_columns[2];
+  HalfTile<T, kColumns, kDim> second_columns[2];
   float inverse_lengths[kTensorCoreRows];  // of the keys in rows
+  // Of the queries in columns.
+  float logsumexp[2][kColumns], delta[2][kColumns], q_inverse_lengths[2][kColumns];
 };
 
+// Starts copying numbers [begin, begin + kCount) to shared memory by the threads from
+// `first_thread` on; zeros from `end` on.
+template <int kCount>
+__device__ __forceinline__ void copy_numbers_async(float (&shared)[kCount], const float* numbers,
+                                                   int begin, int end, int first_thread) {
+  const int i = static_cast<int>(threadIdx.x) - first_thread;
+  if (i < 0 || i >= kCount) return;
+  const bool valid = begin + i < end;
+  ptx::cp_async<4>(&shared[i], numbers + (valid ? begin + i : 0), valid);
+}
+
 // Multiplies rows [begin, begin + kRows) that copy_rows_async brought by factors[token].
-template <class T, int kRows, int kStride>
-__device__ __forceinline__ void scale_copied_rows(T (&shared)[kRows][kStride], const float* factors,
-                                                  int begin, int end) {
-  constexpr int kChunks = (kStride - 8) / 8;
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ void scale_copied_rows(HalfTile<T, kRows, kDim>& shared,
+                                                  const float* factors, int begin, int end) {
+  constexpr int kChunks = kDim / 8;
 #pragma unroll 1  // registers are short
   for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
     const int i = start + static_cast<int>(threadIdx.x);
@@ -32,7 +49,7 @@ __device__ __forceinline__ void scale_copied_rows(T (&shared)[kRows][kStride], c
     const int row = i / kChunks, d = i % kChunks * 8;
     if (begin + row >= end) continue;
     const float factor = factors[begin + row];
-    uint4* const place = reinterpret_cast<uint4*>(&shared[row][d]);
+    uint4* const place = reinterpret_cast<uint4*>(shared.at(row, d));
     const auto scaled = [factor](uint32_t pair) {
       const float2 x = unpack_pair<T>(pair);
       return pack_pair<T>(x.x * factor, x.y * factor);
@@ -42,24 +59,28 @@ __device__ __forceinline__ void scale_copied_rows(T (&shared)[kRows][kStride], c
   }
 }
 
-// Row `half` * 8 + g of accumulators, the gradient of a row of length 1, becomes that of the row
-// `row` which `inverse` scales to it, but for a factor of `inverse`. Returns the product of the row
-// of length 1 and its gradient; all lanes of the warp take part.
-template <class T, int kDimTiles, int kStride>
+// Row `half` * 8 + g of accumulators, the gradient of a row of length 1, becomes that of row
+// `row` of the tile, which `inverse` scales to it, but for a factor of `inverse`. Returns the
+// product of the row of length 1 and its gradient; all lanes of the warp take part.
+template <class T, int kDimTiles, int kRows, int kDim>
 __device__ __forceinline__ float remove_radial_part(float (&sums)[kDimTiles][4], int half,
-                                                    const T (&row)[kStride], float inverse) {
+                                                    const HalfTile<T, kRows, kDim>& tile, int row,
+                                                    float inverse) {
   const int t = static_cast<int>(threadIdx.x) % 4;
+  const auto pair = [&](int d) {
+    return unpack_pair<T>(*reinterpret_cast<const uint32_t*>(tile.at(row, d * 8) + 2 * t));
+  };
   float product = 0;
 #pragma unroll
   for (int d = 0; d < kDimTiles; ++d) {
-    const float2 x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(&row[d * 8 + 2 * t]));
+    const float2 x = pair(d);
     product += sums[d][2 * half] * (x.x * inverse) + sums[d][2 * half + 1] * (x.y * inverse);
   }
   product = row_sum(product);
   const float removed = has_length_one(inverse) ? product : 0.0f;
 #pragma unroll
   for (int d = 0; d < kDimTiles; ++d) {
-    const float2 x = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(&row[d * 8 + 2 * t]));
+    const float2 x = pair(d);
     sums[d][2 * half] -= removed * (x.x * inverse);
     sums[d][2 * half + 1] -= removed * (x.y * inverse);
   }
@@ -67,13 +88,13 @@ __device__ __forceinline__ float remove_radial_part(float (&sums)[kDimTiles][4],
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
   using Shared = TensorCoreBackwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
   Shared& shared = *dynamic_shared<Shared>();
-  const QueryTile tile = list.tiles[blockIdx.y];
-  const int64_t head = blockIdx.x;
+  const QueryTile tile = tile_of_block(list);
+  const int64_t head = head_of_block(list);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const T* keys = head_of<T>(params.k, head, params.heads);
@@ -119,25 +140,34 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
+    ptx::fence_for_warpgroup();
     __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
     tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
+    const auto differentiate = [&]<bool kMasked>() {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = begin + n * 8 + 2 * t + i % 2;
-        const bool valid = key < tile.key_end;
-        if (valid && k_inverse != nullptr) weights[n][i] *= k_inverse[key];
-        const float weight =
-            valid ? ptx::exp2_approx(weights[n][i] * row_factor[i / 2] - logsumexp[i / 2]) : 0.0f;
-        grad_scores[n][i] = weight * (grad_scores[n][i] - delta[i / 2]);
+        for (int i = 0; i < 4; ++i) {
+          const int key = begin + n * 8 + 2 * t + i % 2;
+          const bool valid = !kMasked || key < tile.key_end;
+          if (valid && k_inverse != nullptr) weights[n][i] *= k_inverse[key];
+          const float weight =
+              valid ? ptx::exp2_approx(weights[n][i] * row_factor[i / 2] - logsumexp[i / 2]) : 0.0f;
+          grad_scores[n][i] = weight * (grad_scores[n][i] - delta[i / 2]);
+        }
       }
+    };
+    if (next <= tile.key_end) {
+      differentiate.template operator()<false>();
+    } else {
+      differentiate.template operator()<true>();
     }
     if (k_inverse != nullptr) {
       __syncthreads();  // all have multiplied the keys as they are
       scale_copied_rows(shared.first_columns[stage], k_inverse, begin, tile.key_end);
+      ptx::fence_for_warpgroup();
       __syncthreads();
     }
     tile_accumulate(grad, grad_scores, shared.first_columns[stage]);
@@ -151,7 +181,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     if (q_inverse != nullptr) {
       const float inverse = token < tile.query_end ? q_inverse[token] : 0.0f;
       const float product =
-          remove_radial_part(grad, half, shared.first_rows[warp_row + g + 8 * half], inverse);
+          remove_radial_part(grad, half, shared.first_rows, warp_row + g + 8 * half, inverse);
       if (token < tile.query_end && t == 0) {
         static_cast<float*>(params.grad_q_scale_parts)[head * params.query_count + token] =
             product * static_cast<float>(params.softmax_scale);
@@ -166,13 +196,13 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
   using Shared = TensorCoreBackwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
   Shared& shared = *dynamic_shared<Shared>();
-  const KeyTile tile = list.tiles[blockIdx.y];
-  const int64_t head = blockIdx.x;
+  const KeyTile tile = tile_of_block(list);
+  const int64_t head = head_of_block(list);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const int tokens = static_cast<int>(params.query_count);
@@ -188,10 +218,17 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
                   params.k.token_stride, tile.key_begin, tile.key_end);
   copy_rows_async(shared.second_rows, head_of<T>(params.v, head, params.heads),
                   params.v.token_stride, tile.key_begin, tile.key_end);
-  copy_rows_async(shared.first_columns[0], queries, params.q.token_stride, tile.query_begin,
-                  tokens);
-  copy_rows_async(shared.second_columns[0], grads_out, params.grad_out.token_stride,
-                  tile.query_begin, tokens);
+  const auto copy_columns_async = [&](int stage, int begin) {
+    copy_rows_async(shared.first_columns[stage], queries, params.q.token_stride, begin, tokens);
+    copy_rows_async(shared.second_columns[stage], grads_out, params.grad_out.token_stride, begin,
+                    tokens);
+    copy_numbers_async(shared.logsumexp[stage], logsumexp, begin, tokens, 0);
+    copy_numbers_async(shared.delta[stage], delta, begin, tokens, kColumns);
+    if (q_inverse != nullptr) {
+      copy_numbers_async(shared.q_inverse_lengths[stage], q_inverse, begin, tokens, 0);
+    }
+  };
+  copy_columns_async(0, tile.query_begin);
   ptx::cp_async_commit();
   if (q_inverse != nullptr && threadIdx.x < kTensorCoreRows) {
     const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, tokens);
@@ -203,41 +240,45 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
   int stage = 0;
   for (int begin = tile.query_begin; begin < tokens; begin += kColumns, stage ^= 1) {
     const int next = begin + kColumns;
-    if (next < tokens) {
-      copy_rows_async(shared.first_columns[stage ^ 1], queries, params.q.token_stride, next,
-                      tokens);
-      copy_rows_async(shared.second_columns[stage ^ 1], grads_out, params.grad_out.token_stride,
-                      next, tokens);
-    }
+    if (next < tokens) copy_columns_async(stage ^ 1, next);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
+    ptx::fence_for_warpgroup();
     __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
     tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
+    const auto differentiate = [&]<bool kMasked>() {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int query = begin + n * 8 + 2 * t + i;
-        const bool valid = query < tokens;
-        const float base = valid ? logsumexp[query] * static_cast<float>(kAttentionLog2E) : 0.0f;
-        const float shift = valid ? delta[query] : 0.0f;
-        const float column_factor =
-            valid && q_inverse != nullptr ? factor * q_inverse[query] : factor;
+        for (int i = 0; i < 2; ++i) {
+          const int column = n * 8 + 2 * t + i;
+          const bool valid = !kMasked || begin + column < tokens;
+          const float base = shared.logsumexp[stage][column] * static_cast<float>(kAttentionLog2E);
+          const float shift = shared.delta[stage][column];
+          const float column_factor =
+              q_inverse != nullptr ? factor * shared.q_inverse_lengths[stage][column] : factor;
 #pragma unroll
-        for (int j = i; j < 4; j += 2) {
-          if (q_inverse != nullptr) {
-            weights[n][j] *= shared.inverse_lengths[warp_row + g + j / 2 * 8];
+          for (int j = i; j < 4; j += 2) {
+            if (q_inverse != nullptr) {
+              weights[n][j] *= shared.inverse_lengths[warp_row + g + j / 2 * 8];
+            }
+            weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * column_factor - base) : 0.0f;
+            grad_scores[n][j] = weights[n][j] * (grad_scores[n][j] - shift);
           }
-          weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * column_factor - base) : 0.0f;
-          grad_scores[n][j] = weights[n][j] * (grad_scores[n][j] - shift);
         }
       }
+    };
+    if (next <= tokens) {
+      differentiate.template operator()<false>();
+    } else {
+      differentiate.template operator()<true>();
     }
     if (q_inverse != nullptr) {
       __syncthreads();  // all have multiplied the queries as they are
       scale_copied_rows(shared.first_columns[stage], q_inverse, begin, tokens);
+      ptx::fence_for_warpgroup();
       __syncthreads();
     }
     tile_accumulate(grad_keys, grad_scores, shared.first_columns[stage]);
@@ -253,7 +294,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kBackwardBlocks)
     float row_scale = scale;
     if (q_inverse != nullptr) {
       const float inverse = shared.inverse_lengths[warp_row + g + 8 * half];
-      remove_radial_part(grad_keys, half, shared.first_rows[warp_row + g + 8 * half], inverse);
+      remove_radial_part(grad_keys, half, shared.first_rows, warp_row + g + 8 * half, inverse);
       row_scale *= inverse;
     }
     if (token >= tile.key_end) continue;

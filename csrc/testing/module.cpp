@@ -26,7 +26,7 @@ PYBIND11_MODULE(_emulated, module) {
   py::register_exception<KernelError>(module, "KernelError", PyExc_RuntimeError);
   py::class_<EmulationOptions>(module, "Options")
       .def(py::init([](const std::string& order, uint64_t seed, uint8_t poison, size_t misalignment,
-                       int multiprocessors, size_t shared_memory) {
+                       int multiprocessors, size_t shared_memory, bool warpgroups) {
              EmulationOptions options;
              options.order = parse_order(order);
              options.seed = seed;
@@ -34,11 +34,12 @@ PYBIND11_MODULE(_emulated, module) {
              options.misalignment = misalignment;
              options.multiprocessors = multiprocessors;
              options.shared_memory = shared_memory;
+             options.warpgroups = warpgroups;
              return options;
            }),
            py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,
            py::arg("poison") = 0xff, py::arg("misalignment") = 0, py::arg("multiprocessors") = 132,
-           py::arg("shared_memory") = 227 * 1024)
+           py::arg("shared_memory") = 227 * 1024, py::arg("warpgroups") = true)
       .def_readonly("misalignment", &EmulationOptions::misalignment);
   for (const AddBindings add : all_bindings()) add(module);
 }

@@ -1,7 +1,11 @@
 // The interface of common/ptx.cuh on the CPU.
 #pragma once
 
+#include <algorithm>
+
+#include "common/swizzle.h"
 #include "testing/cuda_on_cpu.h"
+#include "testing/device.h"
 
 namespace flexvar::emulation {
 
@@ -57,6 +61,41 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   emulation::matrix_product(emulation::MatrixFormat::tf32, d, a, b, where);
 }
 inline uint32_t float_to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
+
+inline bool has_warpgroup_products() { return emulation::device_options().warpgroups; }
+inline void fence_for_warpgroup() {}
+inline void hold_registers(float (&)[8][4]) {}
+template <int kCount>
+void hold_registers(uint32_t (&)[kCount][4]) {}
+inline void warpgroup_begin() {}
+inline void warpgroup_end() {}
+template <class T, bool kAdd>
+void warpgroup_multiply(float (&d)[8][4], const T* a, const T* b, int depth,
+                        Location where = Location::current()) {
+  const int lane = emulation::current_lane(), warp = static_cast<int>(threadIdx.x) / 32;
+  const auto at = [](const T* tile, int row, int column) {
+    return tile + row * 64 + swizzled_column(row, column);
+  };
+  uint32_t left[4];
+  ldmatrix_x4(left, at(a, warp % 4 * 16 + lane % 16, depth + lane / 16 * 8), where);
+  for (int n = 0; n < 8; ++n) {
+    if (!kAdd) std::fill_n(d[n], 4, 0.0f);
+    uint32_t right[2];
+    ldmatrix_x2(right, at(b, n * 8 + lane % 8, depth + lane / 8 % 2 * 8), where);
+    mma_m16n8k16<T>(d[n], left, right, where);
+  }
+}
+template <class T>
+void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4], const T* b, int row,
+                             Location where = Location::current()) {
+  const int lane = emulation::current_lane();
+  for (int n = 0; n < 8; ++n) {
+    uint32_t right[2];
+    const int from = row + lane % 16;
+    ldmatrix_x2_trans(right, b + from * 64 + swizzled_column(from, n * 8), where);
+    mma_m16n8k16<T>(d[n], a, right, where);
+  }
+}
 
 inline void barrier_sync(int id, int threads, Location where = Location::current()) {
   emulation::block_barrier(id, threads, emulation::Vote::none, 0, where);

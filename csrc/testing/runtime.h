@@ -33,6 +33,7 @@ struct Options {
   // The device:
   int multiprocessors = 132;
   size_t shared_memory = 227 * 1024;  // the most that a block may have
+  bool warpgroups = true;             // ptx::has_warpgroup_products
 };
 
 struct LaunchShape {
