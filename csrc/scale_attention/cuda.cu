@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/cuda_launch.h"
@@ -56,7 +57,8 @@ void dispatch(const Tensor& q, const Run& run) {
   }
 }
 
-// One launch for every kTilesPerLaunch tiles.
+// One launch for every kTilesPerLaunch tiles. The kernels of the forward pass wait for the ones
+// before them by themselves.
 template <class Params, class Tile>
 void launch(const char* op, void (*kernel)(Params, TileList<Tile>), int threads,
             size_t shared_bytes, const Params& params, const std::vector<Tile>& tiles,
@@ -71,7 +73,11 @@ void launch(const char* op, void (*kernel)(Params, TileList<Tile>), int threads,
     list.count = static_cast<int>(count);
     const dim3 grid(grid_size(heads * static_cast<int64_t>(count), op), 1,
                     static_cast<unsigned>(parts));
-    launch_kernel(op, stream, kernel, grid, threads, shared_bytes, params, list);
+    if constexpr (std::is_same_v<Params, AttentionForwardCuda>) {
+      launch_overlapping(op, stream, kernel, grid, threads, shared_bytes, params, list);
+    } else {
+      launch_kernel(op, stream, kernel, grid, threads, shared_bytes, params, list);
+    }
   }
 }
 
@@ -214,9 +220,9 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
     if (parts > 1) {
       static_assert(sizeof(AttentionPart<A>) == 2 * sizeof(A));
       constexpr int64_t kRowsPerBlock = kCombineThreads / 32;
-      launch_kernel(kOp, scope.stream(), &attention_combine<T, kDim>,
-                    grid_size((rows + kRowsPerBlock - 1) / kRowsPerBlock, kOp), kCombineThreads, 0,
-                    params, rows, static_cast<int>(parts));
+      launch_overlapping(kOp, scope.stream(), &attention_combine<T, kDim>,
+                         grid_size((rows + kRowsPerBlock - 1) / kRowsPerBlock, kOp),
+                         kCombineThreads, 0, params, rows, static_cast<int>(parts));
     }
   });
   return out;

@@ -236,6 +236,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
   using Shared = PlainForwardShared<A, kDim>;
   using Tile = typename Shared::Tile;
   Shared& shared = *dynamic_shared<Shared>();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const QueryTile tile = tile_of_block(list);
   const KeyRange key_range = keys_of_block(params, tile);
   const int64_t head = head_of_block(list);
@@ -337,6 +339,8 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kCombineThreads)
     attention_combine(AttentionForwardCuda params, int64_t rows, int parts) {
   using A = AttentionArithmetic<T>;
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const int64_t row =
       blockIdx.x * int64_t{kCombineThreads / 32} + static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;

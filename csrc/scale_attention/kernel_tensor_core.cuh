@@ -345,6 +345,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   using Shared = TensorCoreForwardShared<T, kDim>;
   constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
   Shared& shared = *dynamic_shared<Shared>();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const QueryTile tile = tile_of_block(list);
   const KeyRange key_range = keys_of_block(params, tile);
   const int64_t head = head_of_block(list);

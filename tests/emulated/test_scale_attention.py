@@ -1,5 +1,7 @@
 """The CUDA launchers of scale_attention, run on the CPU, against the reference in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -81,6 +83,13 @@ def cases_of(dtype, dim):
 )
 def test_forward_and_backward(launch_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim):
     check_passes(launch_in_every_order, batch, heads, lengths, scale, q_scale, dtype, dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_tiles_of_warpgroups_multiplied_by_warps(launch_once, dtype, case):
+    """What sm_90a's products read is what other architectures' do."""
+    check_passes(partial(launch_once, warpgroups=False), *case, dtype, 64)
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.bfloat16, 32)])
