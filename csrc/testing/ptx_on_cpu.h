@@ -103,6 +103,12 @@ inline void barrier_sync(int id, int threads, Location where = Location::current
 inline void barrier_arrive(int id, int threads, Location where = Location::current()) {
   emulation::block_barrier_arrive(id, threads, where);
 }
+inline void prefetch(const void*) {}
+// A launch's clusters are single blocks here.
+inline void cluster_barrier(Location where = Location::current()) {
+  emulation::block_barrier(0, 0, emulation::Vote::none, 0, where);
+}
+inline float4 cluster_load(const float4* shared, int) { return *shared; }
 inline void griddepcontrol_wait() { emulation::wait_for_earlier_launches(); }
 inline void griddepcontrol_launch_dependents() {}
 inline float exp2_approx(float x) { return std::exp2(x); }
