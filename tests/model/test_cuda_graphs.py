@@ -203,7 +203,7 @@ def test_what_recordings_read_stays_where_it_is(pipe: FlexVARPipeline) -> None:
         pyramid(reference, autocast_dtype=torch.bfloat16)
     (positions,) = reference.transformer._positions._entries.values()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        read = [positions, reference.transformer.head.weight_for(torch.zeros(1))]
+        read = [positions, reference.transformer.head.cast_weight()]
     kept = [weakref.ref(tensor) for tensor in read]
     del positions, read
     pyramid(reference, autocast_dtype=torch.float16)
