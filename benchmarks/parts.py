@@ -108,15 +108,15 @@ def tables_of(pipeline: Any, case: Case, device: torch.device) -> list[str]:
     schedule = ScaleSchedule.preset(case.steps, case.pixels)
     labels = torch.arange(7, 7 + case.batch, device=device)
 
-    def generate() -> torch.Tensor:
+    def generate() -> Any:
         settings = {"schedule": schedule, "autocast_dtype": case.dtype, "output_type": "latent", **SETTINGS}
-        return pipeline(labels, seed=1, **settings).images
+        return pipeline(labels, seed=1, **settings)
 
-    codes = generate()
+    last = generate().steps[-1]
 
-    def decode() -> None:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=case.dtype, enabled=case.dtype is not None):
-            pipeline.tokenizer.decode(codes)
+    def decode() -> torch.Tensor:
+        images: torch.Tensor = last.preview("pt")
+        return images
 
     lines = table(f"{case}: codes of all steps", *measure_parts(generate, device), device)
     lines += table(f"{case}: decoder", *measure_parts(decode, device), device)

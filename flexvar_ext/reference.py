@@ -80,11 +80,18 @@ def embed_resample(
     normalize: bool = True,
     mode: str = "bicubic",
 ) -> Tensor:
-    """int64 [B, h0, w0] -> tokens [B, h*w, C]: look codes up, resample the grid, lay it out as tokens."""
+    """int64 [B, h0, w0] -> tokens [B, h*w, C]: look codes up, resample the grid, lay it out as tokens.
+
+    As with the native op, an index that is no code makes NaN on CUDA, where looking would mean waiting.
+    """
     wide = codebook if codebook.dtype == torch.float64 else codebook.float()
     codes = F.normalize(wide, dim=-1).to(codebook.dtype) if normalize else codebook
-    grid = F.embedding(indices, codes).permute(0, 3, 1, 2)
-    return resample2d(grid, size, mode=mode).flatten(2).transpose(1, 2)
+    if indices.is_cuda:  # F.embedding asserts there, after which the process can use the device no more
+        is_code = (indices >= 0) & (indices < codes.shape[0])
+        grid = torch.where(is_code[..., None], F.embedding(torch.where(is_code, indices, 0), codes), torch.nan)
+    else:
+        grid = F.embedding(indices, codes)
+    return resample2d(grid.permute(0, 3, 1, 2), size, mode=mode).flatten(2).transpose(1, 2)
 
 
 def linear(

@@ -127,7 +127,9 @@ __global__ void __launch_bounds__(kEmbedThreads, 2)
   }
   __syncthreads();
 
-  Real sum[kEmbedTile] = {};
+  Real sum[kEmbedTile];
+#pragma unroll
+  for (int j = 0; j < kEmbedTile; ++j) sum[j] = no_taps(params.y);
   const int64_t last_y = shared.end_y[rows - 1], last_x = shared.end_x[columns - 1];
   for (int64_t y0 = shared.start_y[0]; y0 < last_y; y0 += patch) {
     for (int64_t x0 = shared.start_x[0]; x0 < last_x; x0 += patch) {

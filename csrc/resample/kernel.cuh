@@ -86,10 +86,12 @@ __global__ void __launch_bounds__(kResampleThreads, 2)
   const int64_t taps_x = fill_tile_ranges(shared.x, params.x, left, columns);
   // Of all taps, of those of a strip of rows, of a chunk: long chains of sums lose what is small
   // beside them.
-  Real sum[kPlanes] = {}, strip[kPlanes], part[kPlanes];
+  Real sum[kPlanes], strip[kPlanes], part[kPlanes];
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) sum[p] = no_taps(params.y);
   for (int64_t chunk_y = 0; chunk_y < taps_y; chunk_y += kResampleTaps) {
 #pragma unroll
-    for (int p = 0; p < kPlanes; ++p) strip[p] = 0;
+    for (int p = 0; p < kPlanes; ++p) strip[p] = no_taps(params.y);
     for (int64_t chunk_x = 0; chunk_x < taps_x; chunk_x += kResampleTaps) {
       if (chunk_y + chunk_x > 0) __syncthreads();
       fill_tile_weights(shared.y, params.y, top, rows, chunk_y);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kResampleThreads, 2)
       const T* corner = params.in + first_plane * in_plane +
                         (shared.y.start[i] + chunk_y) * in_width + shared.x.start[j] + chunk_x;
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p) part[p] = 0;
+      for (int p = 0; p < kPlanes; ++p) part[p] = no_taps(params.y);
       for (int ky = 0; ky < count_y; ++ky) {
         for (int kx = 0; kx < count_x; ++kx) {
           const Real weight = shared.y.weight[i][ky] * shared.x.weight[j][kx];

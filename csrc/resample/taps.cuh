@@ -52,6 +52,13 @@ __device__ __forceinline__ TapRange tap_range(const TapAxis<Real>& taps, int64_t
   return {window.start, window.count};
 }
 
+// What a sum of taps starts from. A copied -0 stays -0 behind -0, not behind 0; an input that
+// nothing reads has the gradient 0.
+template <class Real>
+__device__ __forceinline__ Real no_taps(const TapAxis<Real>& taps) {
+  return taps.transposed ? Real(0) : Real(-0.0);
+}
+
 // The weight of input p in output i; p must lie in the range of i.
 template <class Real>
 __device__ __forceinline__ Real tap_weight(const TapAxis<Real>& taps, int64_t i, int64_t p) {

@@ -57,6 +57,15 @@ def test_other_dtypes(launch_in_every_order, dtype, tolerance):
     check(launch_in_every_order, *arguments, (9, 10), "bicubic", True, tolerance, misalignment=1)
 
 
+def test_nearest_copies_bits(launch_in_every_order):
+    indices, codebook, _ = problem((2, (5, 3), (9, 10), 9, 7))
+    codebook[:, :3] = torch.tensor([-0.0, 0.0, 1e-7])
+    (tokens,) = launch_in_every_order("embed_resample", indices, codebook, 5, 3, False, "nearest")
+    expected = codebook[indices].flatten(1, 2)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(tokens.signbit(), expected.signbit())
+
+
 def test_inputs_that_lie_otherwise(launch_in_every_order):
     indices, codebook, out_gradient = problem((2, (5, 3), (9, 10), 9, 7))
     strided = (indices.mT.contiguous().mT, codebook.T.contiguous().T, out_gradient[:, :1].expand(out_gradient.shape))

@@ -59,6 +59,23 @@ def test_other_dtypes(launch_in_every_order, mode, dtype, tolerance):
     check(launch_in_every_order, x, (8, 5), mode, rtol=0, atol=tolerance, misalignment=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_nearest_copies_bits(launch_in_every_order, dtype):
+    x = planes_of(3, (5, 7), dtype)
+    x[0, 0, 0] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-7, -1e-7, -0.0])
+    for size in ((5, 7), (10, 21), (2, 3)):
+        (out,) = launch_in_every_order("resample2d", x, *size, "nearest", False)
+        expected = reference.resample2d(x, size, mode="nearest")
+        assert torch.equal(out, expected)
+        assert torch.equal(out.signbit(), expected.signbit())
+
+
+def test_a_pixel_that_nothing_reads_has_the_gradient_0(launch_in_every_order):
+    (grad,) = launch_in_every_order("resample2d_backward", -planes_of(1, (1, 1)).abs(), 2, 2, "nearest", False)
+    assert not grad.flatten()[1:].any()
+    assert not grad.flatten()[1:].signbit().any()
+
+
 def test_inputs_that_lie_otherwise(launch_in_every_order):
     x = planes_of(6, (5, 7)).view(2, 3, 5, 7)
     for other in (x.to(memory_format=torch.channels_last), x[:, :, ::2, 1:], x[:, :1].expand(2, 3, 5, 7), x[:0]):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from flexvar import FlexVARPipeline, FlexVARTransformer, MultiScaleTokenizer, TokenizerConfig, TransformerConfig
-from flexvar.generation import Inpaint
+from flexvar.generation import Inpaint, pipeline
 from flexvar.generation.cuda_graphs import CudaRecorder, GraphCache
 
 OPTIONS: dict[str, Any] = {"schedule": [1, 2, (3, 4)], "output_type": "latent"}
@@ -86,6 +86,36 @@ def test_the_second_call_records_and_the_third_replays(pipe: FlexVARPipeline, op
         assert_equal(a, b)
     assert len(cache) == 1
     assert Recomputing.count == 2 * (1 + 2 * 3)
+
+
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_decoding_is_recorded_for_its_shape(pipe: FlexVARPipeline, autocast_dtype: torch.dtype | None) -> None:
+    def image(seed: int, labels: tuple[int, ...] = (1, 2)) -> torch.Tensor:
+        return pipe(labels, **{**OPTIONS, "output_type": "pt"}, seed=seed, autocast_dtype=autocast_dtype).images
+
+    expected = [image(seed) for seed in range(5)]
+    cache = record_on_cpu(pipe)
+    found = [image(seed) for seed in range(4)]
+    assert_equal(found, expected[:4])
+    assert Recomputing.count == 3 * (1 + 2 * 3) + 3
+    image(4, (1,))
+    assert len(cache._decoders) == 2
+    with torch.no_grad():
+        for parameter in pipe.tokenizer.parameters():
+            parameter.mul_(1.1)
+    changed = image(4)
+    assert not torch.equal(changed, expected[4])
+    pipe.cuda_graphs = GraphCache(0)
+    assert torch.equal(image(4), changed)
+
+
+def test_large_images_are_decoded_without_a_recording(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = record_on_cpu(pipe)
+    monkeypatch.setattr(pipeline, "_MAX_RECORDED_PIXELS", 2 * 12 * 16 - 1)
+    for _ in range(2):
+        pipe([1, 2], schedule=[1, 2, (3, 4)], output_type="pt")
+    assert len(cache) == 1
+    assert not cache._decoders
 
 
 def test_results_are_not_overwritten(pipe: FlexVARPipeline) -> None:
@@ -203,7 +233,7 @@ def test_what_recordings_read_stays_where_it_is(pipe: FlexVARPipeline) -> None:
         pyramid(reference, autocast_dtype=torch.bfloat16)
     (positions,) = reference.transformer._positions._entries.values()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        read = [positions, reference.transformer.head.weight_for(torch.zeros(1))]
+        read = [positions, reference.transformer.head.cast_weight()]
     kept = [weakref.ref(tensor) for tensor in read]
     del positions, read
     pyramid(reference, autocast_dtype=torch.float16)

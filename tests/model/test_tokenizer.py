@@ -125,6 +125,20 @@ def test_copies_are_independent(small: MultiScaleTokenizer) -> None:
     assert clone.backend == small.backend
 
 
+@torch.no_grad()
+def test_casts_follow_the_weights(small: MultiScaleTokenizer) -> None:
+    """On either backend, under autocast, whether they are kept or not."""
+    tokenizer = copy.deepcopy(small)
+    codes = torch.randn(1, 8, 3, 2, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokenizer.decode(codes)
+    for parameter in tokenizer.parameters():
+        parameter.mul_(1.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.decode(codes), copy.deepcopy(tokenizer).decode(codes))
+        assert not torch.equal(tokenizer.decode(codes), small.decode(codes))
+
+
 def test_bad_input(small: MultiScaleTokenizer) -> None:
     schedule = ScaleSchedule([1, 2])
     refused = [

@@ -434,22 +434,42 @@ def test_initial_weights() -> None:
     assert torch.allclose(model.blocks[0].attn.scale_mul_1H11.exp(), torch.tensor(4.0))
 
 
+def test_constants_of_attention_are_made_once():
+    model = FlexVARTransformer(TransformerConfig(1, 64, 2, 5, 64, 8), backend="reference")
+    attention = model.blocks[0].attn
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        bias, q_scale = attention.constants()
+        assert bias.dtype == torch.bfloat16
+        assert q_scale.dtype == torch.float32
+        assert all(a is b for a, b in zip(attention.constants(), (bias, q_scale), strict=True))
+    with torch.no_grad():
+        attention.v_bias.fill_(3)
+        attention.scale_mul_1H11.fill_(0)
+        expected = torch.tensor([0.0, 0.0, 3.0]).repeat_interleave(64)
+        assert torch.equal(attention.constants()[0], expected)
+        assert torch.equal(attention.constants()[1], torch.ones(2))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention.constants()[0], expected.bfloat16())
+    bias, q_scale = attention.constants()
+    assert bias.requires_grad
+    assert q_scale.requires_grad
+
+
 def test_weights_are_cast_once_under_autocast():
     """Not at every step, and anew when they change."""
     model = FlexVARTransformer(TransformerConfig(1, 64, 2, 5, 64, 8), backend="reference")
-    x = torch.randn(2, 64)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        first = model.head.weight_for(x)
+        first = model.head.cast_weight()
         assert first.dtype == torch.bfloat16
-        assert model.head.weight_for(x) is first
+        assert model.head.cast_weight() is first
     with torch.no_grad():
         model.head.weight.mul_(2)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model.head.weight_for(x), 2 * first, rtol=0, atol=0)
+        torch.testing.assert_close(model.head.cast_weight(), 2 * first, rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.head.weight_for(x) is model.head.weight  # gradients
+        assert model.head.cast_weight() is model.head.weight  # gradients
     with torch.inference_mode():
-        assert model.head.weight_for(x) is model.head.weight
+        assert model.head.cast_weight() is model.head.weight
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

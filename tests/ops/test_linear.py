@@ -85,6 +85,18 @@ def test_every_instruction_set_is_as_accurate(monkeypatch, instruction_set, dtyp
         assert_accurate(tensors)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 1700])
+def test_gelu_in_the_product_is_as_accurate_as_behind_it(rows, dtype):
+    tensors = without(arguments(1, rows, 1024, 4096, dtype, "cuda"), "gate", "residual")
+    exact = reference.linear(**doubled(tensors), activation="gelu_tanh")
+    error, own = (
+        (ops.linear(**tensors, activation="gelu_tanh") - exact).norm().item() for ops in (flexvar_ext, reference)
+    )
+    assert error <= 1.1 * own
+
+
 def test_gelu_over_its_whole_range():
     x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30, 3e38, -3e38])])[
         :, None

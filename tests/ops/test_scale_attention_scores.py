@@ -151,7 +151,9 @@ def test_infinitely_low_scores_have_no_weight(device):
     q, k, v = make_qkv(1, 130, 1, 32, torch.float32, device)
     q, k = q.abs() + 0.1, k.clone()
     k[0, :100] = -float("inf")
-    assert_close(flexvar_ext.scale_attention(q, k, v, [130]), reference.scale_attention(q, k, v, [130]))
+    out = flexvar_ext.scale_attention(q, k, v, [130])
+    # On CUDA torch's own attention makes NaN of such scores.
+    assert_close(out.cpu(), reference.scale_attention(q.cpu(), k.cpu(), v.cpu(), [130]))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

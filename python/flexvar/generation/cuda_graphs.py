@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, RLock
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flexvar._numbers import check_integer
 from flexvar.generation.steps import Steps
+
+Recording = TypeVar("Recording")
 
 
 class Recorder(Protocol):
@@ -105,23 +107,49 @@ class GraphedSteps:
         return drawn.clone()  # the next generation writes into the original
 
 
+class GraphedDecoder:
+    """A function of one tensor, recorded for its shape: codes to images. Same call, same results.
+
+    Args:
+        decode: what to record; runs once before, since a recording may not load kernels.
+        codes: for which shape, dtype and device.
+        recorder: records.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], codes: Tensor, recorder: Recorder) -> None:
+        self._codes = codes.clone()
+        decode(self._codes)
+        self._images, self._replay = recorder.record(lambda: decode(self._codes))
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        self._codes.copy_(codes)
+        self._replay()
+        if self._images is None:
+            raise TypeError("GraphedDecoder: decode must have been recorded with its images, got None")
+        return self._images.clone()  # the next call writes into the original
+
+
 @dataclass
-class _Kind:
-    recording: GraphedSteps | None = None
+class _Kind(Generic[Recording]):
+    recording: Recording | None = None
     in_use: bool = False
 
 
+_Kinds: TypeAlias = OrderedDict[Hashable, _Kind[Recording]]
+
+
 class GraphCache:
-    """Recordings of the kinds of generation used last.
+    """Recordings of the kinds of generation used last, and of the shapes of codes that were decoded last.
 
     The first generation of a kind is computed step by step; the second is recorded, and with it all others are
     replayed. A recording serves one generation at a time: one that starts meanwhile, in whatever thread, is computed
     step by step, with the same result. A recording holds addresses of the weights and what was derived from their
     values, so all are dropped when a weight changes its place or value. That a module was exchanged for another goes
-    unnoticed: :meth:`clear`.
+    unnoticed: :meth:`clear`. Decoding goes likewise.
 
     Args:
-        capacity: kinds to remember; 0 records nothing. Each holds a KV cache and the activations of its largest step.
+        capacity: kinds to remember, and shapes; 0 records nothing. A kind holds a KV cache and the activations of its
+            largest step, a shape those of its images.
         make_recorder, device_type: makes what records on a device of this type.
 
     Raises:
@@ -135,18 +163,20 @@ class GraphCache:
         self._make_recorder = make_recorder
         self._device_type = device_type
         self._lock = RLock()  # of all below, and of what is in use
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._kinds: _Kinds[GraphedSteps] = OrderedDict()
+        self._decoders: _Kinds[GraphedDecoder] = OrderedDict()
         self._weights: list[Tensor] = []
         self._fingerprint: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
-        """How many recordings there are."""
+        """How many generations are recorded."""
         return sum(kind.recording is not None for kind in self._kinds.values())
 
     def clear(self) -> None:
         """Forgets everything; a recording is freed once no generation uses it."""
         with self._lock:
             self._kinds.clear()
+            self._decoders.clear()
             self._weights, self._fingerprint = [], []
 
     def __reduce__(self) -> tuple[type[GraphCache], tuple[object, ...]]:
@@ -156,44 +186,78 @@ class GraphCache:
     @contextmanager
     def using(self, steps: Steps, batch: int, device: torch.device) -> Iterator[Steps | GraphedSteps]:
         """What computes a generation of ``batch`` images: a recording of ``steps``, or ``steps`` itself."""
-        with self._lock:
-            kind = self._remember(steps, batch, device)
-            if kind is not None and kind.in_use:
-                kind = None
-            if kind is not None:
-                kind.in_use = True  # while it is recorded, too
-        if kind is None:
-            yield steps
-            return
-        try:
-            if kind.recording is None:
-                kind.recording = GraphedSteps(steps, batch, device, self._make_recorder(device))
-            yield kind.recording
-        finally:
-            kind.in_use = False
-
-    def _remember(self, steps: Steps, batch: int, device: torch.device) -> _Kind | None:
-        """The kind, if it was seen before."""
-        if self.capacity == 0 or device.type != self._device_type:
-            return None
-        self._forget_other_weights(steps)
         settings = steps.settings
         key = (
             batch, device, steps.schedule, tuple(steps.weights), settings.top_k, settings.top_p,
             settings.published_greedy_quirk, settings.autocast_dtype,
         )  # fmt: skip
-        kind = self._kinds.get(key)
+        with self._taking(self._kinds, key, device, (steps.tokenizer, steps.transformer)) as kind:
+            if kind is not None and kind.recording is None:
+                kind.recording = GraphedSteps(steps, batch, device, self._make_recorder(device))
+            yield steps if kind is None or kind.recording is None else kind.recording
+
+    def decode(
+        self, decode: Callable[[Tensor], Tensor], codes: Tensor, key: Hashable, models: tuple[nn.Module, nn.Module]
+    ) -> Tensor:
+        """``decode(codes)``, or what a recording makes of them.
+
+        Args:
+            decode: codes to images [B, 3, H, W]; with equal keys the same function.
+            codes: of any shape.
+            key: what the function depends on.
+            models: those of the generations.
+        """
+        key = (key, tuple(codes.shape), codes.dtype, codes.device)
+        with self._taking(self._decoders, key, codes.device, models) as kind:
+            if kind is None:
+                return decode(codes)
+            if kind.recording is None:
+                kind.recording = GraphedDecoder(decode, codes, self._make_recorder(codes.device))
+            return kind.recording(codes)
+
+    @contextmanager
+    def _taking(
+        self,
+        kinds: _Kinds[Recording],
+        key: Hashable,
+        device: torch.device,
+        models: tuple[nn.Module, nn.Module],
+    ) -> Iterator[_Kind[Recording] | None]:
+        """The kind, if it was seen before and is not in use; within the context it is."""
+        with self._lock:
+            kind = self._remember(kinds, key, device, models)
+            if kind is not None and kind.in_use:
+                kind = None
+            if kind is not None:
+                kind.in_use = True  # while it is recorded, too
+        try:
+            yield kind
+        finally:
+            if kind is not None:
+                kind.in_use = False
+
+    def _remember(
+        self,
+        kinds: _Kinds[Recording],
+        key: Hashable,
+        device: torch.device,
+        models: tuple[nn.Module, nn.Module],
+    ) -> _Kind[Recording] | None:
+        """The kind, if it was seen before."""
+        if self.capacity == 0 or device.type != self._device_type:
+            return None
+        self._forget_other_weights(models)
+        kind = kinds.get(key)
         if kind is None:
-            self._kinds[key] = _Kind()
-        self._kinds.move_to_end(key)
-        while len(self._kinds) > self.capacity:
-            self._kinds.popitem(last=False)
+            kinds[key] = _Kind()
+        kinds.move_to_end(key)
+        while len(kinds) > self.capacity:
+            kinds.popitem(last=False)
         return kind
 
-    def _forget_other_weights(self, steps: Steps) -> None:
+    def _forget_other_weights(self, models: tuple[nn.Module, nn.Module]) -> None:
         if not self._weights or self._fingerprint != [_place_and_version(weight) for weight in self._weights]:
             self.clear()
-            models: tuple[nn.Module, nn.Module] = (steps.tokenizer, steps.transformer)
             self._weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
             self._fingerprint = [_place_and_version(weight) for weight in self._weights]
 

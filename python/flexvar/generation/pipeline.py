@@ -36,6 +36,9 @@ from flexvar.storage import load_tokenizer, load_transformer, save_model
 from flexvar.tokenizer import MultiScaleTokenizer
 from flexvar.transformer import FlexVARTransformer
 
+# Of a decoding. Python launches kernels faster than a GPU computes larger ones, whose recordings would hold gigabytes.
+_MAX_RECORDED_PIXELS = 2**19
+
 
 class EditOptions(SizelessOptions, total=False):
     """The keyword arguments of a call that every editing task has too."""
@@ -417,11 +420,19 @@ class FlexVARPipeline:
         autocast_dtype: torch.dtype | None,
         finish: Callable[[Tensor], Tensor] | None,
     ) -> Images:
-        with computing(self.device, autocast_dtype):
-            codes = self.tokenizer.quantize.embed(indices)
-            decoded = None if output_type == "latent" else self.tokenizer.decode(codes)
-        if decoded is None:
+        if output_type == "latent":
+            with computing(self.device, autocast_dtype):
+                codes = self.tokenizer.quantize.embed(indices)
             return _outside_inference_mode(codes)
+
+        def decode(codes: Tensor) -> Tensor:
+            with computing(self.device, autocast_dtype):
+                return self.tokenizer.decode(codes)
+
+        if indices.numel() * self.patch_size**2 <= _MAX_RECORDED_PIXELS:
+            decoded = self.cuda_graphs.decode(decode, indices, autocast_dtype, (self.tokenizer, self.transformer))
+        else:
+            decoded = decode(indices)
         images = _outside_inference_mode(decoded)[:, :, : image_size[0], : image_size[1]].float()
         if finish is not None:
             images = finish(images)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import flexvar_ext
 from flexvar._backend import check_backend, ops
+from flexvar._kept import Casts
 
 
 class Conv3x3(nn.Conv2d):
@@ -17,9 +21,13 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=2 if halves else 1, padding=0 if halves else 1)
         self.resize = resize
         self.backend = check_backend(backend)
+        self._casts = Casts(backend)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        out: Tensor = ops(self.backend).conv3x3(input, self.weight, self.bias, resize=self.resize, residual=residual)
+        weight, bias = self.weight, cast(Tensor, self.bias)
+        if self.backend == "reference" or not flexvar_ext.conv3x3_is_native(input, resize=self.resize):
+            weight, bias = self._casts.of("weight", weight), self._casts.of("bias", bias)
+        out: Tensor = ops(self.backend).conv3x3(input, weight, bias, resize=self.resize, residual=residual)
         return out
 
 
@@ -29,13 +37,18 @@ class Conv1x1(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, *, backend: str) -> None:
         super().__init__(in_channels, out_channels, 1)
         self.backend = check_backend(backend)
+        self._casts = Casts(backend)
 
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_contiguous(memory_format=torch.channels_last):
-            return F.conv2d(input, self.weight, self.bias)
+            return F.conv2d(input, *self._cast_parameters())
         return self.of_pixels(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def of_pixels(self, pixels: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_channels] -> [..., out_channels]."""
-        out: Tensor = ops(self.backend).linear(pixels, self.weight.flatten(1), self.bias, residual=residual)
+        weight, bias = self._cast_parameters()
+        out: Tensor = ops(self.backend).linear(pixels, weight.flatten(1), bias, residual=residual)
         return out
+
+    def _cast_parameters(self) -> tuple[Tensor, Tensor]:
+        return self._casts.of("weight", self.weight), self._casts.of("bias", cast(Tensor, self.bias))

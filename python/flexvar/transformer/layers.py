@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexvar._backend import ops
+from flexvar._kept import Casts, Kept
 from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.kv_cache import KVCache
@@ -65,13 +66,14 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, backend: str, *, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.backend = backend
-        self._casts: dict[torch.dtype, tuple[tuple[int, int], Tensor]] = {}
+        self._casts = Casts(backend)
 
     def forward(
         self, input: Tensor, *, activation: str = "none", gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
+        bias = None if self.bias is None else self._casts.of("bias", self.bias)
         out: Tensor = ops(self.backend).linear(
-            input, self.weight_for(input), self.bias, activation=activation, gate=gate, residual=residual
+            input, self.cast_weight(), bias, activation=activation, gate=gate, residual=residual
         )
         return out
 
@@ -86,27 +88,9 @@ class Linear(nn.Linear):
         x = self(input, gate=gate, residual=residual)  # gate and residual belong to the product
         return x, norm(x, self.backend)
 
-    def weight_for(self, input: Tensor) -> Tensor:
-        """The weight as a product with ``input`` takes it: under autocast cast once a dtype, until its values change.
-
-        Autocast itself would cast it at every step. The native op on the CPU reads float32 and needs no copy. A cast
-        stays where it is while another dtype is used, too: CUDA graphs hold its address.
-        """
-        device = input.device.type
-        is_cast_by_op = self.backend == "native" and device == "cpu"
-        if (
-            is_cast_by_op or not torch.is_autocast_enabled(device) or torch.is_grad_enabled()
-            or torch.compiler.is_compiling() or self.weight.is_inference()
-        ):  # fmt: skip
-            return self.weight
-        dtype = torch.get_autocast_dtype(device)
-        key = (self.weight.data_ptr(), self.weight._version)
-        cast = self._casts.get(dtype)
-        if cast is None or cast[0] != key:
-            cast = (key, self.weight.detach().to(dtype))
-            # One assignment, which other threads see whole or not at all; without casts of other values.
-            self._casts = {**{d: c for d, c in self._casts.items() if c[0] == key}, dtype: cast}
-        return cast[1]
+    def cast_weight(self) -> Tensor:
+        """The weight as a product takes it."""
+        return self._casts.of("weight", self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -125,9 +109,16 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width, backend)
+        self._constants: Kept[tuple[Tensor, Tensor | None]] = Kept()
+        self._casts = Casts(backend)
 
     def constants(self) -> tuple[Tensor, Tensor | None]:
         """``qkv_bias`` and ``q_scale`` of :class:`Modulation`."""
+        parameters = [self.q_bias, self.v_bias, *([self.scale_mul_1H11] if self.qk_l2_norm else [])]
+        bias, q_scale = self._constants.get(None, parameters, self._make_constants)
+        return self._casts.of("qkv_bias", bias), q_scale
+
+    def _make_constants(self) -> tuple[Tensor, Tensor | None]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if not self.qk_l2_norm:
             return bias, None
@@ -135,7 +126,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, modulation: Modulation) -> Tensor:
         """[B, l, width] -> queries, keys and values [B, l, 3, heads, head_dim]."""
-        qkv: Tensor = ops(self.backend).linear(x, self.mat_qkv.weight_for(x), modulation.qkv_bias)
+        qkv: Tensor = ops(self.backend).linear(x, self.mat_qkv.cast_weight(), modulation.qkv_bias)
         return qkv.unflatten(-1, (3, self.heads, -1))
 
     def forward(
@@ -208,12 +199,14 @@ class Block(nn.Module):
         """
         own = None if self.shared_adaln else self.ada_lin(condition).view(-1, 1, 6, self.width)
         vectors = self.ada_gss + condition if own is None else own
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = _wide(vectors).unbind(2)
+        wide = _wide(vectors)
+        gamma1, gamma2, _, _, shift1, shift2 = wide.unbind(2)
+        scale1, scale2 = (wide[:, :, 2:4] + 1).unbind(2)
         if self.training and self.drop_path > 0:
             gamma1 = gamma1 * self._kept_paths(gamma1, generator)
             gamma2 = gamma2 * self._kept_paths(gamma2, generator)
         bias, q_scale = self.attn.constants()
-        return Modulation(gamma1, gamma2, scale1 + 1, scale2 + 1, shift1, shift2, bias, q_scale)
+        return Modulation(gamma1, gamma2, scale1, scale2, shift1, shift2, bias, q_scale)
 
     def _kept_paths(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """[B, 1, 1]: 0 where an image drops the branch, elsewhere what keeps its mean. On the gate it costs nothing."""

@@ -213,8 +213,8 @@ class FlexVARTransformer(nn.Module):
             x = state.start + positions
         else:
             self._check_inputs("step", inputs, [n for n in range(1, rows + 1) if rows % n == 0], length)
-            x = self.word_embed(inputs) + positions
-            x = x.repeat(rows // x.shape[0], 1, 1)
+            x = self.word_embed(inputs)
+            x = (x.expand(rows // x.shape[0], -1, -1, -1) + positions).flatten(0, 1)
         # Guidance mixes what comes out of the last norm: in the residual's dtype, not in autocast's.
         last = state.head_modulation._replace(dtype=x.dtype)
         norms = [*(modulation.norm1 for modulation in state.modulations), last]
