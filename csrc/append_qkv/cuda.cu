@@ -3,6 +3,7 @@
 #include "append_qkv/checks.h"
 #include "append_qkv/kernel.cuh"
 #include "common/cuda_launch.h"
+#include "common/divide_up.h"
 
 namespace flexvar {
 namespace {
@@ -11,15 +12,17 @@ template <class From, class To, class Real>
 void launch(const Tensor& qkv, const std::optional<Tensor>& q_scale, Tensor& q, Tensor& k_cache,
             Tensor& v_cache, int64_t position, cudaStream_t stream) {
   const int64_t heads = qkv.size(3), dim = qkv.size(4);
+  const int64_t vectors = qkv.size(0) * qkv.size(1) * 3 * heads;
+  STD_TORCH_CHECK(vectors < int64_t{1} << 32, "append_qkv: qkv is too large");
   AppendQkvCudaParams<From, To, Real> params{
       static_cast<const From*>(qkv.const_data_ptr()),
       q_scale ? static_cast<const Real*>(q_scale->const_data_ptr()) : nullptr,
       static_cast<To*>(q.mutable_data_ptr()),
       static_cast<To*>(cache_row(k_cache, position)),
       static_cast<To*>(cache_row(v_cache, position)),
-      qkv.size(0) * qkv.size(1) * 3 * heads,
-      qkv.size(1),
-      heads,
+      static_cast<unsigned>(vectors),
+      static_cast<unsigned>(qkv.size(1)),
+      static_cast<unsigned>(heads),
       k_cache.stride(0),
       k_cache.stride(1),
       v_cache.stride(0),
@@ -35,10 +38,10 @@ void launch(const Tensor& qkv, const std::optional<Tensor>& q_scale, Tensor& q, 
   for (const int64_t stride : strides) {
     params.aligned = params.aligned && stride % kAppendChunk == 0;
   }
-  const int64_t blocks = (params.vectors + kAppendVectors - 1) / kAppendVectors;
+  const int64_t blocks = divide_up(vectors, kAppendVectors);
   const auto run = [&](void (*kernel)(AppendQkvCudaParams<From, To, Real>)) {
-    launch_kernel("append_qkv", stream, kernel, grid_size(blocks, "append_qkv"), kAppendThreads, 0,
-                  params);
+    launch_overlapping("append_qkv", stream, kernel, grid_size(blocks, "append_qkv"),
+                       kAppendThreads, 0, params);
   };
   switch (dim) {
     case 32:

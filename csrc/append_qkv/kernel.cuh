@@ -4,6 +4,7 @@
 
 #include "common/cuda.cuh"
 #include "common/inverse_length.h"
+#include "common/ptx.cuh"
 
 namespace flexvar {
 
@@ -17,8 +18,8 @@ struct AppendQkvCudaParams {
   To* q;                // [B, tokens, heads, dim], contiguous
   To* k;                // the first image's first new token in the cache
   To* v;
-  int64_t vectors;  // B * tokens * 3 * heads
-  int64_t tokens, heads;
+  unsigned vectors;  // B * tokens * 3 * heads
+  unsigned tokens, heads;
   int64_t k_image_stride, k_token_stride;  // elements; a token's heads are contiguous
   int64_t v_image_stride, v_token_stride;
   bool aligned;  // every pointer and stride allows to move 4 elements at once
@@ -51,30 +52,36 @@ template <class From, class To, class Real, int kDim>
 __global__ void __launch_bounds__(kAppendThreads)
     append_qkv_kernel(AppendQkvCudaParams<From, To, Real> params) {
   constexpr int kChunks = kDim / (kAppendLanes * kAppendChunk);
-  const int64_t vector =
-      blockIdx.x * int64_t{kAppendVectors} + static_cast<int>(threadIdx.x) / kAppendLanes;
+  ptx::griddepcontrol_wait();
+  const unsigned vector = blockIdx.x * kAppendVectors + threadIdx.x / kAppendLanes;
   const int lane = static_cast<int>(threadIdx.x) % kAppendLanes;
   const bool valid = vector < params.vectors;
-  const int64_t head = vector % params.heads, slice = vector / params.heads;
-  const int part = static_cast<int>(slice % 3);
-  const int64_t token = slice / 3, image = token / params.tokens, n = token % params.tokens;
-
-  Real x[kChunks][kAppendChunk] = {};
+  // On its way before the divisions that say where it goes.
+  AppendChunk<From> chunks[kChunks] = {};
   if (valid) {
-    const From* from = params.qkv + vector * kDim;
+    const From* from = params.qkv + int64_t{vector} * kDim;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int d = (c * kAppendLanes + lane) * kAppendChunk;
-      AppendChunk<From> chunk;
       if (params.aligned) {
-        chunk = *reinterpret_cast<const AppendChunk<From>*>(from + d);
+        chunks[c] = *reinterpret_cast<const AppendChunk<From>*>(from + d);
       } else {
 #pragma unroll
-        for (int i = 0; i < kAppendChunk; ++i) chunk.x[i] = from[d + i];
+        for (int i = 0; i < kAppendChunk; ++i) chunks[c].x[i] = from[d + i];
       }
-#pragma unroll
-      for (int i = 0; i < kAppendChunk; ++i) x[c][i] = append_load<Real>(chunk.x[i]);
     }
+  }
+  const unsigned head = vector % params.heads, slice = vector / params.heads;
+  const unsigned part = slice % 3, token = slice / 3;
+  const unsigned image = token / params.tokens, n = token % params.tokens;
+  const bool normalize = params.q_scale != nullptr && part < 2;
+  const Real scale = valid && normalize && part == 0 ? params.q_scale[head] : Real(1);
+
+  Real x[kChunks][kAppendChunk];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < kAppendChunk; ++i) x[c][i] = append_load<Real>(chunks[c].x[i]);
   }
   Real squares = 0;
 #pragma unroll
@@ -87,14 +94,11 @@ __global__ void __launch_bounds__(kAppendThreads)
     squares += __shfl_xor_sync(0xffffffffu, squares, step);
   }
   if (!valid) return;
-  Real factor = 1;
-  if (params.q_scale != nullptr && part < 2) {
-    factor = inverse_length(static_cast<Real>(sqrt(squares)));
-    if (part == 0) factor *= params.q_scale[head];
-  }
+  const Real factor =
+      normalize ? inverse_length(static_cast<Real>(sqrt(squares))) * scale : Real(1);
   To* to;
   if (part == 0) {
-    to = params.q + (token * params.heads + head) * kDim;
+    to = params.q + (int64_t{token} * params.heads + head) * kDim;
   } else if (part == 1) {
     to = params.k + image * params.k_image_stride + n * params.k_token_stride + head * kDim;
   } else {

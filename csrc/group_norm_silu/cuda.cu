@@ -59,13 +59,20 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor& x = maps.tensor();
   Tensor out = torch::stable::empty_like(x);
+  if (out.numel() == 0) {
+    return {FeatureMaps::in_dtype(out, dtype),
+            torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float)};
+  }
   Tensor statistics =
-      torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
-  if (out.numel() == 0) return {FeatureMaps::in_dtype(out, dtype), statistics};
+      torch::stable::new_empty(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
   with_plan(maps, aligned({&x, &out}), op, [&]<class T, int kVector>(const GroupNormPlan& plan) {
-    Tensor parts = pairs(maps, plan.chunks, maps.channels());
     GroupNormSiluCudaParams params{};
-    params.plan = plan;
+    params.plan = plan_for_moments(plan);
+    params.result_plan = plan_for_result(plan);
+    const bool whole_groups = maps.channels_last() && plan.column_blocks == 1;
+    params.part_channels = whole_groups ? plan.group_channels : 1;
+    Tensor parts = pairs(maps, maps.groups(),
+                         int64_t(params.plan.chunks) * plan.group_channels / params.part_channels);
     params.x = x.const_data_ptr();
     params.weight = weight.const_data_ptr<float>();
     params.bias = bias.const_data_ptr<float>();
@@ -74,14 +81,12 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     params.out = out.mutable_data_ptr();
     params.eps = static_cast<float>(eps);
     params.silu = silu;
-    const unsigned blocks = grid_size(plan.blocks(), op);
-    const auto groups = static_cast<unsigned>(maps.images() * maps.groups());
-    const auto launch = [&](auto kernel, unsigned grid, unsigned threads) {
-      launch_kernel(op, scope.stream(), kernel, grid, threads, 0, params);
+    const auto launch = [&](auto kernel, const GroupNormPlan& of) {
+      launch_overlapping(op, scope.stream(), kernel, grid_size(of.blocks(), op),
+                         static_cast<unsigned>(of.threads()), 0, params);
     };
-    launch(&group_norm_moments_kernel<T, kVector>, blocks, plan.threads());
-    launch(&group_norm_statistics_kernel, groups, kGroupNormCombineThreads);
-    launch(&group_norm_silu_apply_kernel<T, kVector>, blocks, plan.threads());
+    launch(&group_norm_moments_kernel<T, kVector>, params.plan);
+    launch(&group_norm_silu_apply_kernel<T, kVector>, params.result_plan);
   });
   return {FeatureMaps::in_dtype(out, dtype), statistics};
 }
@@ -105,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
   if (grad_x.numel() == 0) return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
   with_plan(
       maps, aligned({&x, &grad, &grad_x}), op,
-      [&]<class T, int kVector>(const GroupNormPlan& plan) {
+      [&]<class T, int kVector>(const GroupNormPlan& maps_plan) {
+        const GroupNormPlan plan = plan_for_sums(maps_plan);
         Tensor parts = pairs(maps, plan.chunks, channels);
         Tensor channel_sums = pairs(maps, channels, 1), group_means = pairs(maps, maps.groups(), 1);
         GroupNormSiluBackwardCudaParams params{};

@@ -2,6 +2,7 @@
 
 #include <initializer_list>
 #include <tuple>
+#include <type_traits>
 
 #include "common/cuda_launch.h"
 #include "layer_norm_modulate/arguments.h"
@@ -44,8 +45,8 @@ LayerNormModulateCudaParams forward_params(const Tensor& x, const ImageVectors& 
   params.out = out.mutable_data_ptr();
   params.x_element = float_element(x.scalar_type(), op, "x");
   params.out_element = float_element(out.scalar_type(), op, "the result");
-  params.rows = x.size(0) * x.size(1);
-  params.rows_per_image = x.size(1);
+  params.rows = grid_size(x.size(0) * x.size(1), op);
+  params.rows_per_image = static_cast<unsigned>(x.size(1));
   params.columns = static_cast<int>(x.size(2));
   params.eps = static_cast<float>(eps);
   return params;
@@ -53,10 +54,17 @@ LayerNormModulateCudaParams forward_params(const Tensor& x, const ImageVectors& 
 
 void launch_forward(const LayerNormModulateCudaParams& params, bool is_aligned, cudaStream_t stream,
                     const char* op) {
-  const auto kernel = norm_in_vectors(params.columns, is_aligned) ? layer_norm_modulate_kernel<4>
-                                                                  : layer_norm_modulate_kernel<1>;
-  launch_kernel(op, stream, kernel, grid_size(params.rows, op), norm_threads(params.columns), 0,
-                params);
+  const auto with_vectors = [&]<int kVector>(std::integral_constant<int, kVector>) {
+    return params.branch == nullptr ? layer_norm_modulate_kernel<kVector, false>
+                                    : layer_norm_modulate_kernel<kVector, true>;
+  };
+  const auto kernel = norm_in_vectors(params.columns, is_aligned)
+                          ? with_vectors(std::integral_constant<int, 4>())
+                          : with_vectors(std::integral_constant<int, 1>());
+  const unsigned threads = norm_threads(params.columns, kNormItems);
+  const unsigned rows = threads == 32 ? kNormRowsPerBlock : 1;
+  launch_overlapping(op, stream, kernel, (params.rows + rows - 1) / rows, dim3(threads, rows), 0,
+                     params);
 }
 
 Tensor layer_norm_modulate_cuda(const Tensor& x_in, const Tensor& scale_in, const Tensor& shift_in,
@@ -136,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cuda(const Tenso
                           ? layer_norm_modulate_backward_kernel<4>
                           : layer_norm_modulate_backward_kernel<1>;
   launch_kernel(op, scope.stream(), kernel, grid_size(groups * params.parts, op),
-                norm_threads(columns), 0, params);
+                norm_threads(columns, kNormBackwardItems), 0, params);
 
   NormSumParams sum{params.sums, grad_scale.mutable_data_ptr<float>(), groups, params.parts,
                     params.columns};

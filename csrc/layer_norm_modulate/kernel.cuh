@@ -1,19 +1,27 @@
-// layer_norm_modulate, alone or behind a gated residual, and its backward. A block owns a row at a
-// time and keeps it in registers, so that every tensor goes through memory once. For tokens of C
-// channels the floors are, in bytes a token: C (x + out) forward, C (x + branch + y + out) with the
-// residual, C (x + grad_out + grad_x) backward, with the bytes of an element of each.
+// layer_norm_modulate, alone or behind a gated residual, and its backward. A team of warps owns a
+// row at a time and keeps it in registers, so that every tensor goes through memory once. For
+// tokens of C channels the floors are, in bytes a token: C (x + out) forward, C (x + branch + y +
+// out) with the residual, C (x + grad_out + grad_x) backward, with the bytes of an element of each.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
+#include "common/divide_up.h"
 #include "common/float_element.h"
+#include "common/ptx.cuh"
 
 namespace flexvar {
 
-constexpr int kNormMaxThreads = 512;
-constexpr int kNormMaxWarps = kNormMaxThreads / 32;
-constexpr int kNormItems = 8;  // channels of a row in one thread's registers
-constexpr int64_t kNormMaxColumns = int64_t(kNormMaxThreads) * kNormItems;
-constexpr int kNormRowsPerSum = 16;  // rows whose products one block of the backward sums
+constexpr int64_t kNormMaxColumns = 4096;
+// Channels of a row in one thread's registers. The forward needs few registers beside them, and
+// more channels mean fewer warps that wait for each other.
+constexpr int kNormItems = 16, kNormBackwardItems = 8;
+constexpr int kNormMaxThreads = kNormMaxColumns / kNormItems;
+constexpr int kNormMaxBackwardThreads = kNormMaxColumns / kNormBackwardItems;
+constexpr int kNormMaxWarps = kNormMaxBackwardThreads / 32;
+constexpr int kNormRowsPerBlock = 4;  // of the forward, where a row is a single warp's
+constexpr int kNormRowsPerSum = 16;   // rows whose products one block of the backward sums
 
 struct NormCudaVectors {
   const float* data;
@@ -28,7 +36,7 @@ struct LayerNormModulateCudaParams {
   void* y;    // [rows, columns] of x_element, if there is a branch
   void* out;  // [rows, columns]
   FloatElement x_element, branch_element, out_element;
-  int64_t rows, rows_per_image;
+  unsigned rows, rows_per_image;
   int columns;
   float eps;
 };
@@ -46,16 +54,19 @@ struct LayerNormModulateBackwardCudaParams {
   float eps;
 };
 
-// --- A row in the registers of a block
-// ------------------------------------------------------------- float row[kNormItems]: thread t
-// holds channels (g * blockDim.x + t) * kVector + 0 … kVector - 1 for g < kNormItems / kVector.
+// --- A row in the registers of a team
+// ------------------------------------------------------------- float row[kItems]: warp w of the
+// team, which are the threads of one threadIdx.y, holds 32 * kItems channels from w * 32 * kItems
+// on, its lane l of them (g * 32 + l) * kVector + 0 … kVector - 1 for g < kItems / kVector.
 
 // f(index of the first item, channel) for every vector of the thread that lies inside the row.
-template <int kVector, class F>
+template <int kVector, int kItems, class F>
 __device__ __forceinline__ void for_each_vector(int columns, F f) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int first = thread / 32 * 32 * kItems + thread % 32 * kVector;
 #pragma unroll
-  for (int g = 0; g < kNormItems / kVector; ++g) {
-    const int column = (g * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kVector;
+  for (int g = 0; g < kItems / kVector; ++g) {
+    const int column = first + g * 32 * kVector;
     if (column < columns) f(g * kVector, column);
   }
 }
@@ -65,38 +76,75 @@ struct alignas(sizeof(T) * kVector) NormVector {
   T element[kVector];
 };
 
-template <class T, int kVector>
-__device__ __forceinline__ void load_row_as(float (&row)[kNormItems], const void* data,
-                                            int64_t offset, int columns) {
-  using V = NormVector<T, kVector>;
-  const T* source = static_cast<const T*>(data) + offset;
-  for_each_vector<kVector>(columns, [&](int i, int column) {
-    const V loaded = *reinterpret_cast<const V*>(source + column);
+// The thread's items as they lie in memory, two 16-bit elements of a vector in one word: what a row
+// needs of several tensors is all on its way before the first conversion waits for it.
+template <int kSize, int kVector, int kItems>
+__device__ __forceinline__ void load_words_of(uint32_t (&words)[kItems], const void* data,
+                                              int64_t offset, int columns) {
+  using Word = std::conditional_t<kSize * kVector == 2, uint16_t, uint32_t>;
+  constexpr int kWords = kSize * kVector / static_cast<int>(sizeof(Word));
+  using V = NormVector<Word, kWords>;
+  const char* const source = static_cast<const char*>(data) + offset * kSize;
+  for_each_vector<kVector, kItems>(columns, [&](int i, int column) {
+    const V loaded = *reinterpret_cast<const V*>(source + column * kSize);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) row[i + j] = to_float(loaded.element[j]);
+    for (int w = 0; w < kWords; ++w) words[i + w] = loaded.element[w];
   });
 }
 
-template <int kVector>
-__device__ __forceinline__ void load_row(float (&row)[kNormItems], const void* data,
-                                         FloatElement element, int64_t offset, int columns) {
-  switch (element) {  // outside the loop: the loads of a row are all under way at once
+template <int kVector, int kItems>
+__device__ __forceinline__ void load_words(uint32_t (&words)[kItems], const void* data,
+                                           FloatElement element, int64_t offset, int columns) {
+  if (element == FloatElement::float32) {
+    load_words_of<4, kVector>(words, data, offset, columns);
+  } else {
+    load_words_of<2, kVector>(words, data, offset, columns);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float element_of_word(uint32_t word, int index) {
+  if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return to_float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * index)));
+  } else {
+    return __uint_as_float(index == 0 ? word << 16 : word & 0xffff0000u);
+  }
+}
+
+template <class T, int kVector, int kItems>
+__device__ __forceinline__ void row_of_words_as(float (&row)[kItems],
+                                                const uint32_t (&words)[kItems], int columns) {
+  constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  for_each_vector<kVector, kItems>(columns, [&](int i, int) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      row[i + j] = element_of_word<T>(words[i + j / kPerWord], j % kPerWord);
+    }
+  });
+}
+
+template <int kVector, int kItems>
+__device__ __forceinline__ void row_of_words(float (&row)[kItems], const uint32_t (&words)[kItems],
+                                             FloatElement element, int columns) {
+  switch (element) {
     case FloatElement::float32:
-      return load_row_as<float, kVector>(row, data, offset, columns);
+      return row_of_words_as<float, kVector>(row, words, columns);
     case FloatElement::float16:
-      return load_row_as<__half, kVector>(row, data, offset, columns);
+      return row_of_words_as<__half, kVector>(row, words, columns);
     case FloatElement::bfloat16:
-      return load_row_as<__nv_bfloat16, kVector>(row, data, offset, columns);
+      return row_of_words_as<__nv_bfloat16, kVector>(row, words, columns);
   }
 }
 
 // Rounds the row to what was stored.
-template <class T, int kVector>
-__device__ __forceinline__ void store_row_as(float (&row)[kNormItems], void* data, int64_t offset,
+template <class T, int kVector, int kItems>
+__device__ __forceinline__ void store_row_as(float (&row)[kItems], void* data, int64_t offset,
                                              int columns) {
   using V = NormVector<T, kVector>;
   T* target = static_cast<T*>(data) + offset;
-  for_each_vector<kVector>(columns, [&](int i, int column) {
+  for_each_vector<kVector, kItems>(columns, [&](int i, int column) {
     V stored;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -107,9 +155,9 @@ __device__ __forceinline__ void store_row_as(float (&row)[kNormItems], void* dat
   });
 }
 
-template <int kVector>
-__device__ __forceinline__ void store_row(float (&row)[kNormItems], void* data,
-                                          FloatElement element, int64_t offset, int columns) {
+template <int kVector, int kItems>
+__device__ __forceinline__ void store_row(float (&row)[kItems], void* data, FloatElement element,
+                                          int64_t offset, int columns) {
   switch (element) {
     case FloatElement::float32:
       return store_row_as<float, kVector>(row, data, offset, columns);
@@ -120,11 +168,15 @@ __device__ __forceinline__ void store_row(float (&row)[kNormItems], void* data,
   }
 }
 
-template <int kVector>
-__device__ __forceinline__ void load_vector(float (&row)[kNormItems],
-                                            const NormCudaVectors& vectors, int64_t image,
-                                            int columns) {
-  load_row_as<float, kVector>(row, vectors.data, image * vectors.stride, columns);
+template <int kVector, int kItems>
+__device__ __forceinline__ void load_vector(float (&row)[kItems], const NormCudaVectors& vectors,
+                                            int64_t image, int columns) {
+  const float* const source = vectors.data + image * vectors.stride;
+  for_each_vector<kVector, kItems>(columns, [&](int i, int column) {
+    const auto loaded = *reinterpret_cast<const NormVector<float, kVector>*>(source + column);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) row[i + j] = loaded.element[j];
+  });
 }
 
 // --- Sums over a row
@@ -133,7 +185,7 @@ __device__ __forceinline__ void load_vector(float (&row)[kNormItems],
 // barrier in between: whoever writes a slot again is two barriers behind its readers.
 struct NormStorage {
   float mean[kNormMaxWarps];
-  float square[kNormMaxWarps];
+  float2 square[kNormMaxWarps];
   float2 product[kNormMaxWarps];
 };
 
@@ -148,7 +200,8 @@ __device__ __forceinline__ float2 shuffle_xor(float2 x, int mask) {
   return make_float2(shuffle_xor(x.x, mask), shuffle_xor(x.y, mask));
 }
 
-// The sum over the block's threads, the same bits in all of them. One barrier.
+// The sum over the team's threads, the same bits in all of them. One barrier, unless the team is a
+// warp: larger ones are alone in their block.
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T (&slots)[kNormMaxWarps]) {
 #pragma unroll
@@ -158,64 +211,83 @@ __device__ __forceinline__ T block_sum(T value, T (&slots)[kNormMaxWarps]) {
   if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = value;
   __syncthreads();
   value = slots[0];
+#pragma unroll 1
   for (int warp = 1; warp < warps; ++warp) value = add_parts(value, slots[warp]);
   return value;
 }
 
-// row = (row - mean) / sqrt(variance + eps); returns the factor.
-template <int kVector>
-__device__ __forceinline__ float normalize_row(float (&row)[kNormItems], int columns, float eps,
+// row = (row - mean) / sqrt(variance + eps); returns the factor. The mean is rounded, which counts
+// where it is large beside the deviation: what it is off by is taken off, too.
+template <int kVector, int kItems>
+__device__ __forceinline__ float normalize_row(float (&row)[kItems], int columns, float eps,
                                                NormStorage& shared) {
-  float sum = 0;
-  for_each_vector<kVector>(columns, [&](int i, int) {
+  const float share = 1.0f / static_cast<float>(columns);
+  float vector_sum[kItems / kVector] = {}, sum = 0;
+  for_each_vector<kVector, kItems>(columns, [&](int i, int) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) sum += row[i + j];
+    for (int j = 0; j < kVector; ++j) vector_sum[i / kVector] += row[i + j];
   });
+#pragma unroll
+  for (int g = 0; g < kItems / kVector; ++g) sum += vector_sum[g];
   const float mean = block_sum(sum, shared.mean) / static_cast<float>(columns);
-  float squares = 0;
-  for_each_vector<kVector>(columns, [&](int i, int) {
+  float2 sums = make_float2(0.0f, 0.0f);  // of differences from the mean, and of their squares
+  for_each_vector<kVector, kItems>(columns, [&](int i, int) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       row[i + j] -= mean;
-      squares = fmaf(row[i + j], row[i + j], squares);
+      sums.x += row[i + j];
+      sums.y = fmaf(row[i + j], row[i + j], sums.y);
     }
   });
-  const float variance = block_sum(squares, shared.square) / static_cast<float>(columns);
-  const float factor = 1.0f / sqrtf(variance + eps);
-  for_each_vector<kVector>(columns, [&](int i, int) {
+  sums = block_sum(sums, shared.square);
+  const float rest = sums.x * share;
+  // In one rounding: a square may be beyond a float's range, and infinity less infinity is no
+  // number. Of equal numbers the difference may come out below 0; NaN stays NaN.
+  const float variance = fmaf(-rest, rest, sums.y * share);
+  const float factor = 1.0f / sqrtf((variance < 0 ? 0.0f : variance) + eps);
+  const float offset = -rest * factor;
+  for_each_vector<kVector, kItems>(columns, [&](int i, int) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) row[i + j] *= factor;
+    for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(row[i + j], factor, offset);
   });
   return factor;
 }
 
 // --- Kernels
-// --------------------------------------------------------------------------------------- Block b:
-// row b.
-template <int kVector>
-__global__ void __launch_bounds__(kNormMaxThreads, kVector == 4 ? 2 : 1)
+// --------------------------------------------------------------------------------------- Team y
+// of block b: row b * blockDim.y + y.
+template <int kVector, bool kResidual>
+__global__ void __launch_bounds__(kNormMaxThreads)
     layer_norm_modulate_kernel(LayerNormModulateCudaParams params) {
   auto& shared = shared_storage<NormStorage>();
+  ptx::griddepcontrol_wait();
+  const unsigned number = blockIdx.x * blockDim.y + threadIdx.y;
+  if (number >= params.rows) return;
   const int columns = params.columns;
-  const int64_t image = blockIdx.x / params.rows_per_image, offset = blockIdx.x * int64_t(columns);
-  float row[kNormItems], other[kNormItems], factor[kNormItems];
-  load_row<kVector>(row, params.x, params.x_element, offset, columns);
-  if (params.branch != nullptr) {
-    load_row<kVector>(other, params.branch, params.branch_element, offset, columns);
-    load_vector<kVector>(factor, params.gate, image, columns);
-    for_each_vector<kVector>(columns, [&](int i, int) {
+  const int64_t image = number / params.rows_per_image, offset = number * int64_t(columns);
+  uint32_t words[kNormItems], branch_words[kNormItems];
+  float gate[kNormItems], scale[kNormItems], shift[kNormItems], row[kNormItems];
+  load_words<kVector>(words, params.x, params.x_element, offset, columns);
+  if constexpr (kResidual) {
+    load_words<kVector>(branch_words, params.branch, params.branch_element, offset, columns);
+    load_vector<kVector>(gate, params.gate, image, columns);
+  }
+  load_vector<kVector>(scale, params.scale, image, columns);
+  load_vector<kVector>(shift, params.shift, image, columns);
+  row_of_words<kVector>(row, words, params.x_element, columns);
+  if constexpr (kResidual) {
+    float branch[kNormItems];
+    row_of_words<kVector>(branch, branch_words, params.branch_element, columns);
+    for_each_vector<kVector, kNormItems>(columns, [&](int i, int) {
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(factor[i + j], other[i + j], row[i + j]);
+      for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(gate[i + j], branch[i + j], row[i + j]);
     });
     store_row<kVector>(row, params.y, params.x_element, offset, columns);
   }
-  // Asked for before the sums need their time.
-  load_vector<kVector>(factor, params.scale, image, columns);
-  load_vector<kVector>(other, params.shift, image, columns);
   normalize_row<kVector>(row, columns, params.eps, shared);
-  for_each_vector<kVector>(columns, [&](int i, int) {
+  for_each_vector<kVector, kNormItems>(columns, [&](int i, int) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(row[i + j], factor[i + j], other[i + j]);
+    for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(row[i + j], scale[i + j], shift[i + j]);
   });
   store_row<kVector>(row, params.out, params.out_element, offset, columns);
 }
@@ -223,24 +295,27 @@ __global__ void __launch_bounds__(kNormMaxThreads, kVector == 4 ? 2 : 1)
 // Block b: part b % parts of the rows of group b / parts. With n = LN(x) and g = grad_out * scale:
 // grad_x = (g - mean(g) - n * mean(g * n)) / deviation.
 template <int kVector>
-__global__ void __launch_bounds__(kNormMaxThreads, kVector == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kNormMaxBackwardThreads)
     layer_norm_modulate_backward_kernel(LayerNormModulateBackwardCudaParams params) {
   auto& shared = shared_storage<NormStorage>();
   const int columns = params.columns;
   const int64_t group = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
   const int64_t begin = part * kNormRowsPerSum;
   const int rows = static_cast<int>(min(int64_t(kNormRowsPerSum), params.rows_per_group - begin));
-  float scale_sum[kNormItems] = {}, shift_sum[kNormItems] = {};
+  float scale_sum[kNormBackwardItems] = {}, shift_sum[kNormBackwardItems] = {};
 #pragma unroll 1
   for (int r = 0; r < rows; ++r) {
     const int64_t row = group * params.rows_per_group + begin + r, offset = row * columns;
-    float norm[kNormItems], grad[kNormItems];
-    load_row<kVector>(norm, params.x, params.x_element, offset, columns);
-    load_row<kVector>(grad, params.grad_out, params.grad_element, offset, columns);
+    float norm[kNormBackwardItems], grad[kNormBackwardItems];
+    uint32_t words[kNormBackwardItems], grad_words[kNormBackwardItems];
+    load_words<kVector>(words, params.x, params.x_element, offset, columns);
+    load_words<kVector>(grad_words, params.grad_out, params.grad_element, offset, columns);
+    row_of_words<kVector>(norm, words, params.x_element, columns);
+    row_of_words<kVector>(grad, grad_words, params.grad_element, columns);
     const float factor = normalize_row<kVector>(norm, columns, params.eps, shared);
     const float* scale = params.scale.data + row / params.rows_per_image * params.scale.stride;
     float2 sums = make_float2(0.0f, 0.0f);
-    for_each_vector<kVector>(columns, [&](int i, int column) {
+    for_each_vector<kVector, kNormBackwardItems>(columns, [&](int i, int column) {
       const auto vector = *reinterpret_cast<const NormVector<float, kVector>*>(scale + column);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -254,7 +329,7 @@ __global__ void __launch_bounds__(kNormMaxThreads, kVector == 4 ? 2 : 1)
     sums = block_sum(sums, shared.product);
     const float mean = sums.x / static_cast<float>(columns);
     const float projection = sums.y / static_cast<float>(columns);
-    for_each_vector<kVector>(columns, [&](int i, int) {
+    for_each_vector<kVector, kNormBackwardItems>(columns, [&](int i, int) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         grad[i + j] = (grad[i + j] - mean - norm[i + j] * projection) * factor;
@@ -290,8 +365,9 @@ __global__ void __launch_bounds__(kNormSumThreads) norm_sum_parts_kernel(NormSum
 
 // --- The launch
 // ------------------------------------------------------------------------------------
-inline int norm_threads(int64_t columns) {
-  return static_cast<int>((columns + 32 * kNormItems - 1) / (32 * kNormItems) * 32);
+// Threads of a team: on nothing but the number of channels depends the order of a row's sums.
+inline unsigned norm_threads(int64_t columns, int items) {
+  return static_cast<unsigned>(divide_up(columns, 32 * items) * 32);
 }
 
 // Whether rows can be read in vectors of four; `aligned`: what pointers and strides say.
