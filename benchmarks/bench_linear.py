@@ -14,8 +14,8 @@ from flexvar_ext import reference
 # (K, N, what follows)
 LAYERS = {"qkv": (1024, 3072), "proj": (1024, 1024), "fc1": (1024, 4096), "fc2": (4096, 1024), "head": (1024, 8912)}
 TOKENS = [2, 8, 18, 32, 50, 72, 128, 200, 338, 512]  # both guided images of each step of the 10-step schedule
-if torch.cuda.is_available():  # where it is torch's
-    TOKENS = [2, 512, 32768]
+if torch.cuda.is_available():
+    TOKENS = [2, 18, 50, 128, 200, 512, 32768]
 
 
 def arguments(layer: str, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | str]:
