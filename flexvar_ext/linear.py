@@ -98,7 +98,7 @@ def _has_few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return (
         0 < x.numel() <= FEW_ROWS * depth
         and dtype in (torch.float16, torch.bfloat16) and weight.dtype == dtype
-        and columns % 64 == 0 and depth % 64 == 0 and depth <= 6656
+        and columns % 4 == 0 and depth % 64 == 0 and depth <= 6656
         and has_warpgroup_products(x.device)
     )  # fmt: skip
 

@@ -52,6 +52,7 @@ template <class From, class To, class Real, int kDim>
 __global__ void __launch_bounds__(kAppendThreads)
     append_qkv_kernel(AppendQkvCudaParams<From, To, Real> params) {
   constexpr int kChunks = kDim / (kAppendLanes * kAppendChunk);
+  ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
   const unsigned vector = blockIdx.x * kAppendVectors + threadIdx.x / kAppendLanes;
   const int lane = static_cast<int>(threadIdx.x) % kAppendLanes;

@@ -253,13 +253,14 @@ __device__ __forceinline__ float normalize_row(float (&row)[kItems], int columns
   return factor;
 }
 
-// --- Kernels
-// --------------------------------------------------------------------------------------- Team y
-// of block b: row b * blockDim.y + y.
+// --- Kernels -------------------------------------------------------------------------------------
+
+// Team y of block b: row b * blockDim.y + y.
 template <int kVector, bool kResidual>
 __global__ void __launch_bounds__(kNormMaxThreads)
     layer_norm_modulate_kernel(LayerNormModulateCudaParams params) {
   auto& shared = shared_storage<NormStorage>();
+  ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
   const unsigned number = blockIdx.x * blockDim.y + threadIdx.y;
   if (number >= params.rows) return;

@@ -46,7 +46,8 @@ void run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bia
                                    static_cast<int>(columns),
                                    static_cast<int>(depth),
                                    gelu};
-  const int64_t column_tiles = columns / kLinearCudaTile, steps = depth / kLinearCudaTile;
+  const int64_t column_tiles = (columns + kLinearCudaTile - 1) / kLinearCudaTile;
+  const int64_t steps = depth / kLinearCudaTile;
   const int64_t row_tiles = (rows + kLinearCudaTile - 1) / kLinearCudaTile;
   const int64_t parts = depth_parts(column_tiles * row_tiles, steps,
                                     device_attribute(cudaDevAttrMultiProcessorCount, x, kOp));
@@ -76,9 +77,10 @@ Tensor linear_cuda(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
   STD_TORCH_CHECK(
       (type == ScalarType::Half || type == ScalarType::BFloat16) && weight_in.scalar_type() == type,
       kOp, ": on CUDA x and weight must both be float16 or both bfloat16");
-  STD_TORCH_CHECK(weight_in.size(0) % kLinearCudaTile == 0 &&
-                      weight_in.size(1) % kLinearCudaTile == 0 && weight_in.size(1) > 0,
-                  kOp, ": on CUDA the sizes of weight must be multiples of ", kLinearCudaTile);
+  STD_TORCH_CHECK(weight_in.size(0) % 4 == 0 && weight_in.size(1) % kLinearCudaTile == 0 &&
+                      weight_in.size(1) > 0,
+                  kOp, ": on CUDA the rows of weight must be a multiple of 4, its columns of ",
+                  kLinearCudaTile);
   STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == weight_in.size(0)), kOp,
                   ": bias must have shape [N]");
   const CudaScope scope(x_in);

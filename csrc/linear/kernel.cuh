@@ -21,7 +21,7 @@ constexpr int kLinearCudaSumsStride = kLinearCudaTile + 4;  // writes meet diffe
 template <class T>
 struct LinearCudaParams {
   const T* x;       // [rows, depth]
-  const T* weight;  // [columns, depth]; depth and columns are multiples of kLinearCudaTile
+  const T* weight;  // [columns, depth]; depth is a multiple of kLinearCudaTile, columns of 4
   const T* bias;    // [columns], or null
   T* out;           // [rows, columns]
   int rows, columns, depth;
@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kLinearCudaThreads)
   const T* block_weight =
       params.weight + int64_t{column_begin} * params.depth + int64_t{first_step} * kLinearCudaTile;
   for (int i = thread; i < kLinearCudaTile * steps; i += kLinearCudaThreads) {
+    if (column_begin + i / steps >= params.columns) break;
     ptx::prefetch(block_weight + int64_t{i / steps} * params.depth + i % steps * kLinearCudaTile);
   }
   ptx::griddepcontrol_wait();
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kLinearCudaThreads)
   constexpr int kVectors = kLinearCudaTile / 4;  // of 4 columns
   for (int i = thread; i < kLinearCudaTile / parts * kVectors; i += kLinearCudaThreads) {
     const int row = i / kVectors * parts + part, column = i % kVectors * 4;
-    if (row_begin + row >= params.rows) break;
+    if (row_begin + row >= params.rows || column_begin + column >= params.columns) continue;
     float4 sum = {0, 0, 0, 0};
     for (int source = 0; source < parts; ++source) {
       const float4 term = ptx::cluster_load(

@@ -29,6 +29,7 @@ def check(launch, x, weight, bias, activation, **options):
         (5, 128, 192, True, "gelu_tanh"),
         (64, 64, 832, True, "none"),
         (67, 128, 128, True, "none"),
+        (3, 76, 64, True, "none"),
     ],
 )
 def test_few_rows(launch_in_every_order, rows, columns, depth, with_bias, activation, dtype):
@@ -57,8 +58,8 @@ def test_no_rows(launch_once):
     ("x", "weight", "message"),
     [
         (torch.zeros(2, 64), torch.zeros(64, 64), "must both be float16 or both bfloat16"),
-        (torch.zeros(2, 60).half(), torch.zeros(64, 60).half(), "multiples of 64"),
-        (torch.zeros(2, 64).half(), torch.zeros(70, 64).half(), "multiples of 64"),
+        (torch.zeros(2, 60).half(), torch.zeros(64, 60).half(), "its columns of 64"),
+        (torch.zeros(2, 64).half(), torch.zeros(70, 64).half(), "a multiple of 4"),
         (torch.zeros(2, 6720).half(), torch.zeros(64, 6720).half(), "at most 6656 columns, got 6720"),
     ],
 )

@@ -335,7 +335,8 @@ def test_bad_arguments_do_not_reach_the_kernel(call):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("columns", "depth"), [(64, 64), (3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (1536, 6144), (128, 6656)]
+    ("columns", "depth"),
+    [(64, 64), (3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (1536, 6144), (128, 6656), (8912, 1024)],
 )
 def test_few_rows_on_cuda(columns, depth, dtype):
     """Every share of the depth that blocks of a cluster take, rows that fill a tile and that do not."""
