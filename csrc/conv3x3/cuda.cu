@@ -47,7 +47,7 @@ void launch(const Conv3x3CudaParams<T>& params, cudaStream_t stream) {
     constexpr size_t kShared = sizeof(ConvWarpgroupShared<T, Tile>);
     const auto kernel = conv3x3_warpgroup_kernel<T, Tile>;
     allow_shared_memory(kernel, static_cast<int64_t>(kShared), kConv3x3);
-    launch_kernel(kConv3x3, stream, kernel, blocks, Tile::kThreads, kShared, params);
+    launch_overlapping(kConv3x3, stream, kernel, blocks, Tile::kThreads, kShared, params);
   };
   if (params.plan.by_warpgroups && params.plan.side == 3) {
     with_conv_warpgroup_tile<3>(params.plan.tile, by_warpgroups);

@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(conv_warpgroup_threads<Tile>(), Tile::kBlocks)
     }
     weight += kStepElements;
   };
+  ptx::griddepcontrol_wait();  // for the packed weight
   conv_copy_seen<1>(shared.pixels[0], plan, view, 0, 0, Tile());
 #pragma unroll
   for (int step = 0; step < kConvStepsAhead; ++step) {

@@ -2,7 +2,7 @@
 // the order of its copies, with zeros for the channels that fill up tiles.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "common/ptx.cuh"
 #include "conv3x3/plan.h"
 
 namespace flexvar {
@@ -39,6 +39,7 @@ __device__ __forceinline__ void fold_taps(float (&folded)[4], float first, float
 template <class From, class T>
 __global__ void __launch_bounds__(kConvPackThreads)
     conv3x3_pack_kernel(Conv3x3PackParams<From, T> params) {
+  ptx::griddepcontrol_launch_dependents();
   const Conv3x3Plan& plan = params.plan;
   const int64_t thread = blockIdx.x * int64_t{kConvPackThreads} + static_cast<int>(threadIdx.x);
   const int column = static_cast<int>(thread / plan.padded_channels);

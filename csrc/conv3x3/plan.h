@@ -16,6 +16,7 @@ constexpr int kConvDepth = 32;  // of what a block brings at a time
 // Where the device has products of warpgroups, they take tiles of two dimensions (see
 // kernel_warpgroup.cuh), which bring kConvWarpgroupChannels of one tap at a time.
 constexpr int kConvWarpgroupChannels = 64;
+constexpr int kConvLongSum = 32;  // steps, from which on their largest tile is taken
 
 enum class ConvTileSize : int { large, small, narrow, warpgroup_large, warpgroup, warpgroup_small };
 struct ConvTileShape {
@@ -118,9 +119,12 @@ inline Conv3x3Plan plan_conv3x3(int64_t batch, int64_t in_channels, int64_t heig
                                divide_up(plan.grid_width, shape.width);
   };
   if (plan.by_warpgroups) {
-    // Two blocks of the middle size share a multiprocessor.
+    // Two blocks of the middle size share a multiprocessor: one multiplies while the other begins
+    // or ends. The large one brings less for each product, which takes long sums to tell.
     choose(ConvTileSize::warpgroup_large);
-    if (plan.blocks() < 2 * int64_t{multiprocessors}) choose(ConvTileSize::warpgroup);
+    if (plan.depth_steps < kConvLongSum || plan.blocks() < 2 * int64_t{multiprocessors}) {
+      choose(ConvTileSize::warpgroup);
+    }
     if (out_channels <= 64 || 4 * plan.blocks() < 3 * int64_t{multiprocessors}) {
       choose(ConvTileSize::warpgroup_small);
     }
