@@ -103,6 +103,7 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
         raise SystemExit(f"kernel_table needs the module that `make emulated` builds: {error}") from None
     of_attention = _emulated.scale_attention_shared_bytes()
     of_sampling = _emulated.guided_sample_shared_bytes(8912, 900)
+    of_convolution = _emulated.conv3x3_shared_bytes()
 
     def shared(name: str) -> int:
         static = ("attention_delta", "attention_grad_q_scale", "attention_combine")
@@ -112,6 +113,9 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
                 raise ValueError(f"kernel_table: {name} has no element type and head dim")
             forward, backward = of_attention[match[1], int(match[2])]
             return int(forward if name.startswith("attention_forward") else backward)
+        tile = re.search(r"ConvWarpgroupTile<(\d+), (\d+)", name)
+        if tile is not None:
+            return int(of_convolution[int(tile[1]), int(tile[2])])
         if name.startswith("guided_sample") and "true" in name:
             return int(of_sampling[4 if "<float" in name else 2])
         return 0
@@ -157,7 +161,7 @@ def readable(entry: str) -> str:
     """``attention_forward_tensor_core<__half, 64>`` of a mangled name."""
     name = subprocess.run(["c++filt", entry], capture_output=True, text=True, check=True).stdout.strip()
     name = name.removeprefix("void ").replace("flexvar::", "").split("(anonymous namespace)::")[-1]
-    return re.sub(r"\((?:int|bool)\)", "", name[: _end_of_name(name)])
+    return re.sub(r"\((?:int|bool|ConvTileSize)\)", "", name[: _end_of_name(name)])
 
 
 def _end_of_name(name: str) -> int:
@@ -187,13 +191,14 @@ def markdown(table: dict[tuple[str, str], dict[str, Kernel]], dynamic_shared: Ca
         "Registers of a thread · resident warps as a share of the most that a multiprocessor holds. No kernel spills "
         "a register on any of these architectures: this table is not written, and CI fails, where one does. Shared "
         "memory, in KiB, is the compiler's and the launcher's (guided_sample: for 900 of 8,912) together. "
-        "Where a block does not fit (–) the launcher takes the variant that works in global memory.",
+        "Where a block does not fit, or code is for another architecture (–), the launcher takes another variant.",
         "",
         row("kernel", "threads", "shared", *(f"sm_{arch}" for arch in MULTIPROCESSORS)),
         row("---", *["---:"] * (2 + len(MULTIPROCESSORS))),
     ]
     for (op, name), kernels in sorted(table.items()):
-        some = next(iter(kernels.values()))
+        some = max(kernels.values(), key=lambda kernel: kernel.threads)
+        kernels = {arch: kernel for arch, kernel in kernels.items() if kernel.threads == some.threads}  # else empty
         dynamic = dynamic_shared(name)
         cells = [cell(kernels.get(arch), arch, dynamic) for arch in MULTIPROCESSORS]
         shared = (some.static_shared + dynamic) / 1024

@@ -26,11 +26,12 @@ def conv3x3(
 
     On CUDA, upsampling runs on tensor cores in float16 and bfloat16, channels last, with the same 4 products. They are
     summed in float32, bias and residual added to the sums, and the result is rounded once; so are the sums of taps.
-    The order of sums depends on C and resize alone: an image's result is the same in any batch, to the bit.
+    The order of sums depends on C, N, resize and the GPU alone: an image's result is the same in any batch, to the bit.
+    On Hopper (sm_90a) so do maps of 64 and more channels that keep their resolution.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
-    (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without AVX2, on CUDA in float32 or at
-    another change of resolution, and wherever a gradient is needed, a forward-mode one too.
+    (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without AVX2, on CUDA in float32 and in what
+    is not named above, and wherever a gradient is needed, a forward-mode one too.
 
     Args:
         x: [B, C, H, W] in any layout, float32, float16, bfloat16 or float64; C >= 1.
@@ -48,18 +49,37 @@ def conv3x3(
     _check(x, weight, bias, resize, residual)
     given = [value for value in (x, weight, bias, residual) if value is not None]
     needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given)
-    if needs_gradient or has_tangent(*given) or not conv3x3_is_native(x, resize=resize):
+    is_native = conv3x3_is_native(x, resize=resize, out_channels=weight.shape[0])
+    if needs_gradient or has_tangent(*given) or not is_native:
         return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
     result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
     return result
 
 
-def conv3x3_is_native(x: Tensor, *, resize: str = "none") -> bool:
-    """Whether :func:`conv3x3` of x runs on this library's kernel (where no gradient is needed), or on torch's."""
+def conv3x3_is_native(x: Tensor, *, resize: str = "none", out_channels: int | None = None) -> bool:
+    """Whether :func:`conv3x3` of x runs on this library's kernel (where no gradient is needed), or on torch's.
+
+    ``out_channels`` is N, as many as x has where it is None; on CUDA it may depend on that.
+    """
     dtype = reference.result_dtype(x)
-    if x.device.type == "cuda":  # cuDNN has the others until a card has measured both
-        return resize == "up" and dtype in (torch.float16, torch.bfloat16)
+    if x.device.type == "cuda":
+        if dtype not in (torch.float16, torch.bfloat16):
+            return False
+        return resize == "up" or (resize == "none" and _has_fast_kernel(x, out_channels))
     return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
+
+
+def _has_fast_kernel(x: Tensor, out_channels: int | None) -> bool:
+    """Whether the kernel multiplies by warpgroups (``plan_conv3x3``) as many channels as are worth it: elsewhere cuDNN
+    is the faster one."""
+    channels = x.shape[1] if x.ndim == 4 else 0
+    is_wide = channels % 8 == 0 and channels >= 64 and (out_channels is None or out_channels >= 64)
+    return is_wide and _has_warpgroups(x.get_device())
+
+
+@torch.compiler.assume_constant_result
+def _has_warpgroups(device: int) -> bool:
+    return "90a" in _host.build_info()["cuda_architectures"] and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @torch.compiler.assume_constant_result

@@ -139,6 +139,15 @@ inline int device_attribute(cudaDeviceAttr which, const torch::stable::Tensor& t
   return value;
 }
 
+// Whether the device's code of a kernel takes blocks of so many threads. A kernel that needs
+// products of warpgroups says so by that, since sm_90 has them in code for sm_90a alone.
+template <class... Parameters>
+bool takes_threads(void (*kernel)(Parameters...), int threads, const char* op) {
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), op, "cudaFuncGetAttributes");
+  return code.maxThreadsPerBlock >= threads;
+}
+
 // Dynamic shared memory beyond 48 KB needs leave, once for each kernel and device.
 template <class... Parameters>
 void allow_shared_memory(void (*kernel)(Parameters...), int64_t bytes, const char* op) {

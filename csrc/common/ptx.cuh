@@ -191,11 +191,12 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 
 // --- Products of a warpgroup -------------------------------------------------------------------
 
-// 4 warps, the first of which is a multiple of 4, multiply 64 x 64 matrices together, right
-// factors straight from shared memory: on sm_90a, which alone has wgmma. Accumulators and left
-// factors in registers are those of mma_m16n8k16, warp i having rows 16 i and up. Tiles are 64 rows
-// of 64 elements at swizzled_column. All products between warpgroup_begin and warpgroup_end run
-// asynchronously: what they use is not to be touched in between.
+// 4 warps, the first of which is a multiple of 4, multiply 64 rows together, right factors straight
+// from shared memory: on sm_90a, which alone has wgmma. Accumulators and left factors in registers
+// are those of mma_m16n8k16, warp i having rows 16 i and up. Tiles are 64 rows of 64 elements at
+// swizzled_column. All products between warpgroup_begin and warpgroup_end run asynchronously: what
+// they use is not to be touched in between. warpgroup_end is warpgroup_commit, which closes a group
+// of products, and warpgroup_wait<0>.
 __host__ __device__ constexpr bool has_warpgroup_products() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   return true;
@@ -212,21 +213,30 @@ __device__ __forceinline__ void fence_for_warpgroup() {
 #endif
 }
 
-#define FLEXVAR_ACCUMULATORS(kind, d)                                                           \
-  kind(d[0][0]), kind(d[0][1]), kind(d[0][2]), kind(d[0][3]), kind(d[1][0]), kind(d[1][1]),     \
-      kind(d[1][2]), kind(d[1][3]), kind(d[2][0]), kind(d[2][1]), kind(d[2][2]), kind(d[2][3]), \
-      kind(d[3][0]), kind(d[3][1]), kind(d[3][2]), kind(d[3][3]), kind(d[4][0]), kind(d[4][1]), \
-      kind(d[4][2]), kind(d[4][3]), kind(d[5][0]), kind(d[5][1]), kind(d[5][2]), kind(d[5][3]), \
-      kind(d[6][0]), kind(d[6][1]), kind(d[6][2]), kind(d[6][3]), kind(d[7][0]), kind(d[7][1]), \
-      kind(d[7][2]), kind(d[7][3])
-#define FLEXVAR_ACCUMULATOR_LIST                                                                \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define FLEXVAR_FRAGMENT(kind, d) kind(d[0]), kind(d[1]), kind(d[2]), kind(d[3])
+#define FLEXVAR_FRAGMENTS_4(kind, d, i)                           \
+  FLEXVAR_FRAGMENT(kind, d[i]), FLEXVAR_FRAGMENT(kind, d[i + 1]), \
+      FLEXVAR_FRAGMENT(kind, d[i + 2]), FLEXVAR_FRAGMENT(kind, d[i + 3])
+#define FLEXVAR_ACCUMULATORS(kind, d) \
+  FLEXVAR_FRAGMENTS_4(kind, d, 0), FLEXVAR_FRAGMENTS_4(kind, d, 4)
+#define FLEXVAR_ACCUMULATORS_16(kind, d) \
+  FLEXVAR_ACCUMULATORS(kind, d), FLEXVAR_FRAGMENTS_4(kind, d, 8), FLEXVAR_FRAGMENTS_4(kind, d, 12)
+#define FLEXVAR_NUMBERS_32                                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FLEXVAR_ACCUMULATOR_LIST "{" FLEXVAR_NUMBERS_32 "}"
+#define FLEXVAR_ACCUMULATOR_LIST_16                                                              \
+  "{" FLEXVAR_NUMBERS_32                                                                         \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
 // The registers of a product that has not begun, or has ended, may be moved and changed by the
 // compiler up to here, or from here on.
 __device__ __forceinline__ void hold_registers(float (&d)[8][4]) {
   asm volatile("" : FLEXVAR_ACCUMULATORS("+f", d)::"memory");
+}
+__device__ __forceinline__ void hold_registers(float (&d)[16][4]) {
+  asm volatile("" : FLEXVAR_ACCUMULATORS_16("+f", d)::"memory");
 }
 template <int kCount>
 __device__ __forceinline__ void hold_registers(uint32_t (&a)[kCount][4]) {
@@ -240,10 +250,21 @@ __device__ __forceinline__ void warpgroup_begin() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void warpgroup_end() {
+__device__ __forceinline__ void warpgroup_commit() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 #endif
+}
+// Waits until at most the `kPending` latest groups of this warpgroup are under way.
+template <int kPending>
+__device__ __forceinline__ void warpgroup_wait() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+__device__ __forceinline__ void warpgroup_end() {
+  warpgroup_commit();
+  warpgroup_wait<0>();
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -252,6 +273,13 @@ __device__ __forceinline__ void warpgroup_end() {
 __device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
   return (shared_address(tile) & 0x3ffffu) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
          uint64_t{1} << 62;
+}
+// The same without a swizzle.
+template <class T>
+__device__ __forceinline__ uint64_t matrix_descriptor(const ChunkedMatrix<T>& matrix) {
+  return (shared_address(matrix.data) & 0x3ffffu) >> 4 |
+         static_cast<uint64_t>(matrix.chunk_stride / 8) << 16 |
+         static_cast<uint64_t>(matrix.group_stride / 8) << 32;
 }
 #endif
 
@@ -287,6 +315,41 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], const T* a,
 #endif
 }
 
+// d += a b^T, where a has 64 rows and b 64 or 128.
+template <class T, int kColumns>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[kColumns][4],
+                                                   const ChunkedMatrix<T>& a,
+                                                   const ChunkedMatrix<T>& b) {
+  static_assert(kColumns == 8 || kColumns == 16);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t left = matrix_descriptor(a), right = matrix_descriptor(b);
+#define FLEXVAR_MULTIPLY(n, type, list, operands, left_number, right_number)                    \
+  asm volatile(                                                                                 \
+      "{.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                              \
+      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " list ", %" left_number \
+      ", %" right_number ", add, 1, 1, 0, 0;}\n"                                                \
+      : operands("+f", d)                                                                       \
+      : "l"(left), "l"(right)                                                                   \
+      : "memory")
+  if constexpr (kColumns == 8) {
+    if constexpr (std::is_same_v<T, __half>) {
+      FLEXVAR_MULTIPLY("64", "f16", FLEXVAR_ACCUMULATOR_LIST, FLEXVAR_ACCUMULATORS, "32", "33");
+    } else {
+      FLEXVAR_MULTIPLY("64", "bf16", FLEXVAR_ACCUMULATOR_LIST, FLEXVAR_ACCUMULATORS, "32", "33");
+    }
+  } else {
+    if constexpr (std::is_same_v<T, __half>) {
+      FLEXVAR_MULTIPLY("128", "f16", FLEXVAR_ACCUMULATOR_LIST_16, FLEXVAR_ACCUMULATORS_16, "64",
+                       "65");
+    } else {
+      FLEXVAR_MULTIPLY("128", "bf16", FLEXVAR_ACCUMULATOR_LIST_16, FLEXVAR_ACCUMULATORS_16, "64",
+                       "65");
+    }
+  }
+#undef FLEXVAR_MULTIPLY
+#endif
+}
+
 // d += a b, where b is rows [row, row + 16) of a tile.
 template <class T>
 __device__ __forceinline__ void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4],
@@ -310,8 +373,13 @@ __device__ __forceinline__ void warpgroup_multiply_rows(float (&d)[8][4], const 
 #undef FLEXVAR_MULTIPLY
 #endif
 }
+#undef FLEXVAR_FRAGMENT
+#undef FLEXVAR_FRAGMENTS_4
 #undef FLEXVAR_ACCUMULATORS
+#undef FLEXVAR_ACCUMULATORS_16
+#undef FLEXVAR_NUMBERS_32
 #undef FLEXVAR_ACCUMULATOR_LIST
+#undef FLEXVAR_ACCUMULATOR_LIST_16
 
 // --- Named barriers -----------------------------------------------------------------------------
 

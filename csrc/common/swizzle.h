@@ -1,4 +1,4 @@
-// The order of 16-byte chunks in tiles of shared memory.
+// The order of 16-byte chunks in tiles of shared memory, as matrix products take them.
 #pragma once
 
 #include "common/host_device.h"
@@ -12,5 +12,14 @@ namespace flexvar::ptx {
 FLEXVAR_HOST_DEVICE constexpr int swizzled_column(int row, int column) {
   return column ^ row % 8 * 8;
 }
+
+// A matrix in shared memory without a swizzle, for products of a warpgroup over a depth of 16: rows
+// are two chunks of 8 elements (16 bytes), and the same chunk of 8 rows is contiguous. Strides in
+// elements. It may begin at any 16 bytes.
+template <class T>
+struct ChunkedMatrix {
+  const T* data;
+  int chunk_stride, group_stride;  // to the other chunk; to the next 8 rows
+};
 
 }  // namespace flexvar::ptx

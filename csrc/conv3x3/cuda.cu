@@ -2,7 +2,7 @@
 
 #include "common/cuda_launch.h"
 #include "conv3x3/arguments.h"
-#include "conv3x3/kernel.cuh"
+#include "conv3x3/kernel_warpgroup.cuh"
 
 namespace flexvar {
 namespace {
@@ -31,6 +31,36 @@ void pack(Conv3x3PackParams<From, T> params, const Tensor& weight,
   }
   launch_kernel(kConv3x3, stream, conv3x3_pack_kernel<From, T>,
                 grid_size(conv3x3_pack_blocks(params.plan), kConv3x3), kConvPackThreads, 0, params);
+}
+
+// By the smallest of the kernels.
+template <class T>
+bool has_warpgroups() {
+  using Tile = ConvWarpgroupTile<ConvTileSize::warpgroup_small, 3, 1, 3>;
+  return takes_threads(conv3x3_warpgroup_kernel<T, Tile>, Tile::kThreads, kConv3x3);
+}
+
+template <class T>
+void launch(const Conv3x3CudaParams<T>& params, cudaStream_t stream) {
+  const unsigned blocks = grid_size(params.plan.blocks(), kConv3x3);
+  const auto by_warpgroups = [&]<class Tile>(Tile) {
+    constexpr size_t kShared = sizeof(ConvWarpgroupShared<T, Tile>);
+    const auto kernel = conv3x3_warpgroup_kernel<T, Tile>;
+    allow_shared_memory(kernel, static_cast<int64_t>(kShared), kConv3x3);
+    launch_overlapping(kConv3x3, stream, kernel, blocks, Tile::kThreads, kShared, params);
+  };
+  if (params.plan.by_warpgroups && params.plan.side == 3) {
+    with_conv_warpgroup_tile<3>(params.plan.tile, by_warpgroups);
+  } else if (params.plan.by_warpgroups) {
+    with_conv_warpgroup_tile<2>(params.plan.tile, by_warpgroups);
+  } else {
+    with_conv_tile(params.plan.tile, [&]<class Tile>(Tile) {
+      const auto kernel = conv3x3_in_chunks(params.x, params.plan.in_channels)
+                              ? conv3x3_kernel<T, Tile, true>
+                              : conv3x3_kernel<T, Tile, false>;
+      launch_kernel(kConv3x3, stream, kernel, blocks, kConvThreads, 0, params);
+    });
+  }
 }
 
 template <class T>
@@ -63,13 +93,7 @@ void run(const Conv3x3Plan& plan, const Tensor& x, const Tensor& weight,
   params.out = static_cast<T*>(out.mutable_data_ptr());
   params.out_in_chunks = conv3x3_in_chunks(params.out, plan.out_channels) &&
                          conv3x3_in_chunks(params.residual, plan.out_channels);
-  const unsigned blocks = grid_size(plan.blocks(), kConv3x3);
-  with_conv_tile(plan.tile, [&]<class Tile>(Tile) {
-    const auto kernel = conv3x3_in_chunks(params.x, plan.in_channels)
-                            ? conv3x3_kernel<T, Tile, true>
-                            : conv3x3_kernel<T, Tile, false>;
-    launch_kernel(kConv3x3, stream, kernel, blocks, kConvThreads, 0, params);
-  });
+  launch(params, stream);
 }
 
 Tensor conv3x3_cuda(const Tensor& x_in, const Tensor& weight, std::optional<Tensor> bias_in,
@@ -85,13 +109,18 @@ Tensor conv3x3_cuda(const Tensor& x_in, const Tensor& weight, std::optional<Tens
   const CudaScope scope(x_in);
   Tensor out = torch::stable::new_empty(x_in, shape.out_channels_last());
   if (out.numel() == 0) return channels_first_view(out);
-  const Tensor x = channels_last(x_in);
+  Tensor x = channels_last(x_in);
   std::optional<Tensor> bias, residual;
   if (bias_in) bias = torch::stable::contiguous(*bias_in);
   if (residual_in) residual = channels_last(*residual_in);
   const Conv3x3Plan plan =
       plan_conv3x3(shape.batch, shape.in_channels, shape.height, shape.width, shape.out_channels,
-                   shape.resize, device_attribute(cudaDevAttrMultiProcessorCount, x, kConv3x3));
+                   shape.resize, device_attribute(cudaDevAttrMultiProcessorCount, x, kConv3x3),
+                   is_half ? has_warpgroups<__half>() : has_warpgroups<__nv_bfloat16>());
+  // Whether the slice of a tensor lies at 16 bytes must not decide who multiplies it.
+  if (plan.by_warpgroups && !conv3x3_in_chunks(x.const_data_ptr(), shape.in_channels)) {
+    x = torch::stable::clone(x);
+  }
   if (is_half) {
     run<__half>(plan, x, weight, bias, residual, out, scope.stream());
   } else {

@@ -36,7 +36,7 @@ void with_conv_tile(ConvTileSize size, const F& f) {
       return f(ConvTile<64, 64, 2>());
     case ConvTileSize::small:
       return f(ConvTile<32, 32, 2>());
-    case ConvTileSize::narrow:
+    default:
       return f(ConvTile<32, 32, 4>());
   }
 }
@@ -230,31 +230,51 @@ __device__ __forceinline__ void conv_gather_columns(float (&values)[kConvChunk])
   }
 }
 
-// Columns [column, column + 8) of an output pixel, whose first element is at `offset`.
+// Columns [column, column + 8) of the residual of an output pixel, whose first element is at
+// `offset`: those that there are.
+template <class T>
+__device__ __forceinline__ ConvChunk<T> conv_load_residual(const Conv3x3CudaParams<T>& params,
+                                                           int64_t offset, int column) {
+  ConvChunk<T> residual{};
+  const int count = params.plan.out_channels - column;
+  if (params.residual == nullptr || count <= 0) return residual;
+  const T* const source = params.residual + offset + column;
+  if (params.out_in_chunks) return *reinterpret_cast<const ConvChunk<T>*>(source);
+#pragma unroll
+  for (int i = 0; i < kConvChunk; ++i) {
+    if (i < count) residual.element[i] = source[i];
+  }
+  return residual;
+}
+
+// The same columns of the output pixel.
 template <class T>
 __device__ __forceinline__ void conv_store(const Conv3x3CudaParams<T>& params,
-                                           const float (&sums)[kConvChunk], int64_t offset,
+                                           const float (&sums)[kConvChunk],
+                                           const ConvChunk<T>& residual, int64_t offset,
                                            int column) {
-  const int count = min(params.plan.out_channels - column, kConvChunk);
+  const int count = params.plan.out_channels - column;
   if (count <= 0) return;
-  ConvChunk<T> residual, out;
-  if (params.residual != nullptr && params.out_in_chunks) {
-    residual = *reinterpret_cast<const ConvChunk<T>*>(params.residual + offset + column);
+  T* const target = params.out + offset + column;
+  ConvChunk<T> out;
+#pragma unroll
+  for (int i = 0; i < kConvChunk; i += 4) {
+    const float4 bias = *reinterpret_cast<const float4*>(params.bias + column + i);
+    const float biases[4] = {bias.x, bias.y, bias.z, bias.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float value = sums[i + j] + biases[j];
+      if (params.residual != nullptr) value += to_float(residual.element[i + j]);
+      out.element[i + j] = from_float<T>(value);
+    }
+  }
+  if (params.out_in_chunks) {
+    *reinterpret_cast<ConvChunk<T>*>(target) = out;
+    return;
   }
 #pragma unroll
   for (int i = 0; i < kConvChunk; ++i) {
-    float value = sums[i] + params.bias[column + i];
-    if (params.residual != nullptr) {
-      if (!params.out_in_chunks && i < count) {
-        residual.element[i] = params.residual[offset + column + i];
-      }
-      value += to_float(residual.element[i]);
-    }
-    out.element[i] = from_float<T>(value);
-    if (!params.out_in_chunks && i < count) params.out[offset + column + i] = out.element[i];
-  }
-  if (params.out_in_chunks) {
-    *reinterpret_cast<ConvChunk<T>*>(params.out + offset + column) = out;
+    if (i < count) target[i] = out.element[i];
   }
 }
 
@@ -321,7 +341,9 @@ __global__ void __launch_bounds__(kConvThreads, Tile::kBlocks)
 #pragma unroll
         for (int i = 0; i < kConvChunk; ++i) values[i] = sums[m][n + i / 2][2 * half + i % 2];
         conv_gather_columns(values);
-        if (pixel.image < plan.batch) conv_store(params, values, offset, first_column + n * 8);
+        if (pixel.image >= plan.batch) continue;
+        const int column = first_column + n * 8;
+        conv_store(params, values, conv_load_residual(params, offset, column), offset, column);
       }
     }
   }

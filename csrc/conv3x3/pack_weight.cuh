@@ -2,7 +2,7 @@
 // the order of its copies, with zeros for the channels that fill up tiles.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "common/ptx.cuh"
 #include "conv3x3/plan.h"
 
 namespace flexvar {
@@ -39,13 +39,12 @@ __device__ __forceinline__ void fold_taps(float (&folded)[4], float first, float
 template <class From, class T>
 __global__ void __launch_bounds__(kConvPackThreads)
     conv3x3_pack_kernel(Conv3x3PackParams<From, T> params) {
+  ptx::griddepcontrol_launch_dependents();
   const Conv3x3Plan& plan = params.plan;
-  const int tile_columns = plan.tile_columns;
   const int64_t thread = blockIdx.x * int64_t{kConvPackThreads} + static_cast<int>(threadIdx.x);
   const int column = static_cast<int>(thread / plan.padded_channels);
   const int channel = static_cast<int>(thread % plan.padded_channels);
-  const int column_tile = column / tile_columns;
-  if (column_tile >= plan.column_tiles) return;
+  if (column >= plan.column_tiles * plan.tile_columns) return;
 
   float taps[3][3];
 #pragma unroll
@@ -60,21 +59,15 @@ __global__ void __launch_bounds__(kConvPackThreads)
       }
     }
   }
-  T* const place = params.packed +
-                   int64_t{column_tile} * plan.depth_steps * tile_columns * kConvDepth +
-                   column % tile_columns * kConvDepth;
-  const int64_t phase_stride =
-      int64_t{plan.column_tiles} * plan.depth_steps * tile_columns * kConvDepth;
-  const auto store = [&](int phase, int depth, float value) {
-    place[phase * phase_stride + depth / kConvDepth * int64_t{kConvDepth} * tile_columns +
-          depth % kConvDepth] = from_float<T>(value);
+  const auto store = [&](int phase, int tap, float value) {
+    params.packed[plan.weight_place(phase, column, tap, channel)] = from_float<T>(value);
   };
   if (plan.side == 3) {
 #pragma unroll
     for (int row = 0; row < 3; ++row) {
 #pragma unroll
       for (int tap = 0; tap < 3; ++tap) {
-        store(0, (row * 3 + tap) * plan.padded_channels + channel, taps[row][tap]);
+        store(0, row * 3 + tap, taps[row][tap]);
       }
     }
   } else {
@@ -88,15 +81,14 @@ __global__ void __launch_bounds__(kConvPackThreads)
       fold_taps(folded, rows[0][row], rows[1][row], rows[2][row]);
 #pragma unroll
       for (int tap = 0; tap < 4; ++tap) {
-        store(row / 2 * 2 + tap / 2, (row % 2 * 2 + tap % 2) * plan.padded_channels + channel,
-              folded[tap]);
+        store(row / 2 * 2 + tap / 2, row % 2 * 2 + tap % 2, folded[tap]);
       }
     }
   }
   for (int phase = 0; phase < plan.parities * plan.parities; ++phase) {
-    for (int depth = plan.side * plan.side * plan.padded_channels + channel;
-         depth < plan.depth_steps * kConvDepth; depth += plan.padded_channels) {
-      store(phase, depth, 0);
+    for (int tap = plan.side * plan.side;
+         tap * plan.padded_channels + channel < plan.depth_steps * plan.step_depth(); ++tap) {
+      store(phase, tap, 0);
     }
   }
   if (channel == 0) {

@@ -13,14 +13,31 @@ namespace flexvar {
 
 constexpr int kConvDepth = 32;  // of what a block brings at a time
 
-enum class ConvTileSize : int { large, small, narrow };
+// Where the device has products of warpgroups, they take tiles of two dimensions (see
+// kernel_warpgroup.cuh), which bring kConvWarpgroupChannels of one tap at a time.
+constexpr int kConvWarpgroupChannels = 64;
+constexpr int kConvLongSum = 32;  // steps, from which on their largest tile is taken
+
+enum class ConvTileSize : int { large, small, narrow, warpgroup_large, warpgroup, warpgroup_small };
 struct ConvTileShape {
-  int rows, columns;
+  int height, width;  // pixels of the grid; height 1: of the grid's rows one behind the other
+  int columns;
 };
 constexpr ConvTileShape conv_tile_shape(ConvTileSize size) {
-  return size == ConvTileSize::large   ? ConvTileShape{128, 128}
-         : size == ConvTileSize::small ? ConvTileShape{64, 64}
-                                       : ConvTileShape{128, 32};
+  switch (size) {
+    case ConvTileSize::large:
+      return {1, 128, 128};
+    case ConvTileSize::small:
+      return {1, 64, 64};
+    case ConvTileSize::narrow:
+      return {1, 128, 32};
+    case ConvTileSize::warpgroup_large:
+      return {16, 16, 128};
+    case ConvTileSize::warpgroup:
+      return {8, 16, 128};
+    default:
+      return {8, 8, 64};
+  }
 }
 
 struct Conv3x3Plan {
@@ -29,8 +46,9 @@ struct Conv3x3Plan {
   int grid_height, grid_width;  // of a phase
   int side, stride, padding;    // taps a side; of the grid in x
   int parities;                 // of rows, and of columns
-  int padded_channels;          // in_channels to a multiple of 8, the elements of 16 bytes
-  int depth_steps;              // of kConvDepth
+  bool by_warpgroups;
+  int padded_channels;  // in_channels to a multiple of 8, or of kConvWarpgroupChannels
+  int depth_steps;      // of step_depth()
   ConvTileSize tile;
   int tile_columns, column_tiles;
   int64_t row_tiles;
@@ -38,13 +56,38 @@ struct Conv3x3Plan {
   int phases() const { return parities * parities; }
   int64_t blocks() const { return row_tiles * column_tiles * phases(); }
   int64_t padded_columns() const { return int64_t{column_tiles} * tile_columns; }
-  // Of the packed weight: [phases][column_tiles][depth_steps][columns of a tile][kConvDepth].
-  int64_t weight_elements() const { return phases() * padded_columns() * depth_steps * kConvDepth; }
+  __host__ __device__ int step_depth() const {
+    return by_warpgroups ? kConvWarpgroupChannels : kConvDepth;
+  }
+  // Of the packed weight: [phases][column_tiles][depth_steps], and for a step [columns of a
+  // tile][kConvDepth] or, by warpgroups, [chunks of 8 channels][columns of a tile][8].
+  int64_t weight_elements() const {
+    return phases() * padded_columns() * depth_steps * step_depth();
+  }
+  // The depth goes by taps and their channels; by warpgroups by kConvWarpgroupChannels, their taps
+  // and their channels.
+  __host__ __device__ int64_t weight_place(int phase, int column, int tap, int channel) const {
+    const int64_t tile = int64_t{phase} * column_tiles + column / tile_columns;
+    const int tile_column = column % tile_columns;
+    if (by_warpgroups) {
+      const int step = channel / kConvWarpgroupChannels * side * side + tap;
+      const int chunk = channel % kConvWarpgroupChannels / 8;
+      return (((tile * depth_steps + step) * (kConvWarpgroupChannels / 8) + chunk) * tile_columns +
+              tile_column) *
+                 8 +
+             channel % 8;
+    }
+    const int depth = tap * padded_channels + channel;
+    return ((tile * depth_steps + depth / kConvDepth) * tile_columns + tile_column) * kConvDepth +
+           depth % kConvDepth;
+  }
 };
 
-// Sums are taken in the same order in every tile: which one is chosen changes no bit.
+// Sums are taken in the same order in every tile of warpgroups and in every other one: a batch
+// changes no bit. `has_warpgroups`: the device has their products.
 inline Conv3x3Plan plan_conv3x3(int64_t batch, int64_t in_channels, int64_t height, int64_t width,
-                                int64_t out_channels, ConvResize resize, int multiprocessors) {
+                                int64_t out_channels, ConvResize resize, int multiprocessors,
+                                bool has_warpgroups) {
   const bool up = resize == ConvResize::up, down = resize == ConvResize::down;
   Conv3x3Plan plan{};
   plan.batch = batch;
@@ -58,17 +101,35 @@ inline Conv3x3Plan plan_conv3x3(int64_t batch, int64_t in_channels, int64_t heig
   plan.stride = down ? 2 : 1;
   plan.padding = down ? 0 : 1;
   plan.parities = up ? 2 : 1;
-  plan.padded_channels = static_cast<int>(divide_up(in_channels, 8) * 8);
+  // Fewer channels leave most of their tiles empty; pixels that no product sees twice gain nothing.
+  plan.by_warpgroups =
+      has_warpgroups && !down && in_channels % 8 == 0 && in_channels >= 32 && out_channels > 32;
+  const int padding = plan.by_warpgroups ? kConvWarpgroupChannels : 8;
+  plan.padded_channels = static_cast<int>(divide_up(in_channels, padding) * padding);
   plan.depth_steps = static_cast<int>(
-      divide_up(int64_t{plan.side} * plan.side * plan.padded_channels, kConvDepth));
-  const int64_t rows = batch * plan.grid_height * plan.grid_width;
+      divide_up(int64_t{plan.side} * plan.side * plan.padded_channels, plan.step_depth()));
   const auto choose = [&](ConvTileSize size) {
     const ConvTileShape shape = conv_tile_shape(size);
     plan.tile = size;
     plan.tile_columns = shape.columns;
     plan.column_tiles = static_cast<int>(divide_up(out_channels, shape.columns));
-    plan.row_tiles = divide_up(rows, shape.rows);
+    plan.row_tiles = shape.height == 1
+                         ? divide_up(batch * plan.grid_height * plan.grid_width, shape.width)
+                         : batch * divide_up(plan.grid_height, shape.height) *
+                               divide_up(plan.grid_width, shape.width);
   };
+  if (plan.by_warpgroups) {
+    // Two blocks of the middle size share a multiprocessor: one multiplies while the other begins
+    // or ends. The large one brings less for each product, which takes long sums to tell.
+    choose(ConvTileSize::warpgroup_large);
+    if (plan.depth_steps < kConvLongSum || plan.blocks() < 2 * int64_t{multiprocessors}) {
+      choose(ConvTileSize::warpgroup);
+    }
+    if (out_channels <= 64 || 4 * plan.blocks() < 3 * int64_t{multiprocessors}) {
+      choose(ConvTileSize::warpgroup_small);
+    }
+    return plan;
+  }
   choose(out_channels <= 32 ? ConvTileSize::narrow : ConvTileSize::large);
   const bool is_half_empty = plan.tile == ConvTileSize::large && out_channels <= 64;
   if (is_half_empty || (plan.tile == ConvTileSize::large && plan.blocks() < multiprocessors)) {

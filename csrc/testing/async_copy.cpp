@@ -1,5 +1,6 @@
 // cp.async: bytes move when their group is waited for, the latest moment that hardware may choose;
-// until then the destination holds poison and reading it is a mistake.
+// until then the destination holds poison and reading it is a mistake. Products of a warpgroup read
+// their factors as late.
 #include <cstring>
 #include <string>
 
@@ -35,6 +36,27 @@ void cp_async_wait(int pending_groups) {
         std::memcpy(copy.shared, copy.global, copy.bytes);
       }
       mark_written(copy.shared, copy.bytes);
+    }
+  }
+}
+
+void begin_product(void (*run)(const void* context), const void* context, size_t bytes) {
+  if (bytes > kProductBytes) fail("begin_product: its context is too large");
+  current->open_products.push_back({run, {}});
+  std::memcpy(current->open_products.back().context, context, bytes);
+}
+
+void commit_products() {
+  current->product_groups.push_back(std::move(current->open_products));
+  current->open_products.clear();
+}
+
+void wait_for_products(int pending_groups) {
+  auto& groups = current->product_groups;
+  for (; groups.size() > static_cast<size_t>(pending_groups); groups.pop_front()) {
+    for (const Product& product : groups.front()) {
+      const Product here = product;  // on the thread's stack, which kernels may read
+      here.run(here.context);
     }
   }
 }

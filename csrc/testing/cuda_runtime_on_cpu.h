@@ -35,6 +35,16 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return fits ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Blocks of more than a warp are taken by code for a device with products of warpgroups.
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock = 0;
+};
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->maxThreadsPerBlock = flexvar::emulation::device_options().warpgroups ? 1024 : 32;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   flexvar::emulation::check_stream("cudaMemsetAsync", stream);
   flexvar::emulation::fill_from_host(data, value, bytes);

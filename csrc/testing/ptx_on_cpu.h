@@ -64,37 +64,76 @@ inline uint32_t float_to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) &
 
 inline bool has_warpgroup_products() { return emulation::device_options().warpgroups; }
 inline void fence_for_warpgroup() {}
-inline void hold_registers(float (&)[8][4]) {}
+template <int kCount>
+void hold_registers(float (&)[kCount][4]) {}
 template <int kCount>
 void hold_registers(uint32_t (&)[kCount][4]) {}
 inline void warpgroup_begin() {}
-inline void warpgroup_end() {}
+inline void warpgroup_commit() { emulation::commit_products(); }
+template <int kPending>
+void warpgroup_wait() {
+  emulation::wait_for_products(kPending);
+}
+inline void warpgroup_end() {
+  warpgroup_commit();
+  warpgroup_wait<0>();
+}
+// product() when the warpgroup waits for it.
+template <class F>
+void begin_product(const F& product) {
+  static_assert(std::is_trivially_copyable_v<F>);
+  emulation::begin_product([](const void* f) { (*static_cast<const F*>(f))(); }, &product,
+                           sizeof(product));
+}
+// d = a b^T (add: d +=) of a warpgroup over a depth of 16, when it is waited for. `left` and
+// `right` yield the address of a row's 8 elements from a column on, which is 0 or 8.
+template <class T, int kColumns, class Left, class Right>
+void warpgroup_product(float (&d)[kColumns][4], bool add, Left left, Right right, Location where) {
+  begin_product([&d, add, left, right, where] {
+    const int lane = emulation::current_lane(), warp = static_cast<int>(threadIdx.x) / 32;
+    uint32_t a[4];
+    ldmatrix_x4(a, left(warp % 4 * 16 + lane % 16, lane / 16 * 8), where);
+    for (int n = 0; n < kColumns; ++n) {
+      if (!add) std::fill_n(d[n], 4, 0.0f);
+      uint32_t b[2];
+      ldmatrix_x2(b, right(n * 8 + lane % 8, lane / 8 % 2 * 8), where);
+      mma_m16n8k16<T>(d[n], a, b, where);
+    }
+  });
+}
 template <class T, bool kAdd>
 void warpgroup_multiply(float (&d)[8][4], const T* a, const T* b, int depth,
                         Location where = Location::current()) {
-  const int lane = emulation::current_lane(), warp = static_cast<int>(threadIdx.x) / 32;
-  const auto at = [](const T* tile, int row, int column) {
-    return tile + row * 64 + swizzled_column(row, column);
+  const auto in = [depth](const T* tile) {
+    return [tile, depth](int row, int column) {
+      return tile + row * 64 + swizzled_column(row, depth + column);
+    };
   };
-  uint32_t left[4];
-  ldmatrix_x4(left, at(a, warp % 4 * 16 + lane % 16, depth + lane / 16 * 8), where);
-  for (int n = 0; n < 8; ++n) {
-    if (!kAdd) std::fill_n(d[n], 4, 0.0f);
-    uint32_t right[2];
-    ldmatrix_x2(right, at(b, n * 8 + lane % 8, depth + lane / 8 % 2 * 8), where);
-    mma_m16n8k16<T>(d[n], left, right, where);
-  }
+  warpgroup_product<T>(d, kAdd, in(a), in(b), where);
+}
+template <class T, int kColumns>
+void warpgroup_multiply(float (&d)[kColumns][4], const ChunkedMatrix<T>& a,
+                        const ChunkedMatrix<T>& b, Location where = Location::current()) {
+  const auto in = [](const ChunkedMatrix<T>& matrix) {
+    return [matrix](int row, int column) {
+      return matrix.data + row / 8 * matrix.group_stride + row % 8 * 8 +
+             column / 8 * matrix.chunk_stride;
+    };
+  };
+  warpgroup_product<T>(d, true, in(a), in(b), where);
 }
 template <class T>
 void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4], const T* b, int row,
                              Location where = Location::current()) {
-  const int lane = emulation::current_lane();
-  for (int n = 0; n < 8; ++n) {
-    uint32_t right[2];
-    const int from = row + lane % 16;
-    ldmatrix_x2_trans(right, b + from * 64 + swizzled_column(from, n * 8), where);
-    mma_m16n8k16<T>(d[n], a, right, where);
-  }
+  begin_product([&d, &a, b, row, where] {
+    const int lane = emulation::current_lane();
+    for (int n = 0; n < 8; ++n) {
+      uint32_t right[2];
+      const int from = row + lane % 16;
+      ldmatrix_x2_trans(right, b + from * 64 + swizzled_column(from, n * 8), where);
+      mma_m16n8k16<T>(d[n], a, right, where);
+    }
+  });
 }
 
 inline void barrier_sync(int id, int threads, Location where = Location::current()) {

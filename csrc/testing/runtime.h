@@ -107,6 +107,12 @@ void cp_async(void* shared, const void* global, size_t bytes, bool valid, Locati
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 
+// The same for products of a warpgroup: run(context) when their group is waited for.
+constexpr size_t kProductBytes = 128;  // of a context, which is copied
+void begin_product(void (*run)(const void* context), const void* context, size_t bytes);
+void commit_products();
+void wait_for_products(int pending_groups);
+
 // --- For the bindings --------------------------------------------------------------------------
 
 // Runs kernel<<<grid, block, dynamic_shared>>>(arguments...) to its end. Throws KernelError.

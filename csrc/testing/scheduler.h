@@ -19,6 +19,11 @@ struct AsyncCopy {
   size_t bytes;
 };
 
+struct Product {
+  void (*run)(const void* context);
+  alignas(16) unsigned char context[kProductBytes];
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -39,6 +44,8 @@ struct Fiber {
   int barrier_result = 0;
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;
+  std::vector<Product> open_products;
+  std::deque<std::vector<Product>> product_groups;
 };
 
 struct Barrier {

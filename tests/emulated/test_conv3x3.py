@@ -1,5 +1,7 @@
 """The CUDA launcher of conv3x3, run on the CPU against float64."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,21 +138,54 @@ def test_float32_weight_and_bias(launch_in_every_order, resize):
 )
 def test_tiles(emulated, launch_once, shape, multiprocessors, tile, resize):
     batch, channels, out_channels, height, width = shape
-    found = emulated.conv3x3_tile(batch, channels, height, width, out_channels, RESIZES.index(resize), multiprocessors)
-    assert found == tile
-    check(launch_once, shape, resize, torch.float16, multiprocessors=multiprocessors)
+    sizes = (batch, channels, height, width, out_channels, RESIZES.index(resize), multiprocessors)
+    assert emulated.conv3x3_tile(*sizes, False) == tile
+    check(launch_once, shape, resize, torch.float16, multiprocessors=multiprocessors, warpgroups=False)
 
 
+# One step of 64 channels, and several, whose pixels come in while those before are multiplied; squares of pixels that
+# are cut off, a second image, columns beyond the tile's.
+@pytest.mark.parametrize("resize", ["none", "up"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "tile"),
+    [
+        ((2, 456, 72, 5, 4), 1, "warpgroup_large"),
+        ((1, 456, 72, 3, 18), 1, "warpgroup_large"),
+        ((2, 72, 136, 9, 5), 4, "warpgroup"),
+        ((1, 136, 68, 3, 17), 2, "warpgroup"),
+        ((2, 136, 72, 9, 7), MANY, "warpgroup_small"),
+        ((1, 32, 33, 6, 10), 1, "warpgroup_small"),
+    ],
+)
+def test_tiles_of_warpgroups(emulated, launch_once, shape, multiprocessors, tile, dtype, resize):
+    batch, channels, out_channels, height, width = shape
+    if resize == "up" and tile == "warpgroup":
+        multiprocessors *= 4  # for four phases
+    sizes = (batch, channels, height, width, out_channels, RESIZES.index(resize), multiprocessors)
+    assert emulated.conv3x3_tile(*sizes, True) == tile
+    check(launch_once, shape, resize, dtype, multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("resize", ["none", "up"])
+def test_warpgroups_in_every_order(launch_in_every_order, resize):
+    check(launch_in_every_order, (1, 136, 40, 4, 9), resize, torch.bfloat16, multiprocessors=MANY)
+    check(launch_in_every_order, (1, 72, 65, 4, 9), resize, torch.bfloat16, left_out=["residual"])
+    check(launch_in_every_order, (1, 32, 40, 4, 9), resize, torch.bfloat16, misalignment=1)
+
+
+@pytest.mark.parametrize("warpgroups", [False, True])
 @pytest.mark.parametrize("resize", RESIZES)
-def test_neither_batch_nor_tile_changes_a_bit(launch_once, resize):
+def test_neither_batch_nor_tile_changes_a_bit(launch_once, resize, warpgroups):
+    launch = partial(launch_once, warpgroups=warpgroups)
     tensors = arguments((3, 40, 72, 7, 9), resize, torch.bfloat16)
-    together = run(launch_once, tensors, resize)
-    assert torch.equal(run(launch_once, tensors, resize, MANY), together)
+    together = run(launch, tensors, resize)
+    assert torch.equal(run(launch, tensors, resize, MANY), together)
     for i in range(3):
         alone = dict(tensors, x=tensors["x"][i : i + 1], residual=tensors["residual"][i : i + 1])
-        assert torch.equal(run(launch_once, alone, resize), together[i : i + 1])
-    few = dict(tensors, weight=tensors["weight"][:20], bias=tensors["bias"][:20], residual=tensors["residual"][:, :20])
-    assert torch.equal(run(launch_once, few, resize), together[:, :20])
+        assert torch.equal(run(launch, alone, resize), together[i : i + 1])
+    few = dict(tensors, weight=tensors["weight"][:36], bias=tensors["bias"][:36], residual=tensors["residual"][:, :36])
+    assert torch.equal(run(launch, few, resize), together[:, :36])
 
 
 @pytest.mark.parametrize("resize", RESIZES)

@@ -178,8 +178,22 @@ def test_what_runs_natively_on_cuda():
         assert not flexvar_ext.conv3x3_is_native(x.double(), resize=resize)
 
 
+@pytest.mark.cuda
+def test_what_runs_natively_on_hopper():
+    """Where there are products of warpgroups, wide maps that keep their resolution do."""
+    is_hopper = torch.cuda.get_device_capability() == (9, 0) and "90a" in _host.build_info()["cuda_architectures"]
+    x = randn(1, 64, 3, 4, device="cuda").half()
+    assert flexvar_ext.conv3x3_is_native(x) == is_hopper
+    assert flexvar_ext.conv3x3_is_native(x, out_channels=64) == is_hopper
+    assert not flexvar_ext.conv3x3_is_native(x, out_channels=3)
+    assert not flexvar_ext.conv3x3_is_native(x, resize="down")
+    assert not flexvar_ext.conv3x3_is_native(x[:, 1:])
+    assert not flexvar_ext.conv3x3_is_native(x.float())
+
+
 # Tiles of every kind: few output channels, many of a small and of a large map.
 CUDA_SHAPES = [*SHAPES, (1, 512, 512, 16, 16), (2, 128, 128, 128, 128), (1, 128, 3, 256, 256)]
+CUDA_SHAPES += [(9, 200, 136, 33, 50), (3, 72, 264, 61, 67), (1, 64, 64, 9, 130)]
 
 
 @pytest.mark.cuda
