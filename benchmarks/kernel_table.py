@@ -102,7 +102,6 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
     except ImportError as error:
         raise SystemExit(f"kernel_table needs the module that `make emulated` builds: {error}") from None
     of_attention = _emulated.scale_attention_shared_bytes()
-    of_sampling = _emulated.guided_sample_shared_bytes(8912, 900)
 
     def shared(name: str) -> int:
         static = ("attention_delta", "attention_grad_q_scale", "attention_combine")
@@ -112,8 +111,6 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
                 raise ValueError(f"kernel_table: {name} has no element type and head dim")
             forward, backward = of_attention[match[1], int(match[2])]
             return int(forward if name.startswith("attention_forward") else backward)
-        if name.startswith("guided_sample") and "true" in name:
-            return int(of_sampling[4 if "<float" in name else 2])
         return 0
 
     return shared
@@ -186,7 +183,7 @@ def markdown(table: dict[tuple[str, str], dict[str, Kernel]], dynamic_shared: Ca
         "",
         "Registers of a thread · resident warps as a share of the most that a multiprocessor holds. No kernel spills "
         "a register on any of these architectures: this table is not written, and CI fails, where one does. Shared "
-        "memory, in KiB, is the compiler's and the launcher's (guided_sample: for 900 of 8,912) together. "
+        "memory, in KiB, is the compiler's and the launcher's together. "
         "Where a block does not fit (–) the launcher takes the variant that works in global memory.",
         "",
         row("kernel", "threads", "shared", *(f"sm_{arch}" for arch in MULTIPROCESSORS)),

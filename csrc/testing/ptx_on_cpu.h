@@ -64,6 +64,9 @@ inline void barrier_sync(int id, int threads, Location where = Location::current
 inline void barrier_arrive(int id, int threads, Location where = Location::current()) {
   emulation::block_barrier_arrive(id, threads, where);
 }
+inline uint32_t warp_sum(uint32_t x, Location where = Location::current()) {
+  return __reduce_add_sync(0xffffffffu, x, where);
+}
 inline void griddepcontrol_wait() { emulation::wait_for_earlier_launches(); }
 inline void griddepcontrol_launch_dependents() {}
 inline float exp2_approx(float x) { return std::exp2(x); }
