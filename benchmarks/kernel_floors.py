@@ -129,16 +129,16 @@ def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int
 def guided_sample(dtype: str, size: int) -> Work:
     """Top-k 900 and top-p 0.95 of 16,384 rows; instructions of a warp counted in the code for sm_90a.
 
-    Of a row: 10 for every 32 logits, which are staged, compared for the largest and with the pivot; for every 32 of
-    about 1,220 candidates 31 to copy them out, 21 to weigh them, 21 for top-k, 43 for top-p and 12 to draw; and about
-    5,300 whatever their number: three histograms' scans, the members of bins, barriers, indices.
+    Of a row: 9 for every 32 logits, which are loaded, compared for the largest and twice with the pivot; for every 32 of
+    about 1,220 candidates 38 to weigh them and count them into the histogram and 14 to draw; and about 3,600 whatever
+    their number: addresses, the pivot, scans, the members of two bins, barriers.
     """
     rows, vocabulary, candidates = 16384, 8912, 1220
     return Work(
         "guided_sample",
         f"{rows:,} × {vocabulary:,}, {dtype}, top-k 900, top-p 0.95",
         bytes=rows * vocabulary * size,
-        instructions=rows * (10 * vocabulary + (31 + 21 + 21 + 43 + 12) * candidates + 32 * 5300),
+        instructions=rows * (9 * vocabulary + (38 + 14) * candidates + 32 * 3600),
     )
 
 

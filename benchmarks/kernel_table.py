@@ -102,7 +102,6 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
     except ImportError as error:
         raise SystemExit(f"kernel_table needs the module that `make emulated` builds: {error}") from None
     of_attention = _emulated.scale_attention_shared_bytes()
-    of_sampling = _emulated.guided_sample_shared_bytes(8912, 900)
     of_convolution = _emulated.conv3x3_shared_bytes()
 
     def shared(name: str) -> int:
@@ -116,8 +115,6 @@ def dynamic_shared_bytes() -> Callable[[str], int]:
         tile = re.search(r"ConvWarpgroupTile<(\d+), (\d+)", name)
         if tile is not None:
             return int(of_convolution[int(tile[1]), int(tile[2])])
-        if name.startswith("guided_sample") and "true" in name:
-            return int(of_sampling[4 if "<float" in name else 2])
         return 0
 
     return shared
@@ -190,7 +187,7 @@ def markdown(table: dict[tuple[str, str], dict[str, Kernel]], dynamic_shared: Ca
         "",
         "Registers of a thread · resident warps as a share of the most that a multiprocessor holds. No kernel spills "
         "a register on any of these architectures: this table is not written, and CI fails, where one does. Shared "
-        "memory, in KiB, is the compiler's and the launcher's (guided_sample: for 900 of 8,912) together. "
+        "memory, in KiB, is the compiler's and the launcher's together. "
         "Where a block does not fit, or code is for another architecture (–), the launcher takes another variant.",
         "",
         row("kernel", "threads", "shared", *(f"sm_{arch}" for arch in MULTIPROCESSORS)),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexvar_ext import _host, reference
 from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, check_tensor, has_tangent
+from flexvar_ext._device import has_warpgroup_products
 from flexvar_ext._registration import register_autocast
 
 RESIZES = ("none", "down", "up")
@@ -74,12 +75,7 @@ def _has_fast_kernel(x: Tensor, out_channels: int | None) -> bool:
     is the faster one."""
     channels = x.shape[1] if x.ndim == 4 else 0
     is_wide = channels % 8 == 0 and channels >= 64 and (out_channels is None or out_channels >= 64)
-    return is_wide and _has_warpgroups(x.get_device())
-
-
-@torch.compiler.assume_constant_result
-def _has_warpgroups(device: int) -> bool:
-    return "90a" in _host.build_info()["cuda_architectures"] and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_wide and has_warpgroup_products(x.device)
 
 
 @torch.compiler.assume_constant_result

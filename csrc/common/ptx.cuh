@@ -425,6 +425,18 @@ __device__ __forceinline__ float4 cluster_load(const float4* shared, int block) 
 #endif
 }
 
+// --- Warps -------------------------------------------------------------------------------------
+
+// The sum of all 32 lanes' x, in every lane.
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(0xffffffffu, x);
+#else
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+#endif
+}
+
 // --- Kernels that overlap (launch_overlapping) -------------------------------------------------
 
 // Waits until the kernel before has ended and what it wrote is visible: every thread calls this

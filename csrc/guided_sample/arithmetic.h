@@ -75,16 +75,20 @@ FLEXVAR_HOST_DEVICE int64_t mass_limit(int64_t total, double top_p) {
   return limit > 0 ? limit : 1;
 }
 
-// A number in [0, total) from one Philox call. Counter: position in the step, step, image id (low
-// word, high word); key: seed.
-FLEXVAR_HOST_DEVICE int64_t draw_below(int64_t total, int64_t seed, int64_t image_id, int64_t step,
-                                       int64_t position) {
+// 64 random bits from one Philox call. Counter: position in the step, step, image id (low word,
+// high word); key: seed.
+FLEXVAR_HOST_DEVICE uint64_t random_number(int64_t seed, int64_t image_id, int64_t step,
+                                           int64_t position) {
   const PhiloxWords random =
       philox4x32({{static_cast<uint32_t>(position), static_cast<uint32_t>(step),
                    static_cast<uint32_t>(image_id),
                    static_cast<uint32_t>(static_cast<uint64_t>(image_id) >> 32)}},
                  static_cast<uint64_t>(seed));
-  const uint64_t number = uint64_t{random.word[1]} << 32 | random.word[0];
+  return uint64_t{random.word[1]} << 32 | random.word[0];
+}
+
+// A random number's place in [0, total).
+FLEXVAR_HOST_DEVICE int64_t scaled_draw(uint64_t number, int64_t total) {
   return static_cast<int64_t>(
       static_cast<unsigned __int128>(number) * static_cast<uint64_t>(total) >> 64);
 }

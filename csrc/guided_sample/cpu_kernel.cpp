@@ -201,8 +201,8 @@ int64_t sample_row(const GuidedSampleParams& params, int64_t row, int32_t* scrat
     total = weigh(keys, n, maximum, weights);
   }
   const int64_t image = row / params.length, position = row % params.length;
-  const int64_t draw =
-      draw_below(total, params.seeds[image], params.image_ids[image], params.step, position);
+  const int64_t draw = scaled_draw(
+      random_number(params.seeds[image], params.image_ids[image], params.step, position), total);
   return tokens[find_drawn(weights, n, draw)];
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/cuda_launch.h"
+#include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "guided_sample/kernel.cuh"
 #include "guided_sample/launch.h"
@@ -11,21 +12,20 @@ namespace flexvar {
 namespace {
 
 constexpr const char* kOp = "guided_sample";
+constexpr int64_t kSampleGridWidth = int64_t{1} << 30;
 
 template <class T>
 void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
-  const int64_t bytes = guided_sample_shared_bytes<T>(params.vocabulary, params.pivot_rank);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
-  const int64_t shared_limit =
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp) - kSampleStaticBytes;
-  if (bytes <= shared_limit) {
-    const auto kernel = guided_sample_kernel<T, true>;
-    // All there is, not `bytes`: another thread may be about to launch with more.
-    allow_shared_memory(kernel, shared_limit, kOp);
-    launch_kernel(kOp, stream, kernel, blocks, kSampleThreads, bytes, params);
+  const auto width = std::min(params.rows, kSampleGridWidth);
+  const dim3 blocks(static_cast<unsigned>(width),
+                    static_cast<unsigned>(divide_up(params.rows, width)));
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp);
+  // Few threads where rows fill the device: they wait less for each other.
+  if (params.rows > 2 * multiprocessors && params.vocabulary <= 256 * 4 * kSamplePieces) {
+    launch_kernel(kOp, stream, guided_sample_kernel<T, 256>, blocks, 256, 0, params);
   } else {
-    launch_kernel(kOp, stream, guided_sample_kernel<T, false>, blocks, kSampleThreads, 0, params);
+    launch_kernel(kOp, stream, guided_sample_kernel<T, 512>, blocks, 512, 0, params);
   }
 }
 
@@ -41,11 +41,12 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
   const Tensor seed = torch::stable::contiguous(seeds), id = torch::stable::contiguous(image_ids);
   const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
   const auto run = [&]<class T>(T) {
-    launch<T>(x,
-              {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
-               tokens.mutable_data_ptr<int64_t>(), rows, length, step, top_p,
-               static_cast<int32_t>(vocabulary), kept, guided_sample_pivot_rank(vocabulary, kept)},
-              scope.stream());
+    launch<T>(
+        x,
+        {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
+         tokens.mutable_data_ptr<int64_t>(), rows, length, step, top_p,
+         static_cast<int32_t>(vocabulary), kept, guided_sample_pivot_rank(vocabulary, kept, top_p)},
+        scope.stream());
   };
   if (x.scalar_type() == ScalarType::Half) {
     run(__half{});

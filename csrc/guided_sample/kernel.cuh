@@ -1,11 +1,12 @@
-// guided_sample on CUDA: one block samples one row, which it reads from memory once (from then on
-// out of shared memory, where it fits).
+// guided_sample on CUDA: one block samples one row, which it reads from memory once, into
+// registers. A sample of the row tells a pivot that a few more than top_k logits reach, and what
+// reaches it, the candidates, is copied out in order. A histogram of the candidates holds counts
+// and masses at once: one warp finds in it where top-k's limit is reached, then top-p's, ranking
+// the tokens of a single bin each time. Every sum is an integer, so the order of threads and of
+// atomics does not matter.
 //
-// Top-k passes over the row once: the histogram of a sample tells a pivot that a few more than k
-// logits reach, and what reaches it is copied out. A cut, top-k's or top-p's, is the token at which
-// a limit of mass is reached in descending order: in a bin of a histogram of the logits, which one
-// warp ranks, or another histogram, of order keys, divides while it holds too many. Every sum is an
-// integer, so the order of threads and of atomics does not matter.
+// Rows that this does not suit (longer than the registers hold, nothing to cut, too many candidates
+// or a crowded bin) are read from memory again and again: their thresholds are found by bisection.
 #pragma once
 
 #include <cmath>
@@ -15,13 +16,14 @@
 
 namespace flexvar {
 
-// Few threads: what each does besides its share of the row is half the work.
-constexpr int kSampleThreads = 128, kSampleWarps = kSampleThreads / 32;
-constexpr int kSampleBins = 512, kLog2SampleBins = 9, kBinsPerLane = kSampleBins / 32;
+constexpr int kSampleMostWarps = 16;
+constexpr int kSamplePieces = 9;   // of four logits: what a thread can hold of a row
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
-constexpr int kMaxCandidates = 2048;
-// Bins for each unit of logits: tokens further than 21.5 below the largest logit weigh nothing.
-constexpr float kRowBins = kSampleBins / 21.5f;
+constexpr int kPivotSlack = 5;     // how many more of these may reach it
+constexpr int kMaxCandidates = 1792;
+constexpr int kSampleBins = 512, kBinsPerLane = kSampleBins / 32;
+// Tokens that are further below the largest logit weigh nothing.
+constexpr float kSampleReach = 22;
 
 template <class T>
 struct GuidedSampleCudaParams {
@@ -38,458 +40,670 @@ struct GuidedSampleCudaParams {
   int32_t pivot_rank;  // see guided_sample_pivot_rank
 };
 
-// Their weights take the place of the row.
-FLEXVAR_HOST_DEVICE int64_t guided_sample_most_candidates(int64_t vocabulary) {
-  return vocabulary / 2 < kMaxCandidates ? vocabulary / 2 : kMaxCandidates;
-}
-
-// The pivot's place in the sample of a row, from the largest (down to the end of its bin): such
-// that at least top_k logits reach it, but for one row in a hundred. 0: candidates of the whole row
-// would be too many, or no fewer.
-inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k) {
-  if (top_k == 0 || vocabulary < 2 * kPivotSample) return 0;
-  const double share = static_cast<double>(top_k) / static_cast<double>(vocabulary);
+// The pivot's place in the sample of a row, from the largest: such that at least top_k logits reach
+// it, but for one row in a hundred. 0: no pivot, because all logits matter or candidates would be
+// too many.
+inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p) {
+  const bool nucleus = top_p > 0 && top_p < 1;
+  if ((top_k == 0 && !nucleus) || vocabulary < 2 * kPivotSample) return 0;
+  const auto size = static_cast<double>(vocabulary);
+  if (top_k == 0) {  // as many candidates as there is room for, mostly
+    return static_cast<int32_t>(kPivotSample * fmin(0.7 * kMaxCandidates / size, 0.9));
+  }
+  const double share = static_cast<double>(top_k) / size;
   const double deviation = std::sqrt(kPivotSample * share * (1 - share));
   const double rank = kPivotSample * share + 2.5 * deviation + 2;
-  const double most = (rank + 3 * deviation) / kPivotSample * static_cast<double>(vocabulary);
-  const auto limit = static_cast<double>(guided_sample_most_candidates(vocabulary));
-  return most <= limit ? static_cast<int32_t>(rank) : 0;
+  const double most = (rank + kPivotSlack + 2.5 * deviation) / kPivotSample * size;
+  return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
 }
 
-// Dynamic shared memory: the row, at the place within 16 bytes that it has in memory and filled up
-// to whole words of bits, and, with a pivot, the candidates and a bit for each logit.
 template <class T>
-FLEXVAR_HOST_DEVICE int64_t guided_sample_shared_bytes(int64_t vocabulary, int32_t pivot_rank) {
-  const int64_t words = (vocabulary + 31) / 32;
-  const int64_t row = 16 + words * 32 * static_cast<int64_t>(sizeof(T));
-  return pivot_rank == 0 ? row : row + kMaxCandidates * 4 + words * 4;
+__device__ inline uint64_t row_number(const GuidedSampleCudaParams<T>& params, int64_t row) {
+  const int64_t image = row / params.length;
+  return random_number(params.seeds[image], params.image_ids[image], params.step,
+                       row - image * params.length);
 }
 
-// Kept are logits above `logit`, and those at it in front of `end`.
-struct Cut {
-  float logit;
-  int32_t end;
-  __device__ bool keeps(float other, int32_t index) const {
-    return other > logit || (other == logit && index < end);
-  }
+// Number and mass of up to kMaxCandidates tokens, in two words that add up without carries.
+struct Tally {
+  uint32_t count_and_low;  // number << 21 | sum of the weights' low 10 bits
+  uint32_t high;           // sum of the weights' other bits
+  __device__ uint32_t count() const { return count_and_low >> 21; }
+  __device__ int64_t mass() const { return (int64_t{high} << 10) + (count_and_low & 0x1fffff); }
+};
+static_assert(kMaxCandidates < 1 << 11 && kMaxCandidates * 1023 < 1 << 21);
+
+__device__ inline Tally tally_of(uint32_t weight) {
+  return {1u << 21 | (weight & 1023), weight >> 10};
+}
+__device__ inline Tally operator+(Tally a, Tally b) {
+  return {a.count_and_low + b.count_and_low, a.high + b.high};
+}
+__device__ inline Tally operator-(Tally a, Tally b) {
+  return {a.count_and_low - b.count_and_low, a.high - b.high};
+}
+
+// A part of a whole row's logits: see measure.
+struct Measure {
+  int64_t sum;
+  float least, greatest;
 };
 
 struct SampleStorage {
-  // A 32nd of the bins is one lane's to add up: a gap behind it keeps lanes in different banks.
-  unsigned long long histogram[kSampleBins + 32];
-  int64_t sums[kSampleWarps];
-  int64_t before, limit, target;
-  float largest[kSampleWarps];
-  float member_logits[32];
-  int32_t member_indices[32];
-  int32_t members, low, high, bin, warp, found;
-  Cut cut;
+  // A lane's bins are apart from the next one's: four words behind them keep both in other banks.
+  alignas(16) uint32_t bins_count_and_low[32][kBinsPerLane + 4];
+  alignas(16) uint32_t bins_high[32][kBinsPerLane + 4];
+  int32_t heads[kSampleBins];        // of lists of the candidates in a bin; -1: none
+  int16_t next[kMaxCandidates];      // the next in the same list
+  float candidates[kMaxCandidates];  // in order of indices
+  uint32_t weights[kMaxCandidates];
+  int32_t before[kSampleMostWarps * kSamplePieces];  // candidates in front of 128 logits
+  int32_t counts[kSampleMostWarps];
+  float largest[kSampleMostWarps];
+  Tally tallies[kSampleMostWarps];
+  Measure measures[kSampleMostWarps];
+  int64_t sums[kSampleMostWarps];
+  uint64_t number;  // random
+  int64_t target;
+  float pivot, cut_logit;
+  int32_t cut_end, ties, warp;
 };
-// What that takes of a block's shared memory: the dynamic part begins at a multiple of 128 bytes
-// (dynamic_shared).
-constexpr int64_t kSampleStaticBytes = (int64_t{sizeof(SampleStorage)} + 127) / 128 * 128;
 
-__device__ inline int bin_slot(int bin) { return bin + bin / kBinsPerLane; }
+template <class Number>
+__device__ inline Number warp_inclusive_sum(Number sum) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const Number other = __shfl_up_sync(0xffffffffu, sum, lanes);
+    if (static_cast<int>(threadIdx.x) % 32 >= lanes) sum += other;
+  }
+  return sum;
+}
+__device__ inline Tally warp_inclusive_sum(Tally sum) {
+  return {warp_inclusive_sum(sum.count_and_low), warp_inclusive_sum(sum.high)};
+}
+__device__ inline Tally warp_sum(Tally sum) {
+  return {ptx::warp_sum(sum.count_and_low), ptx::warp_sum(sum.high)};
+}
+__device__ inline Tally from_lane(Tally tally, int lane) {
+  return {__shfl_sync(0xffffffffu, tally.count_and_low, lane),
+          __shfl_sync(0xffffffffu, tally.high, lane)};
+}
+__device__ inline int64_t warp_sum(int64_t sum) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  return sum;
+}
+__device__ inline float warp_largest(float largest) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+  }
+  return largest;
+}
+// The first lane for which `condition` holds, or -1.
+__device__ inline int first_lane(bool condition) {
+  return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, condition))) - 1;
+}
 
-// A row's logits in fp32, NaN as -inf. With +inf among them, see key_beside_infinity.
+// --- Rows that registers hold ------------------------------------------------------------------
+
+template <class T>
+struct alignas(4 * sizeof(T)) LogitPiece {
+  T values[4];
+};
+// Its bits: 16-bit elements, two in a register until they are needed.
+template <class T>
+struct alignas(4 * sizeof(T)) PieceBits {
+  uint32_t words[sizeof(T)];
+};
+
+template <class T>
+__device__ inline bool in_whole_pieces(const T* logits) {
+  return reinterpret_cast<uintptr_t>(logits) % sizeof(LogitPiece<T>) == 0;
+}
+
+// Four logits of a row of n from `begin` on, -inf where there are none.
+template <class T>
+__device__ inline LogitPiece<T> load_piece(const T* logits, int32_t n, int32_t begin) {
+  if (in_whole_pieces(logits) && begin + 4 <= n) {
+    return *reinterpret_cast<const LogitPiece<T>*>(logits + begin);
+  }
+  LogitPiece<T> piece;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    piece.values[e] = begin + e < n ? logits[begin + e] : from_float<T>(-INFINITY);
+  }
+  return piece;
+}
+
+// The pivot, by one warp: about `rank` of the row's sample reach it. NaN reaches nothing.
+__device__ inline float find_pivot(const float (&sample)[kPivotSample / 32], int32_t rank) {
+  float high = -INFINITY, low = INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPivotSample / 32; ++i) {
+    high = fmaxf(high, sample[i]);
+    low = fminf(low, sample[i]);
+  }
+  high = warp_largest(high);
+  low = fmaxf(-warp_largest(-low), high - 2 * kSampleReach);
+#pragma unroll 1
+  for (int step = 0; step < 20; ++step) {
+    const float middle = 0.5f * (low + high);
+    uint32_t own = 0;
+#pragma unroll
+    for (int i = 0; i < kPivotSample / 32; ++i) own += sample[i] >= middle;
+    const auto count = static_cast<int32_t>(ptx::warp_sum(own));
+    if (count < rank) {
+      high = middle;
+    } else {
+      low = middle;
+      if (count <= rank + kPivotSlack) break;
+    }
+  }
+  return low;
+}
+
+// The bins' candidates: before this lane's bins, and in them.
+struct LaneBins {
+  Tally before, own;
+};
+
+__device__ inline LaneBins add_up_bins(const SampleStorage& shared) {
+  const int lane = threadIdx.x % 32;
+  Tally own{0, 0};
+#pragma unroll
+  for (int b = 0; b < kBinsPerLane; ++b) {
+    own = own + Tally{shared.bins_count_and_low[lane][b], shared.bins_high[lane][b]};
+  }
+  return {warp_inclusive_sum(own) - own, own};
+}
+
+// The last candidate kept: its logit and place among the candidates (-1: not found), and the tally
+// of all that are kept.
+struct CandidateCut {
+  float logit;
+  int32_t place;
+  Tally kept;
+};
+
+// Of the candidates in descending order, the first with which value_of(the tally up to it) reaches
+// `limit`; by one warp. Not found where the bin holds more than 32.
+template <class ValueOf>
+__device__ inline CandidateCut cut_candidates(const LaneBins& bins, float maximum, int64_t limit,
+                                              ValueOf value_of, const SampleStorage& shared) {
+  const int lane = threadIdx.x % 32;
+  const int row = first_lane(value_of(bins.before + bins.own) >= limit);
+  const bool used = row >= 0 && lane < kBinsPerLane;
+  const Tally own =
+      used ? Tally{shared.bins_count_and_low[row][lane], shared.bins_high[row][lane]} : Tally{0, 0};
+  const Tally until = from_lane(bins.before, max(row, 0)) + warp_inclusive_sum(own);
+  const int column = first_lane(used && value_of(until) >= limit);
+  const auto members = static_cast<int>(from_lane(own, max(column, 0)).count());
+  const Tally before = from_lane(until - own, max(column, 0));
+  if (column < 0 || members > 32) return {0, -1, before};
+
+  int32_t place = shared.heads[row * kBinsPerLane + column], mine = 0;
+  for (int member = 0; member < members; ++member) {
+    if (member == lane) mine = place;
+    place = shared.next[place];
+  }
+  const float logit = lane < members ? shared.candidates[mine] : maximum;
+  const uint32_t weight = token_weight(logit, maximum);
+  Tally front = before;
+#pragma unroll 1
+  for (int member = 0; member < members; ++member) {
+    const float other_logit = __shfl_sync(0xffffffffu, logit, member);
+    const int32_t other_place = __shfl_sync(0xffffffffu, mine, member);
+    const uint32_t other_weight = __shfl_sync(0xffffffffu, weight, member);
+    if (other_logit > logit || (other_logit == logit && other_place < mine)) {
+      front = front + tally_of(other_weight);
+    }
+  }
+  const Tally kept = front + tally_of(weight);
+  const int last = first_lane(lane < members && value_of(front) < limit && value_of(kept) >= limit);
+  return {__shfl_sync(0xffffffffu, logit, last), __shfl_sync(0xffffffffu, mine, last),
+          from_lane(kept, last)};
+}
+
+// The cut of the candidates and the draw's target, left in `shared`, by one warp. `all`: the mass
+// of the whole row, if there is no top-k.
+__device__ inline void close_candidates(int32_t top_k, double top_p, int64_t all, float maximum,
+                                        SampleStorage& shared) {
+  const LaneBins bins = add_up_bins(shared);
+  CandidateCut cut{0, 0, {0, 0}};
+  if (top_k > 0) {
+    cut = cut_candidates(
+        bins, maximum, top_k, [](Tally tally) { return int64_t{tally.count()}; }, shared);
+    all = cut.kept.mass();
+  }
+  if (cut.place >= 0 && top_p > 0 && top_p < 1) {
+    cut = cut_candidates(
+        bins, maximum, min(mass_limit(all, top_p), all), [](Tally tally) { return tally.mass(); },
+        shared);
+  }
+  if (threadIdx.x % 32 == 0) {
+    shared.cut_logit = cut.logit;
+    shared.cut_end = cut.place;
+    shared.target = scaled_draw(shared.number, cut.kept.mass());
+  }
+}
+
+// The bin of a candidate: more of them where logits are denser, close to the pivot. `scale` takes
+// the distance from the largest logit to the pivot to the fourth root of the number of bins.
+__device__ inline unsigned candidate_bin(float logit, float maximum, float scale) {
+  const float distance = (maximum - logit) * scale;
+  const float square = distance * distance;
+  return min(kSampleBins - 1u, __float2uint_rz(square * square));
+}
+
+__device__ inline int32_t byte_of(uint32_t x, int which) {
+  return static_cast<int32_t>(__byte_perm(x, 0, 0x4440 + which));
+}
+
+// Adds up the four bytes of x, of at most 128 each.
+__device__ inline uint32_t sum_of_bytes(uint32_t x) {
+  const uint32_t pairs = (x & 0x00ff00ffu) + (x >> 8 & 0x00ff00ffu);
+  return (pairs & 0xffff) + (pairs >> 16);
+}
+
+// Draws the row's token, if it can from candidates, and writes it. Leaves the largest logit.
+template <int kThreads, class T>
+__device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& params, int64_t row,
+                                            float& maximum, SampleStorage& shared) {
+  constexpr int kWarps = kThreads / 32, kWords = (kSamplePieces + 3) / 4;
+  const int32_t n = params.vocabulary;
+  const T* const logits = params.logits + row * n;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // A warp's pieces lie one behind the other: 128 logits are `pieces` times in each warp.
+  const int32_t pieces = (n + 4 * kThreads - 1) / (4 * kThreads);
+  const int32_t begin = warp * pieces * 128 + lane * 4;
+  // What one warp does alone falls to different ones in the blocks of a multiprocessor, because a
+  // warp's place in its block decides which scheduler it has.
+  const int alone = static_cast<int>(static_cast<uint32_t>(row) * 0x9e3779b9u >> 30);
+
+  PieceBits<T> loaded[kSamplePieces];
+  if (in_whole_pieces(logits) && begin + (pieces - 1) * 128 + 4 <= n) {
+#pragma unroll
+    for (int j = 0; j < kSamplePieces; ++j) {
+      if (j < pieces) {
+        loaded[j] = *reinterpret_cast<const PieceBits<T>*>(logits + begin + j * 128);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSamplePieces; ++j) {
+      if (j < pieces) {
+        const LogitPiece<T> piece = load_piece(logits, n, begin + j * 128);
+        loaded[j] = __builtin_bit_cast(PieceBits<T>, piece);
+      }
+    }
+  }
+  for (int b = threadIdx.x; b < kSampleBins; b += kThreads) {
+    shared.bins_count_and_low[b / kBinsPerLane][b % kBinsPerLane] = 0;
+    shared.bins_high[b / kBinsPerLane][b % kBinsPerLane] = 0;
+    shared.heads[b] = -1;
+  }
+  if (warp == alone) {
+    float sample[kPivotSample / 32];
+#pragma unroll
+    for (int i = 0; i < kPivotSample / 128; ++i) {
+      const int32_t piece_begin = (i * 32 + lane) * (n / (kPivotSample / 4)) & ~3;
+      const LogitPiece<T> piece = load_piece(logits, n, piece_begin);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sample[i * 4 + e] = to_float(piece.values[e]);
+    }
+    const float pivot = find_pivot(sample, params.pivot_rank);
+    if (lane == 0) {
+      shared.pivot = pivot;
+      shared.number = row_number(params, row);
+    }
+  }
+  float x[kSamplePieces][4];
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kSamplePieces; ++j) {
+    if (j < pieces) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        x[j][e] = to_float(__builtin_bit_cast(LogitPiece<T>, loaded[j]).values[e]);
+        largest = fmaxf(largest, x[j][e]);
+      }
+    }
+  }
+  largest = warp_largest(largest);
+  if (lane == 0) shared.largest[warp] = largest;
+  __syncthreads();
+  maximum = -INFINITY;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, shared.largest[w]);
+  const float pivot = shared.pivot, range = maximum - pivot;
+  // Infinities; nothing to draw from; all the same.
+  if (!(range > 1e-30f && range < 1e4f)) return false;
+
+  // Bytes count the candidates in the pieces of a thread, then in those of the lanes up to it.
+  uint32_t own[kWords]{}, until[kWords], all_lanes[kWords];
+  int64_t mass = 0;
+#pragma unroll
+  for (int j = 0; j < kSamplePieces; ++j) {
+    if (j < pieces) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (x[j][e] >= pivot) own[j / 4] += 1u << (j % 4 * 8);
+      }
+    }
+  }
+  if (params.top_k == 0) {
+#pragma unroll
+    for (int j = 0; j < kSamplePieces; ++j) {
+      if (j < pieces) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) mass += token_weight(fmaxf(x[j][e], -INFINITY), maximum);
+      }
+    }
+    mass = warp_sum(mass);
+    if (lane == 0) shared.sums[warp] = mass;
+  }
+  uint32_t count = 0;
+#pragma unroll
+  for (int word = 0; word < kWords; ++word) {
+    until[word] = warp_inclusive_sum(own[word]);
+    all_lanes[word] = __shfl_sync(0xffffffffu, until[word], 31);
+    count += sum_of_bytes(all_lanes[word]);
+  }
+  if (lane == 0) shared.counts[warp] = static_cast<int32_t>(count);
+  __syncthreads();
+  const auto warps_count = static_cast<uint32_t>(lane < kWarps ? shared.counts[lane] : 0);
+  const auto candidates = static_cast<int32_t>(ptx::warp_sum(warps_count));
+  auto before = static_cast<int32_t>(ptx::warp_sum(lane < warp ? warps_count : 0));
+  if (candidates < max(params.top_k, 1) || candidates > kMaxCandidates) return false;
+#pragma unroll
+  for (int j = 0; j < kSamplePieces; ++j) {
+    if (j < pieces) {
+      if (lane == 0) shared.before[warp * pieces + j] = before;
+      float* place = shared.candidates + before + byte_of(until[j / 4] - own[j / 4], j % 4);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool reaches = x[j][e] >= pivot;
+        if (reaches) *place = x[j][e];
+        place += reaches;
+      }
+      before += byte_of(all_lanes[j / 4], j % 4);
+    }
+  }
+  __syncthreads();
+
+  const int32_t rounds = (candidates + kThreads - 1) / kThreads;
+  const int32_t first = warp * rounds * 32 + lane;
+  const int32_t end = min(candidates, first + rounds * 32);
+  const float scale = __fdividef(4.756828f, range);
+#pragma unroll 2
+  for (int32_t place = first; place < end; place += 32) {
+    const float logit = shared.candidates[place];
+    const uint32_t weight = token_weight(logit, maximum);
+    const unsigned bin = candidate_bin(logit, maximum, scale);
+    const Tally tally = tally_of(weight);
+    atomicAdd(&shared.bins_count_and_low[bin / kBinsPerLane][bin % kBinsPerLane],
+              tally.count_and_low);
+    atomicAdd(&shared.bins_high[bin / kBinsPerLane][bin % kBinsPerLane], tally.high);
+    shared.next[place] = static_cast<int16_t>(atomicExch(&shared.heads[bin], place));
+    shared.weights[place] = weight;
+  }
+  __syncthreads();
+  if (warp == alone) {
+    mass = 0;
+    if (params.top_k == 0) {
+      for (int w = 0; w < kWarps; ++w) mass += shared.sums[w];
+    }
+    close_candidates(params.top_k, params.top_p, mass, maximum, shared);
+  }
+  __syncthreads();
+  const int32_t cut_end = shared.cut_end;
+  if (cut_end < 0) return false;
+  const float cut = shared.cut_logit;
+  const auto tally_at = [&](int32_t place) {
+    if (place >= end) return Tally{0, 0};
+    const float logit = shared.candidates[place];
+    const bool is_kept = logit > cut || (logit == cut && place <= cut_end);
+    const uint32_t weight = is_kept ? shared.weights[place] : 0;
+    return Tally{weight & 1023, weight >> 10};
+  };
+  Tally kept{0, 0};
+#pragma unroll 2
+  for (int32_t place = first; place < end; place += 32) kept = kept + tally_at(place);
+  kept = warp_sum(kept);
+  if (lane == 0) shared.tallies[warp] = kept;
+  __syncthreads();
+  const Tally others = lane < warp ? shared.tallies[lane] : Tally{0, 0};
+  int64_t left = shared.target - warp_sum(others).mass();
+  if (left < 0 || left >= kept.mass()) return true;  // another warp's
+
+  int32_t place = first;
+  int found;
+#pragma unroll 1
+  while (true) {
+    const Tally sum = warp_inclusive_sum(tally_at(place));
+    found = first_lane(sum.mass() > left);
+    if (found >= 0) break;
+    left -= from_lane(sum, 31).mass();
+    place += 32;
+  }
+  place += found - lane;
+  int32_t hundreds = 0;  // runs of 128 logits up to that candidate
+  for (int32_t i = lane; i - lane < kWarps * pieces; i += 32) {
+    const bool up_to = i < kWarps * pieces && shared.before[i] <= place;
+    hundreds += __popc(__ballot_sync(0xffffffffu, up_to));
+  }
+  const int32_t run = hundreds - 1;
+  const LogitPiece<T> piece = load_piece(logits, n, run * 128 + lane * 4);
+  int32_t reached = 0;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) reached += to_float(piece.values[e]) >= pivot;
+  int32_t skip = place - shared.before[run] - (warp_inclusive_sum(reached) - reached);
+  if (skip >= 0 && skip < reached) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (to_float(piece.values[e]) >= pivot && skip-- == 0) {
+        params.tokens[row] = run * 128 + lane * 4 + e;
+      }
+    }
+  }
+  return true;
+}
+
+// --- Rows in memory ----------------------------------------------------------------------------
+
+// A row's logits in fp32, NaN as -inf. With +inf among them, see key_beside_infinity. A warp has a
+// part of the row, in order.
 template <class T>
 struct RowLogits {
   const T* logits;
+  int32_t n, begin, end;  // of the row; of this warp's part
   bool infinite;
   __device__ float operator[](int32_t i) const {
     const float logit = fmaxf(to_float(logits[i]), -INFINITY);
     return !infinite ? logit : logit == INFINITY ? 0.0f : -INFINITY;
   }
+  template <class Use>
+  __device__ void for_each(Use use) const {
+#pragma unroll 4
+    for (int32_t i = begin + static_cast<int32_t>(threadIdx.x) % 32; i < end; i += 32) {
+      use((*this)[i]);
+    }
+  }
 };
 
-template <class T>
-struct SampledLogits {
-  RowLogits<T> row;
-  int32_t n;  // of the row
-  __device__ float operator[](int32_t i) const {
-    return row[static_cast<int32_t>(int64_t{i} * n / kPivotSample)];
-  }
-};
-
-template <class Sum>
-__device__ inline Sum warp_inclusive_sum(Sum sum) {
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const Sum other = __shfl_up_sync(0xffffffffu, sum, lanes);
-    if (static_cast<int>(threadIdx.x) % 32 >= lanes) sum += other;
-  }
-  return sum;
-}
-
-// The part of [0, n) that belongs to this thread when they share it in order. An odd number of
-// elements each, so that lanes that walk side by side are in different banks.
-struct Chunk {
-  int32_t begin, end;
-};
-__device__ inline Chunk thread_chunk(int32_t n) {
-  const int64_t each = (n + kSampleThreads - 1) / kSampleThreads | 1;
-  const auto begin = static_cast<int32_t>(min(int64_t{n}, each * threadIdx.x));
-  return {begin, static_cast<int32_t>(min(int64_t{n}, begin + each))};
-}
-
-// The first i in [0, n) at which the sum of value_of(0) to value_of(i) exceeds target_of(the sum
-// of all).
-template <class ValueOf, class TargetOf>
-__device__ inline int32_t find_in_order(int32_t n, ValueOf value_of, TargetOf target_of,
-                                        SampleStorage& shared) {
-  const Chunk chunk = thread_chunk(n);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int64_t own = 0;
-  for (int32_t i = chunk.begin; i < chunk.end; ++i) own += value_of(i);
-  const int64_t until = warp_inclusive_sum(own);
-  if (lane == 31) shared.sums[warp] = until;
-  __syncthreads();
-  if (warp == 0) {
-    const int64_t sum = lane < kSampleWarps ? shared.sums[lane] : 0;
-    const int64_t sums = warp_inclusive_sum(sum);
-    const int64_t target = target_of(__shfl_sync(0xffffffffu, sums, 31));
-    if (sums - sum <= target && target < sums) {
-      shared.warp = lane;
-      shared.target = target - (sums - sum);
-    }
-  }
-  __syncthreads();
-  int64_t sum = until - own;
-  const int64_t target = shared.target;
-  if (warp == shared.warp && sum <= target && target < until) {
-    int32_t i = chunk.begin;
-    while ((sum += value_of(i)) <= target) ++i;
-    shared.found = i;
-  }
-  __syncthreads();
-  return shared.found;
-}
-
-// Makes a histogram and finds the bin in which the limit is reached: left in `shared`, with the
-// mass before it. bin_of(logit) grows as logits fall, and is kSampleBins for those that take no
-// part, of which there are none in the first histogram.
-template <class Mass, bool kFirst, class Logits, class MassOf, class BinOf, class LimitOf>
-__device__ inline void find_bin(const Logits& logits, int32_t n, MassOf mass_of, BinOf bin_of,
-                                int64_t before, LimitOf limit_of, SampleStorage& shared) {
-  auto* const histogram = reinterpret_cast<Mass*>(shared.histogram);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int b = threadIdx.x; b < kSampleBins + 32; b += kSampleThreads) histogram[b] = 0;
-  __syncthreads();
-#pragma unroll kFirst ? 4 : 1
-  for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-    const float logit = logits[i];
-    const int bin = bin_of(logit);
-    if (!kFirst && bin == kSampleBins) continue;
-    const Mass mass = mass_of(logit, i);
-    if (mass != 0) atomicAdd(&histogram[bin_slot(bin)], mass);
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const Mass* const bins = histogram + lane * (kBinsPerLane + 1);
-    int64_t own = 0;
-    for (int b = 0; b < kBinsPerLane; ++b) own += static_cast<int64_t>(bins[b]);
-    const int64_t until = warp_inclusive_sum(own);
-    const int64_t all = __shfl_sync(0xffffffffu, until, 31);
-    const int64_t limit = limit_of(all);
-    int64_t sum = before + until - own;
-    if (sum < limit && limit <= sum + own) {
-      int b = 0;
-      for (; sum + static_cast<int64_t>(bins[b]) < limit; ++b) sum += bins[b];
-      shared.bin = lane * kBinsPerLane + b;
-      shared.before = sum;
-      shared.limit = limit;
-    }
-    if (lane == 0) {
-      shared.members = 0;
-      shared.low = INT32_MAX;
-      shared.high = INT32_MIN;
-    }
-  }
-  __syncthreads();
-}
-
-// Leaves in `shared` how many logits are in the bin that was found, and the first 32, or, with
-// more, the range of their order keys.
-template <bool kFirst, class Logits, class BinOf>
-__device__ inline void collect_members(const Logits& logits, int32_t n, BinOf bin_of,
-                                       SampleStorage& shared) {
-  const int bin = shared.bin;
-#pragma unroll kFirst ? 4 : 1
-  for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-    const float logit = logits[i];
-    if (bin_of(logit) != bin) continue;
-    const int32_t member = atomicAdd(&shared.members, 1);
-    if (member < 32) {
-      shared.member_logits[member] = logit;
-      shared.member_indices[member] = i;
-    }
-  }
-  __syncthreads();
-  if (shared.members <= 32) return;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-    const float logit = logits[i];
-    if (bin_of(logit) != bin) continue;
-    const int32_t key = order_key(__float_as_int(logit));
-    atomicMin(&shared.low, key);
-    atomicMax(&shared.high, key);
-  }
-  __syncthreads();
-}
-
-// The bin of a first histogram, with `bins` for each unit that a logit is below `maximum`; the last
-// holds all that is further below.
-__device__ inline int first_bin(float logit, float maximum, float bins) {
-  return min(kSampleBins - 1, __float2int_rz((maximum - logit) * bins));
-}
-
-// The cut that keeps the tokens with less than `limit` mass before them in descending order of
-// logits, then of indices; limit_of(mass of all) is at least 1 and at most that, mass_of(logit,
-// index) not negative. Mass: what holds the sum of all masses; maximum, bins: see first_bin.
-template <class Mass, class Logits, class MassOf, class LimitOf>
-__device__ inline Cut find_cut(const Logits& logits, int32_t n, float maximum, float bins,
-                               MassOf mass_of, LimitOf limit_of, SampleStorage& shared) {
-  const auto bin_of = [&](float logit) { return first_bin(logit, maximum, bins); };
-  find_bin<Mass, true>(logits, n, mass_of, bin_of, 0, limit_of, shared);
-  collect_members<true>(logits, n, bin_of, shared);
-  const int64_t limit = shared.limit;
-  while (shared.members > 32 && shared.low != shared.high) {
-    const int32_t high = shared.high;
-    const uint32_t range = static_cast<uint32_t>(high) - static_cast<uint32_t>(shared.low);
-    const int shift = max(0, 32 - kLog2SampleBins - __clz(static_cast<int>(range)));
-    const auto bin_of_key = [&](float logit) {
-      const int32_t key = order_key(__float_as_int(logit));
-      const uint32_t below = static_cast<uint32_t>(high) - static_cast<uint32_t>(key);
-      return below > range ? kSampleBins : static_cast<int>(below >> shift);
-    };
-    find_bin<Mass, false>(
-        logits, n, mass_of, bin_of_key, shared.before, [&](int64_t) { return limit; }, shared);
-    collect_members<false>(logits, n, bin_of_key, shared);
-  }
-  const int64_t before = shared.before;
-  const int32_t members = shared.members;
-  if (members > 32) {  // all the same
-    const float highest = logit_of_key(shared.high);
-    const int32_t last = find_in_order(
-        n, [&](int32_t i) { return logits[i] == highest ? mass_of(highest, i) : 0; },
-        [&](int64_t) { return limit - before - 1; }, shared);
-    return {highest, last + 1};
-  }
-  if (threadIdx.x < 32) {
-    const int lane = static_cast<int>(threadIdx.x);
-    const bool member = lane < members;
-    const float logit = member ? shared.member_logits[lane] : maximum;
-    const int32_t index = member ? shared.member_indices[lane] : n;
-    const int64_t own = member ? mass_of(logit, index) : 0;
-    int64_t sum = before;
-#pragma unroll 1
-    for (int other = 0; other < members; ++other) {
-      const float other_logit = shared.member_logits[other];
-      const bool in_front =
-          other_logit > logit || (other_logit == logit && shared.member_indices[other] < index);
-      const int64_t mass = __shfl_sync(0xffffffffu, own, other);
-      if (in_front) sum += mass;
-    }
-    if (sum < limit && limit <= sum + own) shared.cut = {logit, index + 1};
-  }
-  __syncthreads();
-  return shared.cut;
-}
-
-// The place among `logits` of the token that is drawn for `row`; maximum, bins: see first_bin.
-// `weights`: room to keep them, or null to compute them whenever they are needed.
-template <class T, class Logits>
-__device__ inline int32_t draw(const GuidedSampleCudaParams<T>& params, int64_t row,
-                               const Logits& logits, int32_t n, float maximum, float bins,
-                               uint32_t* weights, SampleStorage& shared) {
-  if (weights != nullptr) {
-    for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-      weights[i] = token_weight(logits[i], maximum);
-    }
-  }
-  Cut cut{-INFINITY, INT32_MAX};
-  if (params.top_k > 0) {
-    cut = find_cut<unsigned>(
-        logits, n, maximum, bins, [](float, int32_t) { return 1u; },
-        [&](int64_t) { return int64_t{params.top_k}; }, shared);
-  }
-  const auto weight = [&](float logit, int32_t i) {
-    const uint32_t all = weights != nullptr ? weights[i] : token_weight(logit, maximum);
-    return all & -static_cast<uint32_t>(cut.keeps(logit, i));
-  };
-  if (params.top_p > 0 && params.top_p < 1) {
-    cut = find_cut<unsigned long long>(
-        logits, n, maximum, bins, weight,
-        [&](int64_t all) { return min(mass_limit(all, params.top_p), all); }, shared);
-  }
-  return find_in_order(
-      n, [&](int32_t i) { return weight(logits[i], i); },
-      [&](int64_t all) {
-        const int64_t image = row / params.length;
-        return draw_below(all, params.seeds[image], params.image_ids[image], params.step,
-                          row % params.length);
-      },
-      shared);
-}
-
-template <class T>
-struct alignas(16) LogitPiece {
-  T values[16 / sizeof(T)];
-};
-
-// Copies a row to `place`, which lies as far behind a multiple of 16 bytes as the row does, and NaN
-// behind it; returns this thread's largest logit. NaN counts as -inf.
-template <class T>
-__device__ inline float stage_row(const T* logits, int32_t n, T* place) {
-  constexpr int kPiece = 16 / sizeof(T);
-  const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
-  const int32_t head = min(n, (kPiece - past) % kPiece), pieces = (n - head) / kPiece;
-  for (int32_t p = threadIdx.x; p < pieces; p += kSampleThreads) {
-    ptx::cp_async<16>(place + head + p * kPiece, logits + head + p * kPiece);
-  }
-  ptx::cp_async_commit();
-  float largest = -INFINITY;
-  const int32_t loose = n - pieces * kPiece;  // at both ends, fewer than there are threads
-  if (static_cast<int32_t>(threadIdx.x) < loose) {
-    const int32_t i = static_cast<int32_t>(threadIdx.x) < head
-                          ? static_cast<int32_t>(threadIdx.x)
-                          : static_cast<int32_t>(threadIdx.x) + pieces * kPiece;
-    place[i] = logits[i];
-    largest = fmaxf(largest, to_float(place[i]));
-  }
-  if (static_cast<int>(threadIdx.x) < (32 - n % 32) % 32) {
-    place[n + static_cast<int32_t>(threadIdx.x)] = from_float<T>(NAN);
-  }
-  ptx::cp_async_wait();
-  for (int32_t p = threadIdx.x; p < pieces; p += kSampleThreads) {
-    const auto piece = *reinterpret_cast<const LogitPiece<T>*>(place + head + p * kPiece);
-#pragma unroll
-    for (int j = 0; j < kPiece; ++j) largest = fmaxf(largest, to_float(piece.values[j]));
-  }
-  return largest;
-}
-
+template <int kWarps>
 __device__ inline float block_largest(float largest, SampleStorage& shared) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-  }
+  largest = warp_largest(largest);
   if (threadIdx.x % 32 == 0) shared.largest[threadIdx.x / 32] = largest;
   __syncthreads();
-  for (int w = 0; w < kSampleWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
+  __syncthreads();
   return largest;
 }
 
-// A bit for each of n logits, in words of 32: of this thread's words, the bits that are set in the
-// words before and in these.
-struct BitCount {
-  Chunk words;
-  int32_t before, own, all;
+// Of the logits in [low, high): the sum of the values of those from `split` on and the least of
+// them, and the greatest of those below.
+template <int kWarps, class T, class ValueOf>
+__device__ inline Measure measure(const RowLogits<T>& row, float low, float split, float high,
+                                  ValueOf value_of, SampleStorage& shared) {
+  Measure all{0, INFINITY, -INFINITY};
+  row.for_each([&](float logit) {
+    if (logit < low || logit >= high) return;
+    if (logit >= split) {
+      all.sum += value_of(logit);
+      all.least = fminf(all.least, logit);
+    } else {
+      all.greatest = fmaxf(all.greatest, logit);
+    }
+  });
+  all = {warp_sum(all.sum), -warp_largest(-all.least), warp_largest(all.greatest)};
+  if (threadIdx.x % 32 == 0) shared.measures[threadIdx.x / 32] = all;
+  __syncthreads();
+  all = shared.measures[0];
+  for (int w = 1; w < kWarps; ++w) {
+    const Measure other = shared.measures[w];
+    all = {all.sum + other.sum, fminf(all.least, other.least), fmaxf(all.greatest, other.greatest)};
+  }
+  __syncthreads();
+  return all;
+}
+
+// The logit at which `limit` is reached in descending order, and the value of those above it.
+struct Reached {
+  float logit;
+  int64_t above;
 };
 
-// Marks the logits that reach `pivot`, a number.
-template <class T>
-__device__ inline BitCount mark(const T* logits, int32_t n, float pivot, unsigned* bits,
-                                SampleStorage& shared) {
-  const int32_t words = (n + 31) / 32;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 4
-  for (int32_t w = warp; w < words; w += kSampleWarps) {
-    const unsigned word = __ballot_sync(0xffffffffu, to_float(logits[w * 32 + lane]) >= pivot);
-    if (lane == 0) bits[w] = word;
+// From `floor` on the limit is reached. Below kSampleReach under the maximum it does not matter
+// where: the result is -inf then.
+template <int kWarps, class T, class ValueOf>
+__device__ inline Reached find_reached(const RowLogits<T>& row, float floor, float maximum,
+                                       int64_t limit, ValueOf value_of, SampleStorage& shared) {
+  int32_t low = order_key(__float_as_int(floor));
+  int32_t high = order_key(__float_as_int(maximum)) + 1;
+  int64_t above = 0;
+  const float reach = maximum - kSampleReach;
+  bool first = floor < reach;
+  while (low + 1 != high) {
+    const float low_logit = logit_of_key(low), high_logit = logit_of_key(high);
+    const float middle =
+        first ? reach : low_logit + 0.5f * (fminf(high_logit, maximum) - low_logit);
+    const int32_t split = min(high - 1, max(low + 1, order_key(__float_as_int(middle))));
+    const Measure part =
+        measure<kWarps>(row, low_logit, logit_of_key(split), high_logit, value_of, shared);
+    if (above + part.sum >= limit) {
+      low = order_key(__float_as_int(part.least));
+    } else {
+      if (first) return {-INFINITY, 0};
+      above += part.sum;
+      high = order_key(__float_as_int(part.greatest)) + 1;
+    }
+    first = false;
   }
-  __syncthreads();
-  const int32_t each = (words + kSampleThreads - 1) / kSampleThreads;
-  const int32_t begin = min(words, each * static_cast<int32_t>(threadIdx.x));
-  BitCount count{{begin, min(words, begin + each)}, 0, 0, 0};
-#pragma unroll 1
-  for (int32_t w = count.words.begin; w < count.words.end; ++w) count.own += __popc(bits[w]);
-  const int32_t until = warp_inclusive_sum(count.own);
-  if (lane == 31) shared.sums[warp] = until;
-  __syncthreads();
-  count.before = until - count.own;
-  for (int w = 0; w < kSampleWarps; ++w) {
-    const auto sum = static_cast<int32_t>(shared.sums[w]);
-    if (w < warp) count.before += sum;
-    count.all += sum;
-  }
-  return count;
+  return {logit_of_key(low), above};
 }
 
-// The token drawn from the logits that reach the pivot, by the one thread that `count`s it; the
-// others, and all of them where too few or too many reach it, get -1 and false.
-template <class T>
-__device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& params, int64_t row,
-                                            const T* logits, float maximum, float* candidates,
-                                            SampleStorage& shared, int32_t& token) {
-  const int32_t n = params.vocabulary;
-  const RowLogits<T> row_logits{logits, false};
-  find_bin<unsigned, true>(
-      SampledLogits<T>{row_logits, n}, kPivotSample, [](float, int32_t) { return 1u; },
-      [&](float logit) { return first_bin(logit, maximum, kRowBins); }, 0,
-      [&](int64_t) { return int64_t{params.pivot_rank}; }, shared);
-  const float pivot = maximum - static_cast<float>(shared.bin + 1) / kRowBins;
-  auto* const bits = reinterpret_cast<unsigned*>(candidates + kMaxCandidates);
-  const BitCount count = mark(logits, n, pivot, bits, shared);
-  if (count.all < params.top_k || count.all > guided_sample_most_candidates(n)) return false;
-  int32_t rank = count.before;
-  for (int32_t w = count.words.begin; w < count.words.end; ++w) {
-    for (unsigned word = bits[w]; word != 0; word &= word - 1) {
-      candidates[rank++] = row_logits[w * 32 + __ffs(static_cast<int>(word)) - 1];
+// Draws the row's token and writes it. `maximum`: the largest logit, finite.
+template <int kThreads, class T>
+__device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params, int64_t index,
+                                     const RowLogits<T>& row, float maximum,
+                                     SampleStorage& shared) {
+  constexpr int kWarps = kThreads / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto weight = [&](float logit) { return int64_t{token_weight(logit, maximum)}; };
+  // Kept are the logits above `cut.logit`, and the first `ties` of those at it.
+  Reached cut{-INFINITY, 0};
+  int64_t ties = 0, all = 0;
+  const bool nucleus = params.top_p > 0 && params.top_p < 1;
+  if (params.top_k > 0) {
+    cut = find_reached<kWarps>(
+        row, -INFINITY, maximum, params.top_k, [](float) { return int64_t{1}; }, shared);
+    ties = params.top_k - cut.above;
+  }
+  if (nucleus) {
+    const int32_t above_cut = order_key(__float_as_int(cut.logit)) + 1;
+    all = measure<kWarps>(row, -INFINITY, logit_of_key(above_cut), INFINITY, weight, shared).sum +
+          ties * weight(cut.logit);
+    const int64_t limit = min(mass_limit(all, params.top_p), all);
+    cut = find_reached<kWarps>(row, cut.logit, maximum, limit, weight, shared);
+    const int64_t each = weight(cut.logit);
+    ties = (limit - cut.above + each - 1) / each;
+  }
+  const int64_t at_cut = weight(cut.logit);
+  int64_t own = 0;
+  uint32_t own_ties = 0;
+  row.for_each([&](float logit) {
+    if (logit > cut.logit) own += weight(logit);
+    own_ties += logit == cut.logit;
+  });
+  own = warp_sum(own);
+  own_ties = ptx::warp_sum(own_ties);
+  if (lane == 0) {
+    shared.sums[warp] = own;
+    shared.counts[warp] = static_cast<int32_t>(own_ties);
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int64_t count = lane < kWarps ? shared.counts[lane] : 0;
+    const int64_t before = warp_inclusive_sum(count) - count;
+    const int64_t kept = max(int64_t{0}, min(count, ties - before));
+    const int64_t sum = (lane < kWarps ? shared.sums[lane] : 0) + kept * at_cut;
+    const int64_t until = warp_inclusive_sum(sum);
+    const int64_t target = scaled_draw(shared.number, __shfl_sync(0xffffffffu, until, 31));
+    const int found = first_lane(until > target);
+    if (lane == found) {
+      shared.warp = lane;
+      shared.target = target - (until - sum);
+      shared.ties = static_cast<int32_t>(max(int64_t{0}, ties - before));
     }
   }
   __syncthreads();
-  auto* const weights = dynamic_shared<uint32_t>();  // the row is no longer needed
-  int32_t left = draw(params, row, candidates, count.all, maximum, kSampleBins / (maximum - pivot),
-                      weights, shared) -
-                 count.before;
-  if (left >= 0 && left < count.own) {
-    int32_t w = count.words.begin;
-    while (left >= __popc(bits[w])) left -= __popc(bits[w++]);
-    unsigned word = bits[w];
-    for (; left > 0; --left) word &= word - 1;
-    token = w * 32 + __ffs(static_cast<int>(word)) - 1;
+  if (warp != shared.warp) return;
+  int64_t left = shared.target;
+  int32_t left_ties = shared.ties;
+#pragma unroll 1
+  for (int32_t start = row.begin; start < row.end; start += 32) {
+    const float logit = start + lane < row.end ? row[start + lane] : -INFINITY;
+    const unsigned equal = __ballot_sync(0xffffffffu, logit == cut.logit);
+    const bool kept =
+        logit > cut.logit || (logit == cut.logit && __popc(equal & ((1u << lane) - 1)) < left_ties);
+    left_ties -= __popc(equal);
+    const int64_t until = warp_inclusive_sum(kept ? weight(logit) : 0);
+    const int found = first_lane(until > left);
+    if (found >= 0) {
+      if (lane == found) params.tokens[index] = start + lane;
+      return;
+    }
+    left -= __shfl_sync(0xffffffffu, until, 31);
   }
-  return true;
 }
 
-template <class T, bool kInShared>
-__global__ void __launch_bounds__(kSampleThreads, 6)
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
+  constexpr int kWarps = kThreads / 32;
   auto& shared = shared_storage<SampleStorage>();
   const int32_t n = params.vocabulary;
-  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    const T* logits = params.logits + row * n;
-    float maximum = -INFINITY;
-    if constexpr (kInShared) {
-      T* const place = dynamic_shared<T>() + reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T);
-      maximum = stage_row(logits, n, place);
-      logits = place;
-    } else {
-      for (int32_t i = threadIdx.x; i < n; i += kSampleThreads) {
-        maximum = fmaxf(maximum, to_float(logits[i]));
-      }
-    }
-    maximum = block_largest(maximum, shared);
-    int32_t token = -1;
-    if (maximum > -INFINITY) {
-      const bool infinite = maximum == INFINITY;
-      if (infinite) maximum = 0;  // see key_beside_infinity
-      bool drawn = false;
-      if (kInShared && params.pivot_rank > 0 && !infinite) {
-        auto* const behind_row =
-            dynamic_shared<unsigned char>() + guided_sample_shared_bytes<T>(n, 0);
-        drawn = draw_from_candidates(params, row, logits, maximum,
-                                     reinterpret_cast<float*>(behind_row), shared, token);
-      }
-      if (!drawn) {
-        const int32_t place = draw(params, row, RowLogits<T>{logits, infinite}, n, maximum,
-                                   kRowBins, nullptr, shared);
-        if (threadIdx.x == 0) token = place;
-      }
-    }
-    if (token >= 0 || (threadIdx.x == 0 && maximum == -INFINITY)) params.tokens[row] = token;
-    __syncthreads();  // before the next row takes the place of this one
+  const int64_t row = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  if (row >= params.rows) return;
+  float maximum = -INFINITY;
+  if (params.pivot_rank > 0 && n <= kThreads * 4 * kSamplePieces &&
+      draw_from_candidates<kThreads>(params, row, maximum, shared)) {
+    return;
   }
+  __syncthreads();
+  if (threadIdx.x == 0) shared.number = row_number(params, row);
+  const int32_t each = (n + kThreads - 1) / kThreads * 32;
+  const int32_t begin = min(n, each * static_cast<int32_t>(threadIdx.x / 32));
+  RowLogits<T> logits{params.logits + row * n, n, begin, min(n, begin + each), false};
+  logits.for_each([&](float logit) { maximum = fmaxf(maximum, logit); });
+  maximum = block_largest<kWarps>(maximum, shared);
+  if (maximum == -INFINITY) {
+    if (threadIdx.x == 0) params.tokens[row] = -1;
+    return;
+  }
+  logits.infinite = maximum == INFINITY;
+  if (logits.infinite) maximum = 0;  // see key_beside_infinity
+  draw_from_row<kThreads>(params, row, logits, maximum, shared);
 }
 
 }  // namespace flexvar

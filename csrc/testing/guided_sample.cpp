@@ -4,13 +4,6 @@
 namespace flexvar::emulation {
 
 EMULATED_BINDINGS(guided_sample, module) {
-  // By the size of a logit.
-  module.def("guided_sample_shared_bytes", [](int64_t vocabulary, int64_t top_k) {
-    const int32_t rank = guided_sample_pivot_rank(vocabulary, top_k);
-    return std::map<int, int64_t>{{2, guided_sample_shared_bytes<__half>(vocabulary, rank)},
-                                  {4, guided_sample_shared_bytes<float>(vocabulary, rank)}};
-  });
-  module.attr("guided_sample_static_shared_bytes") = kSampleStaticBytes;
   // The arithmetic that CPU and CUDA share, for comparison with the specification.
   module.def("philox4x32", [](const std::array<uint32_t, 4>& counter, uint64_t key) {
     const PhiloxWords random = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key);

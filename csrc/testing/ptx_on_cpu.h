@@ -148,6 +148,9 @@ inline void cluster_barrier(Location where = Location::current()) {
   emulation::block_barrier(0, 0, emulation::Vote::none, 0, where);
 }
 inline float4 cluster_load(const float4* shared, int) { return *shared; }
+inline uint32_t warp_sum(uint32_t x, Location where = Location::current()) {
+  return __reduce_add_sync(0xffffffffu, x, where);
+}
 inline void griddepcontrol_wait() { emulation::wait_for_earlier_launches(); }
 inline void griddepcontrol_launch_dependents() {}
 inline float exp2_approx(float x) { return std::exp2(x); }

@@ -25,15 +25,14 @@ def check(launch, logits, top_k, top_p, **options):
     assert torch.equal(tokens, expected)
 
 
-@pytest.mark.parametrize("in_shared", [True, False], ids=["shared", "global"])
+@pytest.mark.parametrize("multiprocessors", [1, 100], ids=["many-rows", "few-rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("vocabulary", "top_k", "top_p"),
     [(1, 0, 0.0), (2, 1, 0.5), (33, 7, 0.0), (300, 0, 0.0), (300, 0, 0.9), (1500, 40, 0.9), (1500, 1200, 0.99)],
 )
-def test_equals_reference(emulated, launch_in_every_order, vocabulary, top_k, top_p, dtype, in_shared):
-    device = {} if in_shared else {"shared_memory": emulated.guided_sample_static_shared_bytes}
-    check(launch_in_every_order, random_logits(vocabulary, dtype), top_k, top_p, **device)
+def test_equals_reference(launch_in_every_order, vocabulary, top_k, top_p, dtype, multiprocessors):
+    check(launch_in_every_order, random_logits(vocabulary, dtype), top_k, top_p, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("misalignment", [0, 1, 3])
@@ -87,20 +86,9 @@ def test_degenerate_rows(launch_in_every_order, row):
         assert torch.equal(tokens, expected)
 
 
-def test_more_than_48_kib_of_shared_memory(launch_once):
-    """Which a kernel may have only with leave."""
+def test_rows_longer_than_registers_hold(launch_once):
     logits = random_logits(20000, torch.float16)
-    expected = reference.guided_sample(logits, top_k=900, top_p=0.9, seed=1, image_ids=[2, 3], step=0)
-    arguments = (logits, 900, 0.9, torch.tensor([1, 1]), torch.tensor([2, 3]), 0)
-    (tokens,) = launch_once("guided_sample", *arguments)
-    assert torch.equal(tokens, expected)
-
-
-@pytest.mark.parametrize("missing", [0, 1, 24])
-def test_a_device_whose_shared_memory_just_holds_a_row(emulated, launch_once, missing):
-    """What aligns the row counts, too."""
-    needed = emulated.guided_sample_static_shared_bytes + emulated.guided_sample_shared_bytes(1500, 40)[4]
-    check(launch_once, random_logits(1500, torch.float32), 40, 0.9, shared_memory=needed - missing)
+    check(launch_once, logits, 900, 0.9)
 
 
 @pytest.mark.parametrize("misalignment", [0, 1])
