@@ -165,6 +165,26 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// d = a b + c: the first product of several sums that begin with the same numbers, which `d += a b`
+// would have to copy for every one. T: __half.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2], const float (&c)[4]) {
+  static_assert(std::is_same_v<T, __half>);
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};\n"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  mma_m16n8k16<T>(d, a, b);
+#endif
+}
+
 // fp32 to the nearest tf32 (ties away from zero), as fp32 bits.
 __device__ __forceinline__ uint32_t float_to_tf32(float x) {
 #if __CUDA_ARCH__ >= 800

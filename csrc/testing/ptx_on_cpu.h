@@ -56,6 +56,13 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
       std::is_same_v<T, __half> ? emulation::MatrixFormat::half : emulation::MatrixFormat::bfloat16;
   emulation::matrix_product(kFormat, d, a, b, where);
 }
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  const float (&c)[4], Location where = Location::current()) {
+  static_assert(std::is_same_v<T, __half>);
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  mma_m16n8k16<T>(d, a, b, where);
+}
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              Location where = Location::current()) {
   emulation::matrix_product(emulation::MatrixFormat::tf32, d, a, b, where);

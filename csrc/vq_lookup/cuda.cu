@@ -35,42 +35,58 @@ VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   workspace.codes = layout.take<float>(codes * problem.padded_dim);
   workspace.latents = layout.take<float>(rows * problem.padded_dim);
   workspace.half_norms = layout.take<double>(codes);
-  workspace.negative_half = layout.take<float>(codes);
+  workspace.negative_half = layout.take<float>(codes * 2);
   workspace.latent_norms = layout.take<double>(rows);
   workspace.max_code_norm = layout.take<float>(1);
   workspace.codes_half = layout.take<__half>(codes * problem.tensor_dim);
   workspace.latents_half = layout.take<__half>(rows * problem.tensor_dim);
-  workspace.tops = layout.take<VqTop>(problem.splits * rows * kVqSubgroups);
+  workspace.tops = layout.take<VqTop>(rows * problem.parts * kVqSubgroups);
   return workspace;
 }
 
 void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const char* op) {
   const int64_t rows = params.code_rows + params.latent_rows;
-  launch_kernel(op, stream, vq_prepare_kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
+  const auto kernel =
+      params.source.num_scales > 0 ? vq_prepare_kernel<true> : vq_prepare_kernel<false>;
+  launch_kernel(op, stream, kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
 }
 
 template <int kSteps>
-void launch_tensor(const VqProblem& problem, const VqWorkspace& workspace, dim3 grid,
-                   cudaStream_t stream, const char* op) {
-  launch_overlapping(op, stream, vq_score_tensor_kernel<kSteps>, grid, kVqTensorThreads, 0, problem,
-                     workspace);
-}
-
 void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream,
                   const char* op) {
-  const dim3 grid(static_cast<unsigned>(problem.row_tiles), static_cast<unsigned>(problem.splits));
-  switch (problem.tensor_dim / 16) {
+  const unsigned blocks = grid_size(problem.blocks(), op);
+  if constexpr (kSteps == 0) {
+    launch_overlapping(op, stream, vq_score_float_kernel, blocks, kVqFloatThreads, 0, problem,
+                       workspace);
+  } else {
+    constexpr int kFragments = vq_row_fragments(kSteps);
+    const auto kernel = problem.tile_rows == vq_tensor_rows(kFragments)
+                            ? vq_score_tensor_kernel<kSteps, kFragments>
+                            : vq_score_tensor_kernel<kSteps, 1>;
+    launch_overlapping(op, stream, kernel, blocks, kVqTensorThreads, 0, problem, workspace);
+  }
+}
+
+template <int kSteps>
+void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream, const char* op) {
+  launch_score<kSteps>(params.problem, params.workspace, stream, op);
+  launch_overlapping(op, stream, vq_resolve_kernel<kSteps>,
+                     grid_size(vq_resolve_blocks(params.problem), op), kVqResolveThreads, 0,
+                     params);
+}
+
+void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream, const char* op) {
+  switch (params.problem.tensor_dim / 16) {
     case 1:
-      return launch_tensor<1>(problem, workspace, grid, stream, op);
+      return launch_score_and_resolve<1>(params, stream, op);
     case 2:
-      return launch_tensor<2>(problem, workspace, grid, stream, op);
+      return launch_score_and_resolve<2>(params, stream, op);
     case 3:
-      return launch_tensor<3>(problem, workspace, grid, stream, op);
+      return launch_score_and_resolve<3>(params, stream, op);
     case 4:
-      return launch_tensor<4>(problem, workspace, grid, stream, op);
+      return launch_score_and_resolve<4>(params, stream, op);
     default:
-      launch_overlapping(op, stream, vq_score_float_kernel, grid, kVqFloatThreads, 0, problem,
-                         workspace);
+      launch_score_and_resolve<0>(params, stream, op);
   }
 }
 
@@ -115,11 +131,9 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
     launch_prepare(prepare, scope.stream(), op);
     prepare.code_rows = 0;
   }
-  launch_score(prepare.problem, prepare.workspace, scope.stream(), op);
   const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
                                 indices.mutable_data_ptr<int64_t>()};
-  launch_overlapping(op, scope.stream(), vq_resolve_kernel, vq_resolve_grid(prepare.problem),
-                     kVqResolveThreads, 0, resolve);
+  launch_score_and_resolve(resolve, scope.stream(), op);
   return indices;
 }
 

@@ -10,10 +10,11 @@
 
 namespace flexvar {
 
-constexpr int kVqMaxTensorSteps = 4;
+// With fewer (tile, stage) pairs of large tiles to a multiprocessor, tiles are small: each row then
+// has fewer parts to be looked through afterwards.
+constexpr int64_t kVqFewPairs = 12;
 
-// Sizes and the split of the codes over blocks: such that the last wave of blocks is not much
-// emptier than the others, and with few rows every multiprocessor has work.
+// Sizes and the run of a block: such that all blocks are on the device at once and end together.
 inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim, bool normalize,
                                 int multiprocessors) {
   VqProblem problem{};
@@ -25,31 +26,26 @@ inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim,
   // The fp16 bound is one for unit rows: others may leave fp16's range.
   problem.tensor_dim = normalize && steps <= kVqMaxTensorSteps ? steps * 16 : 0;
   problem.normalize = normalize;
-  problem.stages = (num_codes + kVqStageCodes - 1) / kVqStageCodes;
-  const int64_t rows = problem.tensor_dim > 0 ? vq_tensor_rows(steps) : kVqFloatRows;
-  problem.row_tiles = (num_latents + rows - 1) / rows;
+  problem.stages = divide_up(num_codes, kVqStageCodes);
 
-  constexpr int kBlocksPerMultiprocessor = 2;
-  constexpr double kStagesOfOverhead = 1.0;  // what a block costs besides its stages
-  const int64_t slots = static_cast<int64_t>(multiprocessors) * kBlocksPerMultiprocessor;
-  double best_time = INFINITY;
-  for (int64_t splits = 1; splits <= problem.stages && splits <= 4 * slots; ++splits) {
-    const int64_t stages = (problem.stages + splits - 1) / splits;
-    if (stages > kVqMaxStages) continue;
-    const int64_t used = (problem.stages + stages - 1) / stages;
-    const int64_t waves = (problem.row_tiles * used + slots - 1) / slots;
-    const double time =
-        static_cast<double>(waves) * (static_cast<double>(stages) + kStagesOfOverhead);
-    if (time < best_time) {
-      best_time = time;
-      problem.stages_per_split = stages;
-      problem.splits = used;
-    }
+  const auto set_tiles = [&](int64_t rows) {
+    problem.tile_rows = static_cast<int>(rows);
+    problem.row_tiles = divide_up(num_latents, rows);
+    return problem.row_tiles * problem.stages;
+  };
+  int64_t blocks = static_cast<int64_t>(multiprocessors) * 2;
+  int64_t pairs;
+  if (problem.tensor_dim == 0) {
+    pairs = set_tiles(kVqFloatRows);
+  } else if (pairs = set_tiles(vq_tensor_rows(vq_row_fragments(steps)));
+             pairs >= kVqFewPairs * multiprocessors) {
+    blocks = static_cast<int64_t>(multiprocessors) * kVqTensorBlocks;
+  } else {
+    pairs = set_tiles(vq_tensor_rows(1));
   }
-  if (problem.splits == 0) {  // an enormous codebook
-    problem.stages_per_split = kVqMaxStages;
-    problem.splits = (problem.stages + kVqMaxStages - 1) / kVqMaxStages;
-  }
+  problem.run = divide_up(pairs, blocks);
+  if (problem.stages > kVqMaxStages && problem.run > kVqMaxStages) problem.run = kVqMaxStages;
+  problem.parts = divide_up(problem.stages - 1, problem.run) + 1;
   return problem;
 }
 

@@ -47,64 +47,87 @@ __device__ __forceinline__ double vq_sum_of_row(double partial) {
   return partial + __shfl_xor_sync(0xffffffffu, partial, 1);
 }
 
-__device__ __forceinline__ float vq_resampled(const VqLatentSource& source, int64_t image,
-                                              int64_t token, int channel, int channels) {
-  const VqScaleSize* scale = source.scales + source.num_scales - 1;
-  while (scale->first_token > token) --scale;
-  const int64_t y = (token - scale->first_token) / scale->width;
-  const int64_t x = (token - scale->first_token) % scale->width;
-  const auto rows = make_resample_axis<float>(source.mode, source.height, scale->height);
-  const auto columns = make_resample_axis<float>(source.mode, source.width, scale->width);
-  const auto row_window = resample_window(rows, y);
-  const auto column_window = resample_window(columns, x);
-  const float* plane = source.latents + (image * channels + channel) * source.height * source.width;
-  double sum = 0;
-  for (int64_t i = 0; i < row_window.count; ++i) {
-    const float* line = plane + (row_window.start + i) * source.width + column_window.start;
-    const float row_weight = resample_weight(rows, row_window, i);
-    for (int64_t j = 0; j < column_window.count; ++j) {
-      // The weight in fp32, so that the product is exact in double.
-      const float weight = row_weight * resample_weight(columns, column_window, j);
-      sum += static_cast<double>(weight) * static_cast<double>(line[j]);
-    }
+// One latent of a pyramid: a token of an image, resampled to the token's scale.
+struct VqResampledLatent {
+  const float* first_line;  // of channel 0, from the first column on
+  int64_t line, plane;
+  ResampleAxis<float> row_axis, column_axis;
+  ResampleWindow<float> row_window, column_window;
+
+  __device__ __forceinline__ VqResampledLatent(const VqLatentSource& source, int channels,
+                                               int64_t n)
+      : line(source.width), plane(static_cast<int64_t>(source.height) * source.width) {
+    const int64_t token = n % source.tokens;
+    const VqScaleSize* scale = source.scales + source.num_scales - 1;
+    while (scale->first_token > token) --scale;
+    row_axis = make_resample_axis<float>(source.mode, source.height, scale->height);
+    column_axis = make_resample_axis<float>(source.mode, source.width, scale->width);
+    row_window = resample_window(row_axis, (token - scale->first_token) / scale->width);
+    column_window = resample_window(column_axis, (token - scale->first_token) % scale->width);
+    first_line = source.latents + n / source.tokens * channels * plane + row_window.start * line +
+                 column_window.start;
   }
-  return static_cast<float>(sum);
-}
+  __device__ __forceinline__ float operator()(int channel) const {
+    double sum = 0;
+    for (int64_t i = 0; i < row_window.count; ++i) {
+      const float* pixels = first_line + channel * plane + i * line;
+      const float row_weight = resample_weight(row_axis, row_window, i);
+      for (int64_t j = 0; j < column_window.count; ++j) {
+        // The weight in fp32, so that the product is exact in double.
+        const float weight = row_weight * resample_weight(column_axis, column_window, j);
+        sum += static_cast<double>(weight) * static_cast<double>(pixels[j]);
+      }
+    }
+    return static_cast<float>(sum);
+  }
+};
 
-// Component c of latent `n` (of N). For a pyramid, the launch's rows are numbered image by image
-// over the tokens of its scales.
-__device__ __forceinline__ float vq_component(const VqPrepareParams& params, bool is_code,
-                                              int64_t n, int c) {
-  const int dim = params.problem.dim;
-  if (is_code) return params.codebook[n * dim + c];
-  const VqLatentSource& source = params.source;
-  if (source.num_scales == 0) return source.latents[n * dim + c];
-  return vq_resampled(source, n / source.tokens, n % source.tokens, c, dim);
-}
-
-__global__ void __launch_bounds__(kVqPrepareThreads) vq_prepare_kernel(VqPrepareParams params) {
+// kPyramid: latents are resampled.
+template <bool kPyramid>
+__global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
+    vq_prepare_kernel(VqPrepareParams params) {
   ptx::griddepcontrol_launch_dependents();
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;
-  const int part = static_cast<int>(threadIdx.x) % kVqThreadsPerRow;
+  const VqLatentSource& source = params.source;
+  const int dim = problem.dim, padded_dim = problem.padded_dim, tensor_dim = problem.tensor_dim;
+  const int part = static_cast<int>(threadIdx.x % kVqThreadsPerRow);
   const int64_t row = blockIdx.x * static_cast<int64_t>(kVqRowsPerBlock) +
-                      static_cast<int>(threadIdx.x) / kVqThreadsPerRow;
+                      static_cast<int>(threadIdx.x / kVqThreadsPerRow);
   const bool is_code = row < params.code_rows;
   int64_t n = is_code ? row : row - params.code_rows;
   const bool in_range = is_code || n < params.latent_rows;
-  if (!is_code && in_range && params.source.num_scales > 0) {
-    const int64_t tokens = params.source.end_token - params.source.first_token;
-    n = n / tokens * params.source.tokens + params.source.first_token + n % tokens;
+  if (kPyramid && !is_code && in_range) {
+    // The launch's rows are numbered image by image over the tokens of its scales.
+    const int64_t tokens = source.end_token - source.first_token;
+    n = n / tokens * source.tokens + source.first_token + n % tokens;
   }
   const bool real = in_range && (!is_code || n < problem.num_codes);
-  float* out = (is_code ? workspace.codes : workspace.latents) + n * problem.padded_dim;
-
-  double squares = 0;
-  for (int c = part; c < problem.padded_dim; c += kVqThreadsPerRow) {
-    const float value = real && c < problem.dim ? vq_component(params, is_code, n, c) : 0.0f;
-    if (in_range) out[c] = value;
-    squares += static_cast<double>(value) * static_cast<double>(value);
+  float* out = (is_code ? workspace.codes : workspace.latents) + n * padded_dim;
+  const float* in = (is_code ? params.codebook : source.latents) + n * dim;
+  if (kPyramid && !is_code && in_range) {
+    const VqResampledLatent latent(source, dim, n);
+    for (int c = part; c < dim; c += kVqThreadsPerRow) out[c] = latent(c);
+    in = out;
   }
+
+  // A thread holds its first components in registers and reads the others twice.
+  constexpr int kHeld = 8;
+  constexpr int kHeldComponents = kHeld * kVqThreadsPerRow;
+  static_assert(kHeldComponents >= kVqMaxTensorSteps * 16);
+  const auto component = [&](int c) { return real && c < dim ? in[c] : 0.0f; };
+  double squares = 0;
+  const auto add_square = [&](float value) {
+    squares += static_cast<double>(value) * static_cast<double>(value);
+  };
+  float held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = component(part + i * kVqThreadsPerRow);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * kVqThreadsPerRow < dim) add_square(held[i]);
+  }
+  for (int c = part + kHeldComponents; c < dim; c += kVqThreadsPerRow) add_square(component(c));
   squares = vq_sum_of_row(squares);
   // A sum of squares of finite floats does not overflow in double.
   const bool valid = real && squares < static_cast<double>(INFINITY);
@@ -112,27 +135,30 @@ __global__ void __launch_bounds__(kVqPrepareThreads) vq_prepare_kernel(VqPrepare
   const double scale = problem.normalize ? 1.0 / (norm > 1e-12 ? norm : 1e-12) : 1.0;
 
   squares = 0;
-  for (int c = part; in_range && c < problem.padded_dim; c += kVqThreadsPerRow) {
-    const float value = valid ? static_cast<float>(static_cast<double>(out[c]) * scale) : 0.0f;
-    out[c] = value;
-    squares += static_cast<double>(value) * static_cast<double>(value);
+  __half* half_out = (is_code ? workspace.codes_half : workspace.latents_half) + n * tensor_dim;
+  const auto write = [&](int c, float unscaled) {
+    const float value = valid ? static_cast<float>(static_cast<double>(unscaled) * scale) : 0.0f;
+    add_square(value);
+    if (in_range && c < padded_dim) out[c] = value;
+    if (in_range && c < tensor_dim) half_out[c] = __float2half_rn(value);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int first = i * kVqThreadsPerRow;
+    if (first < padded_dim || first < tensor_dim) write(part + first, held[i]);
+  }
+  for (int c = part + kHeldComponents; c < padded_dim; c += kVqThreadsPerRow) {
+    write(c, component(c));
   }
   squares = vq_sum_of_row(squares);
-  if (!in_range) return;
-  if (problem.tensor_dim > 0) {
-    __half* half_out =
-        (is_code ? workspace.codes_half : workspace.latents_half) + n * problem.tensor_dim;
-    for (int c = part; c < problem.tensor_dim; c += kVqThreadsPerRow) {
-      half_out[c] = __float2half_rn(c < problem.padded_dim ? out[c] : 0.0f);
-    }
-  }
-  if (part != 0) return;
+  if (!in_range || part != 0) return;
   if (!is_code) {
     workspace.latent_norms[n] = valid ? sqrt(squares) : static_cast<double>(NAN);
     return;
   }
   workspace.half_norms[n] = valid ? 0.5 * squares : static_cast<double>(INFINITY);
-  workspace.negative_half[n] = valid ? static_cast<float>(-0.5 * squares) : kVqAbsentScore;
+  float* negative_half = workspace.negative_half_of(n);
+  negative_half[0] = negative_half[2] = valid ? static_cast<float>(-0.5 * squares) : kVqAbsentScore;
   if (valid && !problem.normalize) {
     // Norms are not negative, so their bits order as integers; one step up for the rounding.
     const int bits = __float_as_int(static_cast<float>(sqrt(squares))) + 1;

@@ -7,11 +7,12 @@
 
 namespace flexvar {
 
-constexpr int kVqResolveThreads = 128;  // a warp a row
-constexpr int kVqResolveRows = kVqResolveThreads / 32;
+constexpr int kVqResolveThreads = 128;
+constexpr int kVqResolveRows = kVqResolveThreads / 32 * 2;
 
-// |score kernel's score - exact score| <= coefficient * (|x||e| + |e|²/2) + constant, for every
-// pair of finite rows whose magnitudes the score kernel can represent.
+// |score - exact score| <= coefficient * (|x||e| + |e|²/2) + constant, for every pair of finite
+// rows whose magnitudes the score kernel can represent. The score is the score kernel's, or one of
+// the same inputs with fp32 sums in any order.
 //   Both: the chunk's number replaces the lowest bits of the fp32 score, and `threshold` rounds.
 //   fp32: dim + 2 roundings of a term, u = 2^-24; underflow.
 //   fp16: inputs round with u = 2^-11, so a product is off by 2u + u², and where they are
@@ -41,11 +42,165 @@ struct VqResolveParams {
   int64_t* indices;  // [N]
 };
 
+__device__ __forceinline__ void vq_load(float (&x)[4], const float* from) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  x[0] = four.x;
+  x[1] = four.y;
+  x[2] = four.z;
+  x[3] = four.w;
+}
+
+// Code i of a group, counted from its first.
+__device__ __forceinline__ int vq_code_of_group(int i) { return i / 2 * 8 + i % 2; }
+
+// A row as four lanes share it for matrix products: word 2k of lane t stands in for components 2t
+// and 2t + 1 of step k, word 2k + 1 for 2t + 8 and 2t + 9. Which components these are does not
+// matter, as long as rows and codes have the same: neighbours, of which one load gets many.
+template <int kSteps>
+struct VqSharedRow {
+  uint32_t words[2 * kSteps];
+
+  __device__ __forceinline__ explicit VqSharedRow(const __half* row) {
+    const int t = static_cast<int>(threadIdx.x % 4);
+    if constexpr (kSteps % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < kSteps; i += 2) {
+        const uint4 four = *reinterpret_cast<const uint4*>(row + i * 16 + t * 8);
+        words[2 * i] = four.x;
+        words[2 * i + 1] = four.y;
+        words[2 * i + 2] = four.z;
+        words[2 * i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const uint2 two = *reinterpret_cast<const uint2*>(row + i * 16 + t * 4);
+        words[2 * i] = two.x;
+        words[2 * i + 1] = two.y;
+      }
+    }
+  }
+};
+
+// Which code of its group a lane scores. Four lanes share the reading of four codes.
+__device__ __forceinline__ int vq_code_of_lane(int lane) { return lane / 4 % 4 + lane % 4 * 4; }
+
+// Dot products of a warp's two rows with the 16 codes of a group each, which need not be the same
+// group: the lanes of either half have the first code of their row's. Lane i gets that of code
+// vq_code_of_lane(i) of its half's group.
+template <int kSteps>
+class VqDotProducts {
+ public:
+  // `rows` are the warp's.
+  __device__ __forceinline__ VqDotProducts(const VqProblem&, const VqWorkspace& workspace,
+                                           const int64_t (&rows)[2])
+      : codes_(workspace.codes_half),
+        row_(workspace.latents_half + (lane() / 4 % 2 == 0 ? rows[0] : rows[1]) * kLength) {}
+
+  // The matrix product's first operand holds codes: four of the first half's group, four of the
+  // other's, four of the first's, four of the other's; the second one the rows in turn. So every
+  // lane gets dot products of its half's codes with both rows, half of them of no use.
+  __device__ __forceinline__ float operator()(int first_code) const {
+    const __half* code =
+        codes_ + (static_cast<int64_t>(first_code) + vq_code_of_group(lane() / 4 % 4)) * kLength;
+    float dots[4];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const VqSharedRow<kSteps> low(code + vq_code_of_group(i * 4) * kLength);
+      const VqSharedRow<kSteps> high(code + vq_code_of_group(i * 4 + 4) * kLength);
+      float sums[4] = {};
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const uint32_t a[4] = {low.words[2 * k], high.words[2 * k], low.words[2 * k + 1],
+                               high.words[2 * k + 1]};
+        const uint32_t b[2] = {row_.words[2 * k], row_.words[2 * k + 1]};
+        ptx::mma_m16n8k16<__half>(sums, a, b);
+      }
+      dots[i] = lane() < 16 ? sums[0] : sums[1];
+      dots[i + 1] = lane() < 16 ? sums[2] : sums[3];
+    }
+    const float even = lane() % 4 < 2 ? dots[0] : dots[2];
+    const float odd = lane() % 4 < 2 ? dots[1] : dots[3];
+    return lane() % 2 == 0 ? even : odd;
+  }
+
+ private:
+  static constexpr int kLength = kSteps * 16;
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+  const __half* codes_;
+  VqSharedRow<kSteps> row_;
+};
+
+template <>
+class VqDotProducts<0> {
+ public:
+  __device__ __forceinline__ VqDotProducts(const VqProblem& problem, const VqWorkspace& workspace,
+                                           const int64_t (&rows)[2])
+      : codes_(workspace.codes),
+        row_(workspace.latents + (lane() < 16 ? rows[0] : rows[1]) * problem.padded_dim),
+        length_(problem.padded_dim) {}
+
+  __device__ __forceinline__ float operator()(int first_code) const {
+    const float* code = codes_ + (first_code + vq_code_of_group(lane() / 4 % 4)) * length_;
+    float sums[4] = {};
+#pragma unroll 1
+    for (int c = lane() % 4 * 4; c < length_; c += 16) {
+      float x[4];
+      vq_load(x, row_ + c);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float e[4];
+        vq_load(e, code + vq_code_of_group(j * 4) * length_ + c);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[j] = fmaf(x[i], e[i], sums[j]);
+      }
+    }
+    const auto exchange = [](bool second, float a, float b, int other) {
+      return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, other);
+    };
+    const float even = exchange(lane() % 4 >= 2, sums[0], sums[2], 2);
+    const float odd = exchange(lane() % 4 >= 2, sums[1], sums[3], 2);
+    return exchange(lane() % 2 == 1, even, odd, 1);
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+  const float* codes_;
+  const float* row_;
+  int64_t length_;
+};
+
+// In double precision, in the order of the CPU's sum.
+__device__ __forceinline__ double vq_exact_score(const VqResolveParams& params, int64_t row,
+                                                 int64_t code) {
+  const int dim = params.problem.padded_dim;
+  const float* latent = params.workspace.latents + row * dim;
+  const float* other = params.workspace.codes + code * dim;
+  double sums[2][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int c = half * 4; c < dim; c += 8) {
+      float x[4], e[4];
+      vq_load(x, latent + c);
+      vq_load(e, other + c);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[half][i] += static_cast<double>(x[i]) * static_cast<double>(e[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
+  const double dot = (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
+  return dot - params.workspace.half_norms[code];
+}
+
 struct VqNearest {
   double score;
-  int64_t index;
+  int index;
 
-  __device__ __forceinline__ void take(double other_score, int64_t other_index) {
+  __device__ __forceinline__ void take(double other_score, int other_index) {
     if (other_score > score || (other_score == score && other_index < index)) {
       score = other_score;
       index = other_index;
@@ -53,110 +208,111 @@ struct VqNearest {
   }
 };
 
-// Scores the 16 codes of subgroup `subgroup` of the chunk at `first_code`, two lanes to a code.
-__device__ __forceinline__ void vq_score_group(const VqResolveParams& params, const float* latent,
-                                               int64_t first_code, int subgroup,
-                                               VqNearest& nearest) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, i = lane % 16;
-  const int64_t v = first_code + i / 2 * 8 + subgroup * 2 + i % 2;
-  const float* code = params.workspace.codes + v * params.problem.padded_dim;
-  double partial[4] = {};
-  for (int c = lane / 16 * 4; c < params.problem.padded_dim; c += 8) {
-    const float4 x = *reinterpret_cast<const float4*>(latent + c);
-    const float4 e = *reinterpret_cast<const float4*>(code + c);
-    partial[0] += static_cast<double>(x.x) * static_cast<double>(e.x);
-    partial[1] += static_cast<double>(x.y) * static_cast<double>(e.y);
-    partial[2] += static_cast<double>(x.z) * static_cast<double>(e.z);
-    partial[3] += static_cast<double>(x.w) * static_cast<double>(e.w);
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) partial[j] += __shfl_xor_sync(0xffffffffu, partial[j], 16);
-  const double dot = (partial[0] + partial[2]) + (partial[1] + partial[3]);
-  nearest.take(dot - params.workspace.half_norms[v], v);
-}
-
-// All codes that the subgroup's three largest maxima do not settle.
-__device__ __forceinline__ void vq_score_split(const VqResolveParams& params, const float* latent,
-                                               int64_t split, int subgroup, VqNearest& nearest) {
-  const int64_t codes = params.problem.stages_per_split * kVqStageCodes;
-  const int64_t first = split * codes, last = first + codes, all = params.problem.padded_codes();
-  for (int64_t code = first; code < last && code < all; code += kVqChunkCodes) {
-    vq_score_group(params, latent, code, subgroup, nearest);
-  }
-}
-
-__global__ void __launch_bounds__(kVqResolveThreads, 4) vq_resolve_kernel(VqResolveParams params) {
-  ptx::griddepcontrol_wait();
+// Half a warp has a row. kSteps: those of vq_score_tensor_kernel, or 0 behind
+// vq_score_float_kernel.
+template <int kSteps>
+__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
+    vq_resolve_kernel(VqResolveParams params) {
   const VqProblem& problem = params.problem;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t row =
-      blockIdx.x * static_cast<int64_t>(kVqResolveRows) + static_cast<int>(threadIdx.x) / 32;
-  if (row >= problem.num_latents) return;
-  const double norm = params.workspace.latent_norms[row];
-  if (isnan(norm)) {
-    if (lane == 0) params.indices[row] = 0;
-    return;
-  }
-  const float* latent = params.workspace.latents + row * problem.padded_dim;
-  const int64_t entries = problem.splits * kVqSubgroups;
-  const auto top_of = [&](int64_t entry) -> const VqTop& {
-    return params.workspace.tops[(entry / kVqSubgroups * problem.num_latents + row) * kVqSubgroups +
-                                 entry % kVqSubgroups];
-  };
+  const VqWorkspace& workspace = params.workspace;
+  const int lane = static_cast<int>(threadIdx.x % 32), half = lane & 16, half_lane = lane & 15;
+  const int64_t first_row =
+      blockIdx.x * static_cast<int64_t>(kVqResolveRows) + static_cast<int>(threadIdx.x / 32) * 2;
+  if (first_row >= problem.num_latents) return;
+  const bool two = first_row + 1 < problem.num_latents;
+  const int64_t rows[2] = {first_row, two ? first_row + 1 : first_row};
+  const int64_t row = half == 0 ? rows[0] : rows[1];
+  const int entries = static_cast<int>(problem.parts) * kVqSubgroups;
+  const VqTop* tops = workspace.tops + row * entries;
+  const auto load_top = [&](int entry) { return entry < entries ? tops[entry] : vq_no_top(); };
 
-  const double largest_norm = problem.normalize ? 1.0 + 0x1p-20 : *params.workspace.max_code_norm;
+  ptx::griddepcontrol_wait();
+  const double norm = workspace.latent_norms[row];  // NaN: no code is near
+  VqTop top = load_top(half_lane);
+  const VqDotProducts<kSteps> dot_products(problem, workspace, rows);
+  const double largest_norm = problem.normalize ? 1.0 + 0x1p-20 : *workspace.max_code_norm;
   const double magnitude = largest_norm * (norm + 0.5 * largest_norm);
   const double bound = params.bound.coefficient * magnitude + params.bound.constant;
   // Beyond, fp32 scores may have overflowed, and nothing can be ruled out.
   const bool settles = magnitude < kVqLargestMagnitude && bound < kVqLargestMagnitude;
-  float maximum = kVqNoGroup;
-  for (int64_t entry = lane; entry < entries; entry += 32) {
-    maximum = fmaxf(maximum, top_of(entry).values[0]);
-  }
-#pragma unroll
-  for (int other = 16; other > 0; other /= 2) {
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, other));
-  }
-  const float threshold = settles ? static_cast<float>(maximum - 2 * bound) : kVqNoGroup;
-
-  VqNearest nearest{-static_cast<double>(INFINITY), 0};
-  for (int64_t base = 0; base < entries; base += 32) {
-    const int64_t own = base + lane;
-    const VqTop top = own < entries ? top_of(own) : VqTop{{kVqNoGroup, kVqNoGroup, kVqNoGroup}};
-    const bool unsettled = own < entries && (!settles || top.values[2] >= threshold);
-    unsigned whole = __ballot_sync(0xffffffffu, unsettled);
-    for (; whole != 0; whole &= whole - 1) {
-      const int64_t entry = base + __ffs(static_cast<int>(whole)) - 1;
-      vq_score_split(params, latent, entry / kVqSubgroups, static_cast<int>(entry % kVqSubgroups),
-                     nearest);
-    }
-#pragma unroll 1
-    for (int place = 0; place < 2; ++place) {
-      const float value = place == 0 ? top.values[0] : top.values[1];
-      const bool candidate = own < entries && !unsettled && value >= threshold;
-      unsigned candidates = __ballot_sync(0xffffffffu, candidate);
-      for (; candidates != 0; candidates &= candidates - 1) {
-        const int source = __ffs(static_cast<int>(candidates)) - 1;
-        const uint32_t bits = __shfl_sync(0xffffffffu, __float_as_uint(value), source);
-        const int64_t entry = base + source, chunk = bits & ((1u << kVqChunkBits) - 1);
-        const int64_t first_code =
-            entry / kVqSubgroups * problem.stages_per_split * kVqStageCodes + chunk * kVqChunkCodes;
-        vq_score_group(params, latent, first_code, static_cast<int>(entry % kVqSubgroups), nearest);
-      }
-    }
+  float maximum = top.values[0];
+#pragma unroll 4
+  for (int entry = half_lane + 16; entry < entries; entry += 16) {
+    maximum = fmaxf(maximum, tops[entry].values[0]);
   }
 #pragma unroll
   for (int other = 8; other > 0; other /= 2) {
-    const double score = __shfl_xor_sync(0xffffffffu, nearest.score, other);
-    const long long index =
-        __shfl_xor_sync(0xffffffffu, static_cast<long long>(nearest.index), other);
-    nearest.take(score, index);
+    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, other));
   }
-  if (lane == 0) params.indices[row] = nearest.index;
+  const float threshold = isnan(norm) ? INFINITY
+                          : settles   ? static_cast<float>(maximum - 2 * bound)
+                                      : -INFINITY;
+  const auto half_ballot = [&](bool predicate) {
+    return __ballot_sync(0xffffffffu, predicate) >> half & 0xffffu;
+  };
+  const auto reach = [&](float value) { return half_ballot(!(value < threshold)); };
+
+  // Candidates are codes whose score reaches the threshold. A lane holds its last one, and the
+  // nearest of its others.
+  int held = -1;
+  bool several = false;
+  VqNearest nearest{-static_cast<double>(INFINITY), 0};
+  for (int base = 0; base < entries; base += 16) {
+    if (base > 0) top = load_top(base + half_lane);
+    // Where all three maxima do, any group of the subgroup may.
+    unsigned whole = reach(top.values[2]);
+    unsigned groups = (reach(top.values[0]) & ~whole) | (reach(top.values[1]) & ~whole) << 16;
+    while (__any_sync(0xffffffffu, (groups | whole) != 0)) {
+      const bool one = groups != 0;
+      const int bit = (__ffs(static_cast<int>(one ? groups : whole)) - 1) & 31;
+      const uint32_t first = __shfl_sync(0xffffffffu, __float_as_uint(top.values[0]), bit, 16);
+      const uint32_t second = __shfl_sync(0xffffffffu, __float_as_uint(top.values[1]), bit, 16);
+      const unsigned part = __shfl_sync(0xffffffffu, top.part, bit, 16);
+      int chunk = static_cast<int>(part >> 8) * kVqChunksPerStage;
+      int end = chunk + static_cast<int>(part & 0xff) * kVqChunksPerStage;
+      if (one) {
+        chunk += static_cast<int>((bit < 16 ? first : second) & ((1u << kVqChunkBits) - 1));
+        end = chunk + 1;
+        groups &= groups - 1;
+      } else if (whole != 0) {
+        whole &= whole - 1;
+      } else {
+        end = 0;  // the other half has more
+      }
+      do {
+        const bool active = chunk < end;
+        const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
+        const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
+        const float negative_half = *workspace.negative_half_of(code);
+        const float score = dot_products(first_code) + negative_half;
+        if (active && !(score < threshold)) {
+          several = held >= 0;
+          if (several) nearest.take(vq_exact_score(params, row, held), held);
+          held = code;
+        }
+        ++chunk;
+      } while (__any_sync(0xffffffffu, chunk < end));
+    }
+  }
+
+  const unsigned holders = half_ballot(held >= 0);
+  const bool compare = half_ballot(several) != 0 || (holders & (holders - 1)) != 0;
+  int index = __shfl_sync(0xffffffffu, held, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
+  if (holders == 0) index = 0;
+  if (__any_sync(0xffffffffu, compare)) {
+    if (compare && held >= 0) nearest.take(vq_exact_score(params, row, held), held);
+#pragma unroll
+    for (int other = 8; other > 0; other /= 2) {
+      const double score = __shfl_xor_sync(0xffffffffu, nearest.score, other);
+      nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, other));
+    }
+    if (compare) index = nearest.index;
+  }
+  if (half_lane == 0 && (half == 0 || two)) params.indices[row] = index;
 }
 
-inline dim3 vq_resolve_grid(const VqProblem& problem) {
-  return dim3(static_cast<unsigned>((problem.num_latents + kVqResolveRows - 1) / kVqResolveRows));
+inline int64_t vq_resolve_blocks(const VqProblem& problem) {
+  return divide_up(problem.num_latents, kVqResolveRows);
 }
 
 }  // namespace flexvar

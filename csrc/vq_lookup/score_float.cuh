@@ -27,30 +27,27 @@ __device__ __forceinline__ void vq_load_slab(float (&slab)[kVqFloatSlab][kCount 
   }
 }
 
-// A block scores kVqFloatRows rows (blockIdx.x) against one split of the codes (blockIdx.y).
-__global__ void __launch_bounds__(kVqFloatThreads)
-    vq_score_float_kernel(VqProblem problem, VqWorkspace workspace) {
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-  auto& shared = shared_storage<VqFloatStorage>();
+// Scores kVqFloatRows rows against one part of the codes.
+__device__ __forceinline__ void vq_score_part(VqFloatStorage& shared, const VqProblem& problem,
+                                              const VqWorkspace& workspace, const VqPart& part) {
   const int lane_code = static_cast<int>(threadIdx.x) % 16;  // codes 2i, 2i + 1, 2i + 32, 2i + 33
   const int lane_row = static_cast<int>(threadIdx.x) / 16;   // rows 8i … 8i + 7
-  const int64_t first_row = blockIdx.x * static_cast<int64_t>(kVqFloatRows);
-  const int64_t first_code = blockIdx.y * problem.stages_per_split * kVqStageCodes;
-  const int64_t last_code = first_code + problem.stages_per_split * kVqStageCodes;
-  const int64_t end_code = last_code < problem.padded_codes() ? last_code : problem.padded_codes();
-  const int chunks = static_cast<int>((end_code - first_code) / kVqChunkCodes);
+  const int64_t first_row = part.row_tile * kVqFloatRows;
+  const int64_t first_code = static_cast<int64_t>(part.first_stage) * kVqStageCodes;
+  const int chunks = part.stages * kVqChunksPerStage;
+  const int64_t end_code = first_code + chunks * kVqChunkCodes;
   const bool one_slab = problem.padded_dim <= kVqFloatSlab;
 
   VqTop tops[8];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) tops[r] = VqTop{{kVqNoGroup, kVqNoGroup, kVqNoGroup}};
+  for (int r = 0; r < 8; ++r) tops[r] = vq_no_top();
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int64_t chunk_code = first_code + chunk * kVqChunkCodes;
     float scores[8][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float start = workspace.negative_half[chunk_code + lane_code * 2 + j % 2 + j / 2 * 32];
+      const float start =
+          *workspace.negative_half_of(chunk_code + lane_code * 2 + j % 2 + j / 2 * 32);
 #pragma unroll
       for (int r = 0; r < 8; ++r) scores[r][j] = start;
     }
@@ -101,8 +98,19 @@ __global__ void __launch_bounds__(kVqFloatThreads)
   for (int r = 0; r < 8; ++r) {
     const int64_t row = first_row + lane_row * 8 + r;
     if (lane_code < kVqSubgroups && row < problem.num_latents) {
-      workspace.tops[(blockIdx.y * problem.num_latents + row) * kVqSubgroups + lane_code] = tops[r];
+      part.store(problem, workspace, row, lane_code, tops[r]);
     }
+  }
+}
+
+__global__ void __launch_bounds__(kVqFloatThreads)
+    vq_score_float_kernel(VqProblem problem, VqWorkspace workspace) {
+  ptx::griddepcontrol_launch_dependents();
+  auto& shared = shared_storage<VqFloatStorage>();
+  VqRun run(problem);
+  ptx::griddepcontrol_wait();
+  for (; run.left > 0; run.advance(problem)) {
+    vq_score_part(shared, problem, workspace, run.part(problem));
   }
 }
 

@@ -33,6 +33,13 @@ def test_split_codes(launch_in_every_order, multiprocessors, normalize):
     check(launch_in_every_order, randn(20, 32), randn(1000, 32, seed=1), normalize, multiprocessors)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("count", "dim", "multiprocessors"), [(300, 8, 1), (600, 32, 2), (333, 40, 1), (290, 64, 1)])
+def test_blocks_that_end_within_tiles(launch_in_every_order, count, dim, multiprocessors, normalize):
+    """Enough for large tiles, whose codes several blocks share unevenly."""
+    check(launch_in_every_order, randn(count, dim), randn(1700, dim, seed=1), normalize, multiprocessors)
+
+
 def test_more_chunks_than_fit_a_block(launch_once):
     check(launch_once, randn(3, 8), randn(2 * 16384 + 77, 8, seed=1))
 
