@@ -183,8 +183,7 @@ def markdown(table: dict[tuple[str, str], dict[str, Kernel]], dynamic_shared: Ca
         "",
         "Registers of a thread · resident warps as a share of the most that a multiprocessor holds. No kernel spills "
         "a register on any of these architectures: this table is not written, and CI fails, where one does. Shared "
-        "memory, in KiB, is the compiler's and the launcher's together. "
-        "Where a block does not fit (–) the launcher takes the variant that works in global memory.",
+        "memory, in KiB, is the compiler's and the launcher's together.",
         "",
         row("kernel", "threads", "shared", *(f"sm_{arch}" for arch in MULTIPROCESSORS)),
         row("---", *["---:"] * (2 + len(MULTIPROCESSORS))),
