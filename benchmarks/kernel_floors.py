@@ -129,9 +129,9 @@ def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int
 def guided_sample(dtype: str, size: int) -> Work:
     """Top-k 900 and top-p 0.95 of 16,384 rows; instructions of a warp counted in the code for sm_90a.
 
-    Of a row: 9 for every 32 logits, which are loaded, compared for the largest and twice with the pivot; for every 32 of
-    about 1,220 candidates 38 to weigh them and count them into the histogram and 14 to draw; and about 3,600 whatever
-    their number: addresses, the pivot, scans, the members of two bins, barriers.
+    Of a row: 9 for every 32 logits, which are loaded, compared for the largest and twice with the pivot; for every 32
+    of about 1,220 candidates 38 to weigh and count them and 14 to draw; and about 3,600 whatever their number:
+    addresses, the pivot, scans, the members of two bins, barriers.
     """
     rows, vocabulary, candidates = 16384, 8912, 1220
     return Work(

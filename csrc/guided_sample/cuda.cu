@@ -1,9 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "common/cuda_launch.h"
-#include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "guided_sample/kernel.cuh"
 #include "guided_sample/launch.h"
@@ -12,17 +9,15 @@ namespace flexvar {
 namespace {
 
 constexpr const char* kOp = "guided_sample";
-constexpr int64_t kSampleGridWidth = int64_t{1} << 30;
 
 template <class T>
-void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
+void launch(const Tensor& logits, int64_t rows, GuidedSampleCudaParams<T> params,
+            cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
-  const auto width = std::min(params.rows, kSampleGridWidth);
-  const dim3 blocks(static_cast<unsigned>(width),
-                    static_cast<unsigned>(divide_up(params.rows, width)));
+  const unsigned blocks = grid_size(rows, kOp);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp);
   // Few threads where rows fill the device: they wait less for each other.
-  if (params.rows > 2 * multiprocessors && params.vocabulary <= 256 * 4 * kSamplePieces) {
+  if (rows > 2 * multiprocessors && params.vocabulary <= 256 * 4 * kSamplePieces) {
     launch_kernel(kOp, stream, guided_sample_kernel<T, 256>, blocks, 256, 0, params);
   } else {
     launch_kernel(kOp, stream, guided_sample_kernel<T, 512>, blocks, 512, 0, params);
@@ -42,9 +37,9 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
   const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
   const auto run = [&]<class T>(T) {
     launch<T>(
-        x,
+        x, rows,
         {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
-         tokens.mutable_data_ptr<int64_t>(), rows, length, step, top_p,
+         tokens.mutable_data_ptr<int64_t>(), step, top_p, static_cast<uint32_t>(length),
          static_cast<int32_t>(vocabulary), kept, guided_sample_pivot_rank(vocabulary, kept, top_p)},
         scope.stream());
   };

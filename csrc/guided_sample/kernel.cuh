@@ -31,10 +31,9 @@ struct GuidedSampleCudaParams {
   const int64_t* seeds;      // [B]
   const int64_t* image_ids;  // [B]
   int64_t* tokens;           // [B * l]
-  int64_t rows;              // B * l
-  int64_t length;            // l
   int64_t step;
   double top_p;        // 0: off
+  uint32_t length;     // l
   int32_t vocabulary;  // V
   int32_t top_k;       // 0 (off) to V - 1
   int32_t pivot_rank;  // see guided_sample_pivot_rank
@@ -58,8 +57,8 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, doubl
 }
 
 template <class T>
-__device__ inline uint64_t row_number(const GuidedSampleCudaParams<T>& params, int64_t row) {
-  const int64_t image = row / params.length;
+__device__ inline uint64_t row_number(const GuidedSampleCudaParams<T>& params, uint32_t row) {
+  const uint32_t image = row / params.length;
   return random_number(params.seeds[image], params.image_ids[image], params.step,
                        row - image * params.length);
 }
@@ -93,9 +92,9 @@ struct SampleStorage {
   // A lane's bins are apart from the next one's: four words behind them keep both in other banks.
   alignas(16) uint32_t bins_count_and_low[32][kBinsPerLane + 4];
   alignas(16) uint32_t bins_high[32][kBinsPerLane + 4];
-  int32_t heads[kSampleBins];        // of lists of the candidates in a bin; -1: none
-  int16_t next[kMaxCandidates];      // the next in the same list
-  float candidates[kMaxCandidates];  // in order of indices
+  int32_t heads[kSampleBins];                    // of lists of the candidates in a bin; -1: none
+  int16_t next[kMaxCandidates];                  // the next in the same list
+  alignas(16) float candidates[kMaxCandidates];  // in order of indices
   uint32_t weights[kMaxCandidates];
   int32_t before[kSampleMostWarps * kSamplePieces];  // candidates in front of 128 logits
   int32_t counts[kSampleMostWarps];
@@ -174,13 +173,17 @@ __device__ inline LogitPiece<T> load_piece(const T* logits, int32_t n, int32_t b
   return piece;
 }
 
-// The pivot, by one warp: about `rank` of the row's sample reach it. NaN reaches nothing.
-__device__ inline float find_pivot(const float (&sample)[kPivotSample / 32], int32_t rank) {
+// The pivot, by one warp: about `rank` of the row's sample reach it, of which this lane has every
+// 32nd piece. NaN reaches nothing.
+__device__ inline float find_pivot(const LogitPiece<float>* sample, int32_t rank) {
   float high = -INFINITY, low = INFINITY;
 #pragma unroll
-  for (int i = 0; i < kPivotSample / 32; ++i) {
-    high = fmaxf(high, sample[i]);
-    low = fminf(low, sample[i]);
+  for (int i = 0; i < kPivotSample / 128; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      high = fmaxf(high, sample[i * 32].values[e]);
+      low = fminf(low, sample[i * 32].values[e]);
+    }
   }
   high = warp_largest(high);
   low = fmaxf(-warp_largest(-low), high - 2 * kSampleReach);
@@ -189,7 +192,11 @@ __device__ inline float find_pivot(const float (&sample)[kPivotSample / 32], int
     const float middle = 0.5f * (low + high);
     uint32_t own = 0;
 #pragma unroll
-    for (int i = 0; i < kPivotSample / 32; ++i) own += sample[i] >= middle;
+    for (int i = 0; i < kPivotSample / 128; ++i) {
+      const LogitPiece<float> piece = sample[i * 32];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) own += piece.values[e] >= middle;
+    }
     const auto count = static_cast<int32_t>(ptx::warp_sum(own));
     if (count < rank) {
       high = middle;
@@ -304,20 +311,21 @@ __device__ inline uint32_t sum_of_bytes(uint32_t x) {
   return (pairs & 0xffff) + (pairs >> 16);
 }
 
-// Draws the row's token, if it can from candidates, and writes it. Leaves the largest logit.
+// Draws the row's token, if it can from candidates: left with one thread; the others' stays as it
+// is. Leaves the largest logit, too.
 template <int kThreads, class T>
-__device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& params, int64_t row,
-                                            float& maximum, SampleStorage& shared) {
+__device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& params, uint32_t row,
+                                            float& maximum, int32_t& token, SampleStorage& shared) {
   constexpr int kWarps = kThreads / 32, kWords = (kSamplePieces + 3) / 4;
   const int32_t n = params.vocabulary;
-  const T* const logits = params.logits + row * n;
+  const T* const logits = params.logits + int64_t{row} * n;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // A warp's pieces lie one behind the other: 128 logits are `pieces` times in each warp.
   const int32_t pieces = (n + 4 * kThreads - 1) / (4 * kThreads);
   const int32_t begin = warp * pieces * 128 + lane * 4;
   // What one warp does alone falls to different ones in the blocks of a multiprocessor, because a
   // warp's place in its block decides which scheduler it has.
-  const int alone = static_cast<int>(static_cast<uint32_t>(row) * 0x9e3779b9u >> 30);
+  const int alone = static_cast<int>(row * 0x9e3779b9u >> 30);
 
   PieceBits<T> loaded[kSamplePieces];
   if (in_whole_pieces(logits) && begin + (pieces - 1) * 128 + 4 <= n) {
@@ -342,13 +350,16 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
     shared.heads[b] = -1;
   }
   if (warp == alone) {
-    float sample[kPivotSample / 32];
-#pragma unroll
+    // In shared memory, where the candidates will be: registers hold the row already.
+    auto* const sample = reinterpret_cast<LogitPiece<float>*>(shared.candidates) + lane;
+#pragma unroll 2
     for (int i = 0; i < kPivotSample / 128; ++i) {
-      const int32_t piece_begin = (i * 32 + lane) * (n / (kPivotSample / 4)) & ~3;
-      const LogitPiece<T> piece = load_piece(logits, n, piece_begin);
+      const int32_t place = (i * 32 + lane) * (n / (kPivotSample / 4)) & ~3;
+      const LogitPiece<T> piece = load_piece(logits, n, place);
+      LogitPiece<float> floats;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sample[i * 4 + e] = to_float(piece.values[e]);
+      for (int e = 0; e < 4; ++e) floats.values[e] = to_float(piece.values[e]);
+      sample[i * 32] = floats;
     }
     const float pivot = find_pivot(sample, params.pivot_rank);
     if (lane == 0) {
@@ -378,8 +389,8 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   // Infinities; nothing to draw from; all the same.
   if (!(range > 1e-30f && range < 1e4f)) return false;
 
-  // Bytes count the candidates in the pieces of a thread, then in those of the lanes up to it.
-  uint32_t own[kWords]{}, until[kWords], all_lanes[kWords];
+  // Bytes count the candidates in the pieces of a thread, then in those of the lanes before it.
+  uint32_t own[kWords]{}, others[kWords], all_lanes[kWords];
   int64_t mass = 0;
 #pragma unroll
   for (int j = 0; j < kSamplePieces; ++j) {
@@ -404,8 +415,9 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   uint32_t count = 0;
 #pragma unroll
   for (int word = 0; word < kWords; ++word) {
-    until[word] = warp_inclusive_sum(own[word]);
-    all_lanes[word] = __shfl_sync(0xffffffffu, until[word], 31);
+    const uint32_t until = warp_inclusive_sum(own[word]);
+    others[word] = until - own[word];
+    all_lanes[word] = __shfl_sync(0xffffffffu, until, 31);
     count += sum_of_bytes(all_lanes[word]);
   }
   if (lane == 0) shared.counts[warp] = static_cast<int32_t>(count);
@@ -418,7 +430,7 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   for (int j = 0; j < kSamplePieces; ++j) {
     if (j < pieces) {
       if (lane == 0) shared.before[warp * pieces + j] = before;
-      float* place = shared.candidates + before + byte_of(until[j / 4] - own[j / 4], j % 4);
+      float* place = shared.candidates + before + byte_of(others[j / 4], j % 4);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool reaches = x[j][e] >= pivot;
@@ -471,8 +483,8 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
   kept = warp_sum(kept);
   if (lane == 0) shared.tallies[warp] = kept;
   __syncthreads();
-  const Tally others = lane < warp ? shared.tallies[lane] : Tally{0, 0};
-  int64_t left = shared.target - warp_sum(others).mass();
+  const Tally in_front = lane < warp ? shared.tallies[lane] : Tally{0, 0};
+  int64_t left = shared.target - warp_sum(in_front).mass();
   if (left < 0 || left >= kept.mass()) return true;  // another warp's
 
   int32_t place = first;
@@ -501,7 +513,7 @@ __device__ inline bool draw_from_candidates(const GuidedSampleCudaParams<T>& par
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (to_float(piece.values[e]) >= pivot && skip-- == 0) {
-        params.tokens[row] = run * 128 + lane * 4 + e;
+        token = run * 128 + lane * 4 + e;
       }
     }
   }
@@ -602,10 +614,11 @@ __device__ inline Reached find_reached(const RowLogits<T>& row, float floor, flo
   return {logit_of_key(low), above};
 }
 
-// Draws the row's token and writes it. `maximum`: the largest logit, finite.
+// Draws the row's token: left with one thread; the others' stays as it is. `maximum`: the largest
+// logit, finite.
 template <int kThreads, class T>
-__device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params, int64_t index,
-                                     const RowLogits<T>& row, float maximum,
+__device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params,
+                                     const RowLogits<T>& row, float maximum, int32_t& token,
                                      SampleStorage& shared) {
   constexpr int kWarps = kThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -670,7 +683,7 @@ __device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params, in
     const int64_t until = warp_inclusive_sum(kept ? weight(logit) : 0);
     const int found = first_lane(until > left);
     if (found >= 0) {
-      if (lane == found) params.tokens[index] = start + lane;
+      if (lane == found) token = start + lane;
       return;
     }
     left -= __shfl_sync(0xffffffffu, until, 31);
@@ -683,27 +696,27 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   constexpr int kWarps = kThreads / 32;
   auto& shared = shared_storage<SampleStorage>();
   const int32_t n = params.vocabulary;
-  const int64_t row = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
-  if (row >= params.rows) return;
+  const uint32_t row = blockIdx.x;
   float maximum = -INFINITY;
-  if (params.pivot_rank > 0 && n <= kThreads * 4 * kSamplePieces &&
-      draw_from_candidates<kThreads>(params, row, maximum, shared)) {
-    return;
+  int32_t token = -2;  // none of this thread
+  if (params.pivot_rank == 0 || n > kThreads * 4 * kSamplePieces ||
+      !draw_from_candidates<kThreads>(params, row, maximum, token, shared)) {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.number = row_number(params, row);
+    const int32_t each = (n + kThreads - 1) / kThreads * 32;
+    const int32_t begin = min(n, each * static_cast<int32_t>(threadIdx.x / 32));
+    RowLogits<T> logits{params.logits + int64_t{row} * n, n, begin, min(n, begin + each), false};
+    logits.for_each([&](float logit) { maximum = fmaxf(maximum, logit); });
+    maximum = block_largest<kWarps>(maximum, shared);
+    if (maximum > -INFINITY) {
+      logits.infinite = maximum == INFINITY;
+      if (logits.infinite) maximum = 0;  // see key_beside_infinity
+      draw_from_row<kThreads>(params, logits, maximum, token, shared);
+    } else if (threadIdx.x == 0) {
+      token = -1;
+    }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) shared.number = row_number(params, row);
-  const int32_t each = (n + kThreads - 1) / kThreads * 32;
-  const int32_t begin = min(n, each * static_cast<int32_t>(threadIdx.x / 32));
-  RowLogits<T> logits{params.logits + row * n, n, begin, min(n, begin + each), false};
-  logits.for_each([&](float logit) { maximum = fmaxf(maximum, logit); });
-  maximum = block_largest<kWarps>(maximum, shared);
-  if (maximum == -INFINITY) {
-    if (threadIdx.x == 0) params.tokens[row] = -1;
-    return;
-  }
-  logits.infinite = maximum == INFINITY;
-  if (logits.infinite) maximum = 0;  // see key_beside_infinity
-  draw_from_row<kThreads>(params, row, logits, maximum, shared);
+  if (token >= -1) params.tokens[row] = token;
 }
 
 }  // namespace flexvar
