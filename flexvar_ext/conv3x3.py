@@ -28,7 +28,7 @@ def conv3x3(
     On CUDA, upsampling runs on tensor cores in float16 and bfloat16, channels last, with the same 4 products. They are
     summed in float32, bias and residual added to the sums, and the result is rounded once; so are the sums of taps.
     The order of sums depends on C, N, resize and the GPU alone: an image's result is the same in any batch, to the bit.
-    On Hopper (sm_90a) so do maps of 64 and more channels that keep their resolution.
+    On Hopper (sm_90a) so do maps of 64 to 256 channels that keep their resolution.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.conv3x3`
     (:func:`conv3x3_is_native` tells): in float64, on CPUs in float16 or without AVX2, on CUDA in float32 and in what
@@ -72,10 +72,10 @@ def conv3x3_is_native(x: Tensor, *, resize: str = "none", out_channels: int | No
 
 def _has_fast_kernel(x: Tensor, out_channels: int | None) -> bool:
     """Whether the kernel multiplies by warpgroups (``plan_conv3x3``) as many channels as are worth it: elsewhere cuDNN
-    is the faster one."""
+    is the faster one, which cuts the depth of more channels into parts."""
     channels = x.shape[1] if x.ndim == 4 else 0
-    is_wide = channels % 8 == 0 and channels >= 64 and (out_channels is None or out_channels >= 64)
-    return is_wide and has_warpgroup_products(x.device)
+    suits = channels % 8 == 0 and 64 <= channels <= 256 and (out_channels is None or out_channels >= 64)
+    return suits and has_warpgroup_products(x.device)
 
 
 @torch.compiler.assume_constant_result

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from flexvar_ext import reference
 from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, has_tangent, not_dense
-from flexvar_ext._device import has_warpgroup_products
 from flexvar_ext._registration import register_autocast
 
 ACTIVATIONS = ("none", "gelu_tanh")
-FEW_ROWS = 128
 
 
 def linear(
@@ -31,10 +29,7 @@ def linear(
     three bfloat16 numbers: the error is about that of float32 arithmetic. Parts below 2^-126 are zero there, so
     factors and products below about 2e-31 keep fewer digits.
 
-    On a Hopper GPU few rows in 16 bits, without gate and residual, are this library's, too, summed in float32 and
-    rounded once.
-
-    Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose larger
+    Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
     matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
     a forward-mode one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed:
     it is computed from the sums before they are rounded.
@@ -74,12 +69,6 @@ def linear(
     needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
     is_differentiated = needs_gradient or has_tangent(*given.values())
     if (
-        x.is_cuda and gate is None and residual is None and not is_differentiated
-        and not torch.compiler.is_compiling() and _has_few_rows(x, weight, dtype)
-    ):  # fmt: skip
-        few: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, None, None)
-        return few
-    if (
         x.is_cuda and dtype in (torch.float16, torch.bfloat16)
         and activation == "gelu_tanh" and bias is not None and gate is None and residual is None
         and not is_differentiated and not torch.compiler.is_compiling()
@@ -89,18 +78,6 @@ def linear(
         return reference.linear(x, weight, bias, activation=activation, gate=gate, residual=residual)
     result: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, gate, residual)
     return result
-
-
-def _has_few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether csrc/linear/cuda.cu takes the product, and is faster than cuBLAS: it reads the weight from more places
-    at once, and before what makes x has ended."""
-    columns, depth = weight.shape
-    return (
-        0 < x.numel() <= FEW_ROWS * depth
-        and dtype in (torch.float16, torch.bfloat16) and weight.dtype == dtype
-        and columns % 4 == 0 and depth % 64 == 0 and depth <= 6656
-        and has_warpgroup_products(x.device)
-    )  # fmt: skip
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

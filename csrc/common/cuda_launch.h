@@ -105,32 +105,6 @@ void launch_overlapping(const char* op, cudaStream_t stream, void (*kernel)(Para
 #endif
 }
 
-// launch_overlapping on sm_90 and up, with the blocks along x of the grid as a cluster.
-template <class... Parameters>
-void launch_clusters(const char* op, cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
-                     dim3 threads, size_t shared_bytes,
-                     const std::type_identity_t<Parameters>&... arguments) {
-#ifdef __CUDACC__
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = grid.x;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), op, "CUDA launch");
-#else
-  emulation::check_single_blocks(op, grid.x);
-  emulation::launch_on_device(op, stream, true, kernel, grid, threads, shared_bytes, arguments...);
-#endif
-}
-
 inline int device_attribute(cudaDeviceAttr which, const torch::stable::Tensor& tensor,
                             const char* op) {
   int value = 0;

@@ -412,39 +412,6 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- Clusters (launch_cluster) -----------------------------------------------------------------
-
-// Asks for the 128 bytes around `global` to be brought to the L2 cache.
-__device__ __forceinline__ void prefetch(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
-}
-// Waits for all threads of the cluster, whose writes to shared memory are visible then.
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
-                   : "memory");
-#else
-  __syncthreads();
-#endif
-}
-// What `shared` points at in the shared memory of the cluster's block number `block`.
-__device__ __forceinline__ float4 cluster_load(const float4* shared, int block) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;\n"
-      : "=r"(address)
-      : "r"(shared_address(shared)), "r"(block));
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-#else
-  return shared[block * 0];
-#endif
-}
-
 // --- Warps -------------------------------------------------------------------------------------
 
 // The sum of all 32 lanes' x, in every lane.

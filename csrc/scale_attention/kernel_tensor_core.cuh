@@ -95,6 +95,15 @@ __device__ __forceinline__ void copy_rows_async(HalfTile<T, kRows, kDim>& shared
   }
 }
 
+// Until all copies have arrived, and the block is done with the tiles before: the next ones may be
+// copied over those. The fence waits for every copy that is under way, so none for later is yet.
+__device__ __forceinline__ void wait_for_tile() {
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  ptx::fence_for_warpgroup();
+  __syncthreads();
+}
+
 // The 16 x 16 block at (row, column) as the left factor of a product, or, transposed, as two right
 // factors whose rows (keys of V, queries of dO, …) are the depth of the product.
 template <class T, int kRows, int kDim>
@@ -363,7 +372,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
                   tile.query_begin, tile.query_end);
   copy_rows_async(shared.keys[0], keys, params.k.token_stride, key_range.begin, key_range.end);
   copy_rows_async(shared.values[0], values, params.v.token_stride, key_range.begin, key_range.end);
-  ptx::cp_async_commit();
 
   float* q_inverse_lengths = head_part<float>(params.q_inverse_lengths, head, params.query_count);
   float* k_inverse_lengths = head_part<float>(params.k_inverse_lengths, head, params.query_count);
@@ -374,14 +382,11 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   int stage = 0;
   for (int begin = key_range.begin; begin < key_range.end; begin += kColumns, stage ^= 1) {
     const int next = begin + kColumns;
+    wait_for_tile();
     if (next < key_range.end) {
       copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, key_range.end);
       copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, key_range.end);
     }
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();
-    ptx::fence_for_warpgroup();
-    __syncthreads();
     float weights[kTiles][4];
     tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
     if (normalized) {
@@ -430,7 +435,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
       weigh.template operator()<true>();
     }
     tile_accumulate(out, weights, shared.values[stage]);
-    __syncthreads();
   }
 
 #pragma unroll

@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
                   params.grad_out.token_stride, tile.query_begin, tile.query_end);
   copy_rows_async(shared.first_columns[0], keys, params.k.token_stride, 0, tile.key_end);
   copy_rows_async(shared.second_columns[0], values, params.v.token_stride, 0, tile.key_end);
-  ptx::cp_async_commit();
 
   float logsumexp[2], delta[2];  // the former in base 2
   float row_factor[2];           // of a row's products, to scores in base 2
@@ -132,16 +131,13 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
   int stage = 0;
   for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
     const int next = begin + kColumns;
+    wait_for_tile();
     if (next < tile.key_end) {
       copy_rows_async(shared.first_columns[stage ^ 1], keys, params.k.token_stride, next,
                       tile.key_end);
       copy_rows_async(shared.second_columns[stage ^ 1], values, params.v.token_stride, next,
                       tile.key_end);
     }
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();
-    ptx::fence_for_warpgroup();
-    __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
     tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
@@ -171,7 +167,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
       __syncthreads();
     }
     tile_accumulate(grad, grad_scores, shared.first_columns[stage]);
-    __syncthreads();
   }
 
 #pragma unroll
@@ -229,7 +224,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     }
   };
   copy_columns_async(0, tile.query_begin);
-  ptx::cp_async_commit();
   if (q_inverse != nullptr && threadIdx.x < kTensorCoreRows) {
     const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, tokens);
     const int row = static_cast<int>(threadIdx.x), token = tile.key_begin + row;
@@ -240,11 +234,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
   int stage = 0;
   for (int begin = tile.query_begin; begin < tokens; begin += kColumns, stage ^= 1) {
     const int next = begin + kColumns;
+    wait_for_tile();
     if (next < tokens) copy_columns_async(stage ^ 1, next);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();
-    ptx::fence_for_warpgroup();
-    __syncthreads();
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
     tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
@@ -283,7 +274,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     }
     tile_accumulate(grad_keys, grad_scores, shared.first_columns[stage]);
     tile_accumulate(grad_values, weights, shared.second_columns[stage]);
-    __syncthreads();
   }
 
   const float scale = static_cast<float>(params.softmax_scale) *

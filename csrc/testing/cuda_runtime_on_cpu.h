@@ -53,10 +53,6 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 
 namespace flexvar::emulation {
 
-inline void check_single_blocks(const char* op, unsigned cluster) {
-  if (cluster != 1) throw KernelError(std::string(op) + ": clusters of blocks are not emulated");
-}
-
 template <class... Parameters>
 void launch_on_device(const char* op, cudaStream_t stream, bool overlaps,
                       void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,

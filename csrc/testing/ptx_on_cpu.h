@@ -149,12 +149,6 @@ inline void barrier_sync(int id, int threads, Location where = Location::current
 inline void barrier_arrive(int id, int threads, Location where = Location::current()) {
   emulation::block_barrier_arrive(id, threads, where);
 }
-inline void prefetch(const void*) {}
-// A launch's clusters are single blocks here.
-inline void cluster_barrier(Location where = Location::current()) {
-  emulation::block_barrier(0, 0, emulation::Vote::none, 0, where);
-}
-inline float4 cluster_load(const float4* shared, int) { return *shared; }
 inline uint32_t warp_sum(uint32_t x, Location where = Location::current()) {
   return __reduce_add_sync(0xffffffffu, x, where);
 }

@@ -186,6 +186,7 @@ def test_what_runs_natively_on_hopper():
     assert flexvar_ext.conv3x3_is_native(x) == is_hopper
     assert flexvar_ext.conv3x3_is_native(x, out_channels=64) == is_hopper
     assert not flexvar_ext.conv3x3_is_native(x, out_channels=3)
+    assert not flexvar_ext.conv3x3_is_native(x.repeat(1, 8, 1, 1))
     assert not flexvar_ext.conv3x3_is_native(x, resize="down")
     assert not flexvar_ext.conv3x3_is_native(x[:, 1:])
     assert not flexvar_ext.conv3x3_is_native(x.float())

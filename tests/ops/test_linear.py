@@ -332,55 +332,6 @@ def test_bad_arguments_do_not_reach_the_kernel(call):
         torch.ops.flexvar.linear(*call)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("columns", "depth"),
-    [(64, 64), (3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (1536, 6144), (128, 6656), (8912, 1024)],
-)
-def test_few_rows_on_cuda(columns, depth, dtype):
-    """Every share of the depth that blocks of a cluster take, rows that fill a tile and that do not."""
-    for rows in (1, 2, 18, 64, 72, 128):
-        given = without(arguments(1, rows, depth, columns, dtype, "cuda"), "gate", "residual")
-        for activation in ("none", "gelu_tanh"):
-            out, own, exact = (
-                op.linear(**tensors, activation=activation)
-                for op, tensors in ((flexvar_ext, given), (reference, given), (reference, doubled(given)))
-            )
-            assert_as_accurate_as_torch(out, own, exact, factor=FORWARD_FACTOR)
-            for _ in range(20):
-                assert torch.equal(flexvar_ext.linear(**given, activation=activation), out)
-
-
-@pytest.mark.cuda
-def test_few_rows_behind_one_another_and_in_a_graph():
-    """Each begins while the one before ends, and reads what that writes."""
-    weights = [arguments(1, 2, 1024, 1024, torch.bfloat16, "cuda")["weight"] for _ in range(2)]
-    x = randn(3, 1024, device="cuda").bfloat16()
-
-    def chain():
-        out = x
-        for i in range(20):
-            out = flexvar_ext.linear(out, weights[i % 2])
-        return out
-
-    def expected():
-        out = x
-        for i in range(20):
-            out = flexvar_ext.linear(out, weights[i % 2])
-            torch.cuda.synchronize()
-        return out
-
-    assert torch.equal(chain(), expected())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain()
-    x.copy_(randn(3, 1024, seed=5, device="cuda"))
-    for _ in range(10):
-        graph.replay()
-    assert torch.equal(out, expected())
-
-
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_long_sums_of_few_rows_are_as_accurate_as_torchs(monkeypatch, instruction_set):
     monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
