@@ -313,37 +313,44 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
                                                          float (&out)[kDimTiles][4],
                                                          const float (&factor)[2], int columns) {
   const int t = static_cast<int>(threadIdx.x) % 4;
+  float highest[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float highest = maximum[half];
+    highest[half] = maximum[half];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& score = weights[n][2 * half + i];
         score = !kMasked || n * 8 + 2 * t + i < columns ? score * factor[half] : -INFINITY;
-        highest = fmaxf(highest, score);
+        highest[half] = fmaxf(highest[half], score);
       }
     }
-    highest = row_maximum(highest);
-    // While all scores are -inf the maximum is no number to subtract.
-    const float base = highest == -INFINITY ? 0.0f : highest;
-    const float correction = ptx::exp2_approx(maximum[half] - base);
-    maximum[half] = highest;
-    sum[half] *= correction;
+    highest[half] = row_maximum(highest[half]);
+  }
+  // While all scores are -inf the maximum is no number to subtract.
+  const float base[2] = {highest[0] == -INFINITY ? 0.0f : highest[0],
+                         highest[1] == -INFINITY ? 0.0f : highest[1]};
+  // Seldom after the first tiles.
+  if (__any_sync(0xffffffffu, highest[0] != maximum[0] || highest[1] != maximum[1])) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const float correction = ptx::exp2_approx(maximum[half] - base[half]);
+      maximum[half] = highest[half];
+      sum[half] *= correction;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& weight = weights[n][2 * half + i];
-        weight = ptx::exp2_approx(weight - base);
-        sum[half] += weight;
+      for (int d = 0; d < kDimTiles; ++d) {
+        out[d][2 * half] *= correction;
+        out[d][2 * half + 1] *= correction;
       }
     }
+  }
 #pragma unroll
-    for (int d = 0; d < kDimTiles; ++d) {
-      out[d][2 * half] *= correction;
-      out[d][2 * half + 1] *= correction;
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      weights[n][i] = ptx::exp2_approx(weights[n][i] - base[i / 2]);
+      sum[i / 2] += weights[n][i];
     }
   }
 }
