@@ -215,7 +215,7 @@ def floor_table() -> list[str]:
         f"should take: {SHARE_OF_COPY:.0%} of the copy rate, or {SHARE_OF_PRODUCTS:.0%} of the product rate "
         f"(`mma.sync`) with half of the other instructions hidden behind it, plus {SECONDS_A_LAUNCH * 1e6:g} µs a "
         f"launch ({SECONDS_AN_OVERLAPPING_LAUNCH * 1e6:g} µs where it overlaps the kernel before). "
-        "Predictions wait to be refuted: none was measured yet.",
+        "benchmarks/NOTES.md says what an H100 made of the first of them.",
         "",
         "| op | case | bytes | GFLOP | bytes floor | operations floor | predicted |",
         "|---|---|---:|---:|---:|---:|---:|",
