@@ -148,7 +148,7 @@ __device__ __forceinline__ void tile_scores_by_warps(float (&scores)[kTiles][4],
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[n][i] = 0;
   }
-#pragma unroll
+#pragma unroll 2  // registers are short
   for (int d = 0; d < kDim; d += 16) {
     uint32_t left[4];
     load_left(left, rows, warp_row, d);
@@ -190,56 +190,63 @@ __device__ __forceinline__ void tile_scores(float (&scores)[kTiles][4],
   }
 }
 
-// sums += weights (16 rows of this warp x columns, as left factors) times the columns' rows of D.
-template <class T, int kPairs, int kDimTiles, int kColumns, int kDim>
+// Columns [16 n, 16 n + 16) of accumulators as the left factor of a product.
+template <class T, int kTiles>
+__device__ __forceinline__ void pack_left(uint32_t (&left)[4], const float (&weights)[kTiles][4],
+                                          int n) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float (&half)[4] = weights[2 * n + i / 2];
+    left[i] = pack_pair<T>(half[i % 2 * 2], half[i % 2 * 2 + 1]);
+  }
+}
+
+// sums += weights (16 rows of this warp x columns, as accumulators) times the columns' rows of D.
+template <class T, int kTiles, int kDimTiles, int kColumns, int kDim>
 __device__ __forceinline__ void tile_accumulate_by_warps(
-    float (&sums)[kDimTiles][4], const uint32_t (&weights)[kPairs][4],
+    float (&sums)[kDimTiles][4], const float (&weights)[kTiles][4],
     const HalfTile<T, kColumns, kDim>& columns) {
 #pragma unroll
-  for (int n = 0; n < kPairs; ++n) {
+  for (int n = 0; n < kTiles / 2; ++n) {
+    uint32_t left[4];
+    pack_left<T>(left, weights, n);
 #pragma unroll
     for (int d = 0; d < kDimTiles; d += 2) {
       uint32_t right[4];
       load_right_transposed(right, columns, n * 16, d * 8);
-      multiply_pair<T>(sums[d], sums[d + 1], weights[n], right);
+      multiply_pair<T>(sums[d], sums[d + 1], left, right);
     }
   }
 }
 template <class T>
 __device__ __forceinline__ void tile_accumulate_by_warpgroup(float (&sums)[8][4],
-                                                             uint32_t (&weights)[4][4],
+                                                             const float (&weights)[8][4],
                                                              const HalfTile<T, 64, 64>& columns) {
+  uint32_t left[4][4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) pack_left<T>(left[n], weights, n);
   ptx::hold_registers(sums);
-  ptx::hold_registers(weights);
+  ptx::hold_registers(left);
   ptx::warpgroup_begin();
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    ptx::warpgroup_multiply_rows(sums, weights[n], columns.rows[0], n * 16);
+    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
   }
   ptx::warpgroup_end();
   ptx::hold_registers(sums);
 }
-// The same with weights as accumulators.
 template <class T, int kTiles, int kDimTiles, int kColumns, int kDim>
 __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
                                                 const float (&weights)[kTiles][4],
                                                 const HalfTile<T, kColumns, kDim>& columns) {
-  uint32_t left[kTiles / 2][4];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      left[n / 2][n % 2 * 2 + half] = pack_pair<T>(weights[n][2 * half], weights[n][2 * half + 1]);
-    }
-  }
   if constexpr (kColumns == 64 && kDim == 64) {
     if (ptx::has_warpgroup_products()) {
-      tile_accumulate_by_warpgroup(sums, left, columns);
+      tile_accumulate_by_warpgroup(sums, weights, columns);
     } else {
-      tile_accumulate_by_warps(sums, left, columns);
+      tile_accumulate_by_warps(sums, weights, columns);
     }
   } else {
-    tile_accumulate_by_warps(sums, left, columns);
+    tile_accumulate_by_warps(sums, weights, columns);
   }
 }
 
@@ -329,13 +336,12 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
     highest[half] = row_maximum(highest[half]);
   }
   // While all scores are -inf the maximum is no number to subtract.
-  const float base[2] = {highest[0] == -INFINITY ? 0.0f : highest[0],
-                         highest[1] == -INFINITY ? 0.0f : highest[1]};
+  const auto base_of = [](float highest) { return highest == -INFINITY ? 0.0f : highest; };
   // Seldom after the first tiles.
   if (__any_sync(0xffffffffu, highest[0] != maximum[0] || highest[1] != maximum[1])) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float correction = ptx::exp2_approx(maximum[half] - base[half]);
+      const float correction = ptx::exp2_approx(maximum[half] - base_of(highest[half]));
       maximum[half] = highest[half];
       sum[half] *= correction;
 #pragma unroll
@@ -346,11 +352,15 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
     }
   }
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int half = 0; half < 2; ++half) {
+    const float base = base_of(maximum[half]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      weights[n][i] = ptx::exp2_approx(weights[n][i] - base[i / 2]);
-      sum[i / 2] += weights[n][i];
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        weights[n][i] = ptx::exp2_approx(weights[n][i] - base);
+        sum[half] += weights[n][i];
+      }
     }
   }
 }
