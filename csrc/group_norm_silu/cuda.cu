@@ -6,6 +6,7 @@
 #include "common/cuda_launch.h"
 #include "group_norm_silu/arguments.h"
 #include "group_norm_silu/kernel.cuh"
+#include "group_norm_silu/kernel_backward.cuh"
 
 namespace flexvar {
 namespace {

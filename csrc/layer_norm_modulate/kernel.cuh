@@ -54,8 +54,9 @@ struct LayerNormModulateBackwardCudaParams {
   float eps;
 };
 
-// --- A row in the registers of a team
-// ------------------------------------------------------------- float row[kItems]: warp w of the
+// --- A row in the registers of a team ------------------------------------------------------------
+
+// float row[kItems]: warp w of the
 // team, which are the threads of one threadIdx.y, holds 32 * kItems channels from w * 32 * kItems
 // on, its lane l of them (g * 32 + l) * kVector + 0 … kVector - 1 for g < kItems / kVector.
 
@@ -179,8 +180,9 @@ __device__ __forceinline__ void load_vector(float (&row)[kItems], const NormCuda
   });
 }
 
-// --- Sums over a row
-// ------------------------------------------------------------------------------- One slot per warp
+// --- Sums over a row -----------------------------------------------------------------------------
+
+// One slot per warp
 // and for each of the sums that a row needs in turn. Three of them are enough for rows without a
 // barrier in between: whoever writes a slot again is two barriers behind its readers.
 struct NormStorage {
@@ -364,8 +366,7 @@ __global__ void __launch_bounds__(kNormSumThreads) norm_sum_parts_kernel(NormSum
   params.out[index] = static_cast<float>(sum);
 }
 
-// --- The launch
-// ------------------------------------------------------------------------------------
+// --- The launch ----------------------------------------------------------------------------------
 // Threads of a team: on nothing but the number of channels depends the order of a row's sums.
 inline unsigned norm_threads(int64_t columns, int items) {
   return static_cast<unsigned>(divide_up(columns, 32 * items) * 32);

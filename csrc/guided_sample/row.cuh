@@ -1,0 +1,137 @@
+// What both ways of sampling a row on CUDA share: arguments, a block's memory, sums over a warp.
+#pragma once
+
+#include <cmath>
+
+#include "common/ptx.cuh"
+#include "guided_sample/arithmetic.h"
+
+namespace flexvar {
+
+constexpr int kSampleMostWarps = 16;
+constexpr int kSamplePieces = 9;   // of four logits: what a thread can hold of a row
+constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
+constexpr int kPivotSlack = 5;     // how many more of these may reach it
+constexpr int kMaxCandidates = 1792;
+constexpr int kSampleBins = 512, kBinsPerLane = kSampleBins / 32;
+// Tokens that are further below the largest logit weigh nothing.
+constexpr float kSampleReach = 22;
+
+template <class T>
+struct GuidedSampleCudaParams {
+  const T* logits;           // [B * l, V]
+  const int64_t* seeds;      // [B]
+  const int64_t* image_ids;  // [B]
+  int64_t* tokens;           // [B * l]
+  int64_t step;
+  double top_p;        // 0: off
+  uint32_t length;     // l
+  int32_t vocabulary;  // V
+  int32_t top_k;       // 0 (off) to V - 1
+  int32_t pivot_rank;  // see guided_sample_pivot_rank
+};
+
+// The pivot's place in the sample of a row, from the largest: such that at least top_k logits reach
+// it, but for one row in a hundred. 0: no pivot, because all logits matter or candidates would be
+// too many.
+inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p) {
+  const bool nucleus = top_p > 0 && top_p < 1;
+  if ((top_k == 0 && !nucleus) || vocabulary < 2 * kPivotSample) return 0;
+  const auto size = static_cast<double>(vocabulary);
+  if (top_k == 0) {  // as many candidates as there is room for, mostly
+    return static_cast<int32_t>(kPivotSample * fmin(0.7 * kMaxCandidates / size, 0.9));
+  }
+  const double share = static_cast<double>(top_k) / size;
+  const double deviation = std::sqrt(kPivotSample * share * (1 - share));
+  const double rank = kPivotSample * share + 2.5 * deviation + 2;
+  const double most = (rank + kPivotSlack + 2.5 * deviation) / kPivotSample * size;
+  return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
+}
+
+template <class T>
+__device__ inline uint64_t row_number(const GuidedSampleCudaParams<T>& params, uint32_t row) {
+  const uint32_t image = row / params.length;
+  return random_number(params.seeds[image], params.image_ids[image], params.step,
+                       row - image * params.length);
+}
+
+// Number and mass of up to kMaxCandidates tokens, in two words that add up without carries.
+struct Tally {
+  uint32_t count_and_low;  // number << 21 | sum of the weights' low 10 bits
+  uint32_t high;           // sum of the weights' other bits
+  __device__ uint32_t count() const { return count_and_low >> 21; }
+  __device__ int64_t mass() const { return (int64_t{high} << 10) + (count_and_low & 0x1fffff); }
+};
+static_assert(kMaxCandidates < 1 << 11 && kMaxCandidates * 1023 < 1 << 21);
+
+__device__ inline Tally tally_of(uint32_t weight) {
+  return {1u << 21 | (weight & 1023), weight >> 10};
+}
+__device__ inline Tally operator+(Tally a, Tally b) {
+  return {a.count_and_low + b.count_and_low, a.high + b.high};
+}
+__device__ inline Tally operator-(Tally a, Tally b) {
+  return {a.count_and_low - b.count_and_low, a.high - b.high};
+}
+
+// A part of a whole row's logits: see measure.
+struct Measure {
+  int64_t sum;
+  float least, greatest;
+};
+
+struct SampleStorage {
+  // A lane's bins are apart from the next one's: four words behind them keep both in other banks.
+  alignas(16) uint32_t bins_count_and_low[32][kBinsPerLane + 4];
+  alignas(16) uint32_t bins_high[32][kBinsPerLane + 4];
+  int32_t heads[kSampleBins];                    // of lists of the candidates in a bin; -1: none
+  int16_t next[kMaxCandidates];                  // the next in the same list
+  alignas(16) float candidates[kMaxCandidates];  // in order of indices
+  uint32_t weights[kMaxCandidates];
+  int32_t before[kSampleMostWarps * kSamplePieces];  // candidates in front of 128 logits
+  int32_t counts[kSampleMostWarps];
+  float largest[kSampleMostWarps];
+  Tally tallies[kSampleMostWarps];
+  Measure measures[kSampleMostWarps];
+  int64_t sums[kSampleMostWarps];
+  uint64_t number;  // random
+  int64_t target;
+  float pivot, cut_logit;
+  int32_t cut_end, ties, warp;
+};
+
+template <class Number>
+__device__ inline Number warp_inclusive_sum(Number sum) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const Number other = __shfl_up_sync(0xffffffffu, sum, lanes);
+    if (static_cast<int>(threadIdx.x) % 32 >= lanes) sum += other;
+  }
+  return sum;
+}
+__device__ inline Tally warp_inclusive_sum(Tally sum) {
+  return {warp_inclusive_sum(sum.count_and_low), warp_inclusive_sum(sum.high)};
+}
+__device__ inline Tally warp_sum(Tally sum) {
+  return {ptx::warp_sum(sum.count_and_low), ptx::warp_sum(sum.high)};
+}
+__device__ inline Tally from_lane(Tally tally, int lane) {
+  return {__shfl_sync(0xffffffffu, tally.count_and_low, lane),
+          __shfl_sync(0xffffffffu, tally.high, lane)};
+}
+__device__ inline int64_t warp_sum(int64_t sum) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  return sum;
+}
+__device__ inline float warp_largest(float largest) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+  }
+  return largest;
+}
+// The first lane for which `condition` holds, or -1.
+__device__ inline int first_lane(bool condition) {
+  return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, condition))) - 1;
+}
+
+}  // namespace flexvar
