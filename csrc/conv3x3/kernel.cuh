@@ -278,19 +278,28 @@ __device__ __forceinline__ void conv_store(const Conv3x3CudaParams<T>& params,
   }
 }
 
-// Blocks that read the same pixels follow each other.
+// Blocks that read the same pixels follow each other: phases first, then tiles of columns, then of
+// pixels.
+struct ConvBlock {
+  int phase, row_parity, column_parity, column_tile;
+  unsigned tile;
+};
+__device__ __forceinline__ ConvBlock conv_block(const Conv3x3Plan& plan) {
+  const auto phases = static_cast<unsigned>(plan.parities * plan.parities);
+  const auto column_tiles = static_cast<unsigned>(plan.column_tiles);
+  const auto phase = static_cast<int>(blockIdx.x % phases);
+  return {phase, phase / plan.parities, phase % plan.parities,
+          static_cast<int>(blockIdx.x / phases % column_tiles), blockIdx.x / phases / column_tiles};
+}
+
 template <class T, class Tile, bool kInChunks>
 __global__ void __launch_bounds__(kConvThreads, Tile::kBlocks)
     conv3x3_kernel(Conv3x3CudaParams<T> params) {
   constexpr int kRowFragments = Tile::kWarpRows / 16, kColumnFragments = Tile::kWarpColumns / 8;
   auto& shared = shared_storage<ConvShared<T, Tile>>();
   const Conv3x3Plan& plan = params.plan;
-  const auto phases = static_cast<unsigned>(plan.parities * plan.parities);
-  const auto column_tiles = static_cast<unsigned>(plan.column_tiles);
-  const auto phase = static_cast<int>(blockIdx.x % phases);
-  const auto column_tile = static_cast<int>(blockIdx.x / phases % column_tiles);
-  const int64_t row_tile = blockIdx.x / phases / column_tiles;
-  const int row_parity = phase / plan.parities, column_parity = phase % plan.parities;
+  const auto [phase, row_parity, column_parity, column_tile, tile] = conv_block(plan);
+  const int64_t row_tile = tile;
 
   const int64_t pixels = int64_t{plan.grid_height} * plan.grid_width;
   const ConvStart start{row_tile * Tile::kRows / pixels,

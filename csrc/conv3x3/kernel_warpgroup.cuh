@@ -95,7 +95,6 @@ __host__ __device__ constexpr int conv_warpgroup_threads() {
   return ptx::has_warpgroup_products() ? Tile::kThreads : 32;
 }
 
-// Blocks that see the same pixels follow each other.
 template <class T, class Tile>
 __global__ void __launch_bounds__(conv_warpgroup_threads<Tile>(), Tile::kBlocks)
     conv3x3_warpgroup_kernel(Conv3x3CudaParams<T> params) {
@@ -104,12 +103,7 @@ __global__ void __launch_bounds__(conv_warpgroup_threads<Tile>(), Tile::kBlocks)
   constexpr int kColumnFragments = Tile::kColumns / 8;
   auto& shared = *dynamic_shared<Shared>();
   const Conv3x3Plan& plan = params.plan;
-  const auto phases = static_cast<unsigned>(plan.parities * plan.parities);
-  const auto column_tiles = static_cast<unsigned>(plan.column_tiles);
-  const auto phase = static_cast<int>(blockIdx.x % phases);
-  const auto column_tile = static_cast<int>(blockIdx.x / phases % column_tiles);
-  const unsigned tile = blockIdx.x / phases / column_tiles;
-  const int row_parity = phase / plan.parities, column_parity = phase % plan.parities;
+  const auto [phase, row_parity, column_parity, column_tile, tile] = conv_block(plan);
   const unsigned tiles_across = (plan.grid_width + Tile::kWidth - 1) / Tile::kWidth;
   const unsigned tiles_down = (plan.grid_height + Tile::kHeight - 1) / Tile::kHeight;
   const int left = static_cast<int>(tile % tiles_across) * Tile::kWidth;
