@@ -25,7 +25,8 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self.weight, cast(Tensor, self.bias)
-        if self.backend == "reference" or not flexvar_ext.conv3x3_is_native(input, resize=self.resize):
+        is_native = flexvar_ext.conv3x3_is_native(input, resize=self.resize, out_channels=self.out_channels)
+        if self.backend == "reference" or not is_native:
             weight, bias = self._casts.of("weight", weight), self._casts.of("bias", bias)
         out: Tensor = ops(self.backend).conv3x3(input, weight, bias, resize=self.resize, residual=residual)
         return out
