@@ -79,6 +79,18 @@ def test_without_cuda_in_torch_there_is_no_cuda_library(sources: Path, tmp_path:
     assert "CPU only, no CUDA library will be built: this torch is a CPU build" in configured.stdout
 
 
+@pytest.mark.parametrize(("testing", "stays"), [("OFF", False), ("ON", True)])
+def test_only_what_replaces_a_cuda_library_removes_it(tmp_path: Path, testing: str, stays: bool) -> None:
+    """A build without CUDA would leave one that does not match; the tests' module is built beside the libraries."""
+    library = tmp_path / "libflexvar_ops_cuda.so"
+    library.touch()
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DFLEXVAR_CUDA=off"]
+    command += [f"-DFLEXVAR_TESTING={testing}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = run(*command, f"-DFLEXVAR_OUTPUT_DIR={tmp_path}")
+    assert configured.returncode == 0, configured.stderr
+    assert library.exists() == stays
+
+
 def test_missing_library_says_what_to_do(sources: Path) -> None:
     used = run(sys.executable, "-P", "-c", "import flexvar_ext", PYTHONPATH=str(sources))
     assert used.returncode != 0
