@@ -53,6 +53,11 @@ class CompiledGeneration:
             self._is_compiled = True
             return self._generate()
         if self._graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what Inductor tunes at a second call would break the recording
+                self._generate()
+            torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._recorded = self._generate()

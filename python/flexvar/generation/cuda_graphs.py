@@ -8,10 +8,11 @@ seeds and codes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from threading import Lock, RLock
 from typing import ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
@@ -69,7 +70,7 @@ class GraphedSteps:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self._arguments = (zeros(batch), zeros(batch), zeros(batch))
+        self._arguments = zeros(3, batch)
         # The codes that each step but the first starts from. Not what was drawn: an edit may replace that.
         self._previous = [zeros(batch, *size) for size in steps.schedule[:-1]]
         # With its state: recordings know addresses only, and other schedules may push positions out of their cache.
@@ -80,16 +81,15 @@ class GraphedSteps:
         self._outputs, self._replays = zip(*(recorder.record(compute) for compute in computations), strict=True)
 
     def _computations(self, steps: Steps) -> Iterator[Callable[[], Tensor | None]]:
-        yield lambda: steps.begin(*self._arguments)
+        yield lambda: steps.begin(*self._arguments.unbind())
         for index in range(len(steps.schedule)):
             previous = self._previous[index - 1] if index else None
             yield partial(steps.advance, index, previous)
             yield partial(steps.sample, index)
 
     def begin(self, labels: Tensor, seeds: Tensor, image_ids: Tensor) -> None:
-        """As of :class:`Steps`, but that the tensors may be anywhere."""
-        for argument, value in zip(self._arguments, (labels, seeds, image_ids), strict=True):
-            argument.copy_(value)
+        """As of :class:`Steps`."""
+        self._arguments.copy_(torch.stack((labels, seeds, image_ids)))
         self._replays[0]()
 
     def advance(self, index: int, previous: Tensor | None) -> None:
@@ -135,7 +135,34 @@ class _Kind(Generic[Recording]):
     in_use: bool = False
 
 
-_Kinds: TypeAlias = OrderedDict[Hashable, _Kind[Recording]]
+_Fingerprint: TypeAlias = tuple[list[int], list[bool], list[int]]
+
+
+class _Kinds(OrderedDict[Hashable, _Kind[Recording]]):
+    """Kinds of one sort, the last used last, all of which read the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._weights: list[Tensor] = []
+        self._fingerprint: _Fingerprint | None = None
+
+    def drop_those_of_other_weights(self, modules: Iterable[nn.Module]) -> None:
+        """Empties itself when a weight has changed since the first kind came."""
+        if self and self._fingerprint == _fingerprint(self._weights):
+            return
+        self.clear()
+        self._weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self._fingerprint = _fingerprint(self._weights)
+
+
+def _fingerprint(weights: list[Tensor]) -> _Fingerprint:
+    """Changes with the values, as far as torch tells: tensors made in inference mode count no versions.
+
+    A GPU waits for this look at hundreds of weights before every generation, so the loops are C's.
+    """
+    uncounted = list(map(Tensor.is_inference, weights))
+    counted = [weight for weight, is_not in zip(weights, uncounted, strict=True) if not is_not]
+    return list(map(Tensor.data_ptr, weights)), uncounted, list(map(attrgetter("_version"), counted))
 
 
 class GraphCache:
@@ -163,10 +190,8 @@ class GraphCache:
         self._make_recorder = make_recorder
         self._device_type = device_type
         self._lock = RLock()  # of all below, and of what is in use
-        self._kinds: _Kinds[GraphedSteps] = OrderedDict()
-        self._decoders: _Kinds[GraphedDecoder] = OrderedDict()
-        self._weights: list[Tensor] = []
-        self._fingerprint: list[tuple[int, int]] = []
+        self._kinds: _Kinds[GraphedSteps] = _Kinds()
+        self._decoders: _Kinds[GraphedDecoder] = _Kinds()
 
     def __len__(self) -> int:
         """How many generations are recorded."""
@@ -177,7 +202,6 @@ class GraphCache:
         with self._lock:
             self._kinds.clear()
             self._decoders.clear()
-            self._weights, self._fingerprint = [], []
 
     def __reduce__(self) -> tuple[type[GraphCache], tuple[object, ...]]:
         """Copies start without recordings."""
@@ -191,13 +215,13 @@ class GraphCache:
             batch, device, steps.schedule, tuple(steps.weights), settings.top_k, settings.top_p,
             settings.published_greedy_quirk, settings.autocast_dtype,
         )  # fmt: skip
-        with self._taking(self._kinds, key, device, (steps.tokenizer, steps.transformer)) as kind:
+        with self._taking(self._kinds, key, device, steps.modules) as kind:
             if kind is not None and kind.recording is None:
                 kind.recording = GraphedSteps(steps, batch, device, self._make_recorder(device))
             yield steps if kind is None or kind.recording is None else kind.recording
 
     def decode(
-        self, decode: Callable[[Tensor], Tensor], codes: Tensor, key: Hashable, models: tuple[nn.Module, nn.Module]
+        self, decode: Callable[[Tensor], Tensor], codes: Tensor, key: Hashable, modules: Sequence[nn.Module]
     ) -> Tensor:
         """``decode(codes)``, or what a recording makes of them.
 
@@ -205,10 +229,10 @@ class GraphCache:
             decode: codes to images [B, 3, H, W]; with equal keys the same function.
             codes: of any shape.
             key: what the function depends on.
-            models: those of the generations.
+            modules: whose weights it reads.
         """
         key = (key, tuple(codes.shape), codes.dtype, codes.device)
-        with self._taking(self._decoders, key, codes.device, models) as kind:
+        with self._taking(self._decoders, key, codes.device, modules) as kind:
             if kind is None:
                 return decode(codes)
             if kind.recording is None:
@@ -221,11 +245,11 @@ class GraphCache:
         kinds: _Kinds[Recording],
         key: Hashable,
         device: torch.device,
-        models: tuple[nn.Module, nn.Module],
+        modules: Sequence[nn.Module],
     ) -> Iterator[_Kind[Recording] | None]:
         """The kind, if it was seen before and is not in use; within the context it is."""
         with self._lock:
-            kind = self._remember(kinds, key, device, models)
+            kind = self._remember(kinds, key, device, modules)
             if kind is not None and kind.in_use:
                 kind = None
             if kind is not None:
@@ -241,12 +265,12 @@ class GraphCache:
         kinds: _Kinds[Recording],
         key: Hashable,
         device: torch.device,
-        models: tuple[nn.Module, nn.Module],
+        modules: Sequence[nn.Module],
     ) -> _Kind[Recording] | None:
         """The kind, if it was seen before."""
         if self.capacity == 0 or device.type != self._device_type:
             return None
-        self._forget_other_weights(models)
+        kinds.drop_those_of_other_weights(modules)
         kind = kinds.get(key)
         if kind is None:
             kinds[key] = _Kind()
@@ -254,14 +278,3 @@ class GraphCache:
         while len(kinds) > self.capacity:
             kinds.popitem(last=False)
         return kind
-
-    def _forget_other_weights(self, models: tuple[nn.Module, nn.Module]) -> None:
-        if not self._weights or self._fingerprint != [_place_and_version(weight) for weight in self._weights]:
-            self.clear()
-            self._weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-            self._fingerprint = [_place_and_version(weight) for weight in self._weights]
-
-
-def _place_and_version(weight: Tensor) -> tuple[int, int]:
-    """Changes with the values, as far as torch tells: tensors made in inference mode count no versions."""
-    return weight.data_ptr(), -1 if weight.is_inference() else weight._version

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from flexvar.image_io import tensor_to_images, tensor_to_uint8
 from flexvar.schedule import Size
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -64,6 +65,13 @@ class GenerationOutput:
     def pyramid(self) -> list[Tensor]:
         """The codes of every step, int64 [B, h_i, w_i]."""
         return [step.indices for step in self.steps]
+
+
+def convert_images(decoded: Tensor, output_type: str) -> Images:
+    """What "pt" or "latent" gives as the output type asked for. Raises ValueError for NaN or infinity in pictures."""
+    if output_type in ("pt", "latent"):
+        return decoded
+    return tensor_to_images(decoded) if output_type == "pil" else tensor_to_uint8(decoded)
 
 
 def check_output_type(output_type: str) -> str:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,14 @@ from flexvar._files import read_json_object, write_atomically
 from flexvar.generation.cuda_graphs import GraphCache
 from flexvar.generation.editing import Edit, Expand, Inpaint, Outpaint, Refine
 from flexvar.generation.known_tokens import KnownTokens
-from flexvar.generation.outputs import GenerationOutput, GenerationStep, Images, OutputType, check_output_type
+from flexvar.generation.outputs import (
+    GenerationOutput,
+    GenerationStep,
+    Images,
+    OutputType,
+    check_output_type,
+    convert_images,
+)
 from flexvar.generation.pictures import Masks, Pictures, pad_to_patches, to_pixels
 from flexvar.generation.pretrained import SETTINGS_FILE, TOKENIZER_FOLDER, TRANSFORMER_FOLDER, locate_pipeline
 from flexvar.generation.request import Labels, Seeds, match_batch, resolve_labels, resolve_seeds
@@ -30,7 +38,6 @@ from flexvar.generation.settings import (
     make_settings,
 )
 from flexvar.generation.steps import Steps, computing
-from flexvar.image_io import tensor_to_images, tensor_to_uint8
 from flexvar.schedule import ScaleSchedule, Size
 from flexvar.storage import load_tokenizer, load_transformer, save_model
 from flexvar.tokenizer import MultiScaleTokenizer
@@ -204,8 +211,13 @@ class FlexVARPipeline:
             TypeError, ValueError: an argument breaks its rule, or the model gives NaN.
         """
         check_output_type(output_type)
-        steps = list(self.stream(class_labels, edit=edit, seed=seed, image_ids=image_ids, **settings))
-        return GenerationOutput(images=steps[-1].preview(output_type), steps=steps)
+        stream = self._stream(class_labels, edit, seed, image_ids, settings, looks_late=True)
+        steps: list[GenerationStep] = []
+        for step in stream:
+            steps.append(step)
+            if step.index + 1 == step.num_steps:  # on a GPU decoding is under way before the codes are looked at
+                decoded = cast(Tensor, step.preview("latent" if output_type == "latent" else "pt"))
+        return GenerationOutput(images=convert_images(decoded, output_type), steps=steps)
 
     def stream(
         self,
@@ -224,6 +236,17 @@ class FlexVARPipeline:
         >>> for step in pipe.stream("star", edit=Inpaint("photo.png", "mask.png"), seed=3):
         ...     step.preview()  # of the last step: the finished image, known pixels pasted
         """
+        return self._stream(class_labels, edit, seed, image_ids, settings, looks_late=False)
+
+    def _stream(
+        self,
+        class_labels: Labels,
+        edit: Edit | None,
+        seed: Seeds,
+        image_ids: Sequence[int] | Tensor | None,
+        settings: GenerationOptions,
+        looks_late: bool,
+    ) -> Iterator[GenerationStep]:
         resolved = self.settings(**settings)
         config = self.transformer.config
         labels = resolve_labels(class_labels, config.num_classes, config.class_names)
@@ -241,7 +264,7 @@ class FlexVARPipeline:
         layout = resolved.layout(self.patch_size)
         cells = None if edit is None else edit.known_cells(layout, self.patch_size)
         self._check_models(resolved.autocast_dtype)
-        return self._generate(labels, seeds, ids, layout, resolved, edit, cells)
+        return self._generate(labels, seeds, ids, layout, resolved, edit, cells, looks_late)
 
     def inpaint(
         self,
@@ -358,10 +381,13 @@ class FlexVARPipeline:
         settings: GenerationSettings,
         edit: Edit | None,
         known_cells: list[Tensor] | None,
+        looks_late: bool,
     ) -> Iterator[GenerationStep]:
-        """The loop over scales. What it carries lives in this frame, and no context stays entered across a step."""
+        """The loop over scales. What it carries lives in this frame, and no context stays entered across a step.
+
+        With ``looks_late`` it looks for NaN behind the last step, when that has been taken.
+        """
         schedule, autocast_dtype = layout.schedule, settings.autocast_dtype
-        labels, seeds, image_ids = (values.to(self.device) for values in (labels, seeds, image_ids))
         known: KnownTokens | None = None
         if edit is not None and known_cells is not None:
             codes = self._encode(edit.pixels_to_encode(layout, self.patch_size), schedule, autocast_dtype)
@@ -371,6 +397,7 @@ class FlexVARPipeline:
         with self.cuda_graphs.using(plain_steps, len(labels), self.device) as steps:
             steps.begin(labels, seeds, image_ids)
             indices: Tensor | None = None
+            is_drawn: Tensor | None = None  # whether the codes of the last step that was looked at are codes
             for index in range(len(schedule)):
                 if index < num_drawn_steps:
                     steps.advance(index, indices)
@@ -379,13 +406,14 @@ class FlexVARPipeline:
                 else:
                     drawn = steps.sample(index)
                     # Looking costs a GPU a synchronisation, so there it is done once: NaN stays NaN in all later steps.
-                    is_last = index + 1 == num_drawn_steps
-                    if (self.device.type == "cpu" or is_last) and bool((drawn < 0).any()):
-                        raise ValueError(
-                            f"generate: logits must be numbers, got only NaN or -infinity for a token of step {index}"
-                        )
+                    if self.device.type == "cpu" or index + 1 == num_drawn_steps:
+                        is_drawn = (drawn >= 0).all()
+                        if self.device.type == "cpu" or not looks_late:
+                            _check_drawn(is_drawn, index)
                     indices = drawn if known is None else known.force(index, drawn)
                 yield self._make_step(index, indices, layout, autocast_dtype, edit)
+            if is_drawn is not None:
+                _check_drawn(is_drawn, num_drawn_steps - 1)
 
     def _encode(self, pixels: Tensor, schedule: ScaleSchedule, autocast_dtype: torch.dtype | None) -> list[Tensor]:
         """[B, 3, H, W] with sides that are multiples of the patch size -> for every step int64 [B, h_i, w_i]."""
@@ -430,15 +458,14 @@ class FlexVARPipeline:
                 return self.tokenizer.decode(codes)
 
         if indices.numel() * self.patch_size**2 <= _MAX_RECORDED_PIXELS:
-            decoded = self.cuda_graphs.decode(decode, indices, autocast_dtype, (self.tokenizer, self.transformer))
+            modules = (self.tokenizer.quantize, self.tokenizer.post_quant_conv, self.tokenizer.decoder)
+            decoded = self.cuda_graphs.decode(decode, indices, autocast_dtype, modules)
         else:
             decoded = decode(indices)
         images = _outside_inference_mode(decoded)[:, :, : image_size[0], : image_size[1]].float()
         if finish is not None:
             images = finish(images)
-        if output_type == "pt":
-            return images
-        return tensor_to_images(images) if output_type == "pil" else tensor_to_uint8(images)
+        return convert_images(images, output_type)
 
     def _check_models(self, autocast_dtype: torch.dtype | None) -> None:
         """They are public and may have been changed since: a model in training mode would drop labels and paths."""
@@ -462,6 +489,11 @@ class FlexVARPipeline:
 def _read_defaults(folder: Path) -> GenerationOptions:
     path = folder / SETTINGS_FILE
     return check_model_defaults(read_json_object(path)) if path.is_file() else {}
+
+
+def _check_drawn(is_drawn: Tensor, step: int) -> None:
+    if not bool(is_drawn):
+        raise ValueError(f"generate: logits must be numbers, got only NaN or -infinity for a token of step {step}")
 
 
 def _outside_inference_mode(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexvar._backend import ops
 from flexvar.generation.guidance import guidance_weights, is_greedy_in_published_code, mix_guidance
@@ -46,8 +46,15 @@ class Steps:
         self._image_ids: Tensor
         self._hidden: Tensor
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Whose weights are read."""
+        return (self.tokenizer.quantize, self.transformer)
+
     def begin(self, labels: Tensor, seeds: Tensor, image_ids: Tensor) -> None:
-        """What does not depend on codes. int64 [B] each, on the models' device."""
+        """What does not depend on codes. int64 [B] each, anywhere."""
+        device = self.transformer.head.weight.device
+        labels, seeds, image_ids = (values.to(device) for values in (labels, seeds, image_ids))
         if self.is_guided:
             labels = torch.cat((labels, torch.full_like(labels, self.transformer.config.null_class)))
         self._seeds, self._image_ids = seeds, image_ids

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar._backend import ops
@@ -53,6 +54,17 @@ class Modulation(NamedTuple):
     @property
     def norm2(self) -> Norm:
         return Norm(self.scale2, self.shift2)
+
+
+def activate(condition: Tensor) -> Tensor:
+    """SiLU of class embeddings, which all AdaLN layers read: cast once where autocast would cast it for each."""
+    activated = F.silu(condition)
+    device = condition.device.type
+    return activated.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else activated
+
+
+class _Activated(nn.Identity):
+    """Stands where checkpoints count a SiLU as layer 0; :func:`activate` has been there for all layers."""
 
 
 def _wide(vectors: Tensor) -> Tensor:
@@ -188,13 +200,14 @@ class Block(nn.Module):
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / math.sqrt(config.width))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width, backend))
+            self.ada_lin = nn.Sequential(_Activated(), Linear(config.width, 6 * config.width, backend))
 
     def modulation(self, condition: Tensor, generator: torch.Generator | None = None) -> Modulation:
         """The block's :class:`Modulation` for a batch of images.
 
         Args:
-            condition: class embeddings [B, width]; with shared AdaLN their common projection [B, 1, 6, width].
+            condition: SiLU of class embeddings (:func:`activate`) [B, width]; with shared AdaLN their common projection
+                [B, 1, 6, width].
             generator: draws the dropped paths, in training mode.
         """
         own = None if self.shared_adaln else self.ada_lin(condition).view(-1, 1, 6, self.width)
@@ -236,16 +249,16 @@ class HeadNorm(nn.Module):
     def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
         self.width = config.width
-        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width, backend))
+        self.ada_lin = nn.Sequential(_Activated(), Linear(config.width, 2 * config.width, backend))
 
     def modulation(self, condition: Tensor) -> Norm:
-        """For class embeddings [B, width]: vectors [B, 1, width]."""
+        """For SiLU of class embeddings (:func:`activate`) [B, width]: vectors [B, 1, width]."""
         scale, shift = _wide(self.ada_lin(condition)).view(-1, 1, 2, self.width).unbind(2)
         return Norm(scale + 1, shift)
 
 
 class SharedAdaLN(nn.Sequential):
-    """One AdaLN projection for all blocks: [B, width] -> [B, 1, 6, width]."""
+    """One AdaLN projection for all blocks: SiLU of class embeddings [B, width] -> [B, 1, 6, width]."""
 
     def __init__(self, width: int, backend: str) -> None:
-        super().__init__(nn.SiLU(), Linear(width, 6 * width, backend), nn.Unflatten(1, (1, 6, width)))
+        super().__init__(_Activated(), Linear(width, 6 * width, backend), nn.Unflatten(1, (1, 6, width)))

@@ -15,7 +15,7 @@ from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.initialization import initialize
 from flexvar.transformer.kv_cache import KVCache
-from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, Norm, SharedAdaLN
+from flexvar.transformer.layers import Block, HeadNorm, Linear, Modulation, Norm, SharedAdaLN, activate
 from flexvar.transformer.positions import PositionCache
 from flexvar_ext.scale_attention import HEAD_DIMS
 
@@ -134,9 +134,10 @@ class FlexVARTransformer(nn.Module):
         start = (condition.unsqueeze(1) + self.pos_start).expand(-1, schedule.lengths[0], -1)
         x = torch.cat((start, self.word_embed(inputs)), dim=1)
         x = x + self._positions.get(self.pos_1LC, schedule, self.backend)
-        shared = self.shared_ada_lin(condition)
+        activated = activate(condition)
+        shared = self.shared_ada_lin(activated)
         modulations = [block.modulation(shared, generator) for block in self._typed_blocks]
-        norms = [*(modulation.norm1 for modulation in modulations), self.head_nm.modulation(condition)]
+        norms = [*(modulation.norm1 for modulation in modulations), self.head_nm.modulation(activated)]
         normed = norms[0](x, self.backend)
         for block, modulation, norm in zip(self._typed_blocks, modulations, norms[1:], strict=True):
             x, normed = block(x, normed, modulation, schedule, norm)
@@ -164,7 +165,8 @@ class FlexVARTransformer(nn.Module):
         self._check_labels("begin", class_labels)
         class_labels = class_labels.to(self.head.weight.device)
         condition = self.class_emb(class_labels)
-        shared = self.shared_ada_lin(condition)
+        activated = activate(condition)
+        shared = self.shared_ada_lin(activated)
         config = self.config
         return GenerationState(
             schedule=schedule,
@@ -181,7 +183,7 @@ class FlexVARTransformer(nn.Module):
             start=condition.unsqueeze(1) + self.pos_start,
             positions=self._positions.get(self.pos_1LC, schedule, self.backend),
             modulations=[block.modulation(shared) for block in self._typed_blocks],
-            head_modulation=self.head_nm.modulation(condition),
+            head_modulation=self.head_nm.modulation(activated),
         )
 
     @torch.inference_mode()
