@@ -288,11 +288,13 @@ __device__ __forceinline__ void warpgroup_end() {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Matrix descriptor of a tile from this address on: groups of 8 rows 1024 bytes apart, 128-byte
-// swizzle.
-__device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
-  return (shared_address(tile) & 0x3ffffu) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
+// Matrix descriptor of a tile from `elements` on, a multiple of 8: groups of 8 rows 1024 bytes
+// apart, 128-byte swizzle. Descriptors of a tile differ by numbers known to the compiler: an
+// address of shared memory has 18 bits, so nothing is carried out of its field.
+__device__ __forceinline__ uint64_t tile_descriptor(const void* tile, int elements) {
+  const uint32_t low =
+      (shared_address(tile) >> 4) + (1u << 16) + static_cast<uint32_t>(elements / 8);
+  return low | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 // The same without a swizzle.
 template <class T>
@@ -308,7 +310,7 @@ template <class T, bool kAdd>
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], const T* a, const T* b,
                                                    int depth) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const uint64_t left = tile_descriptor(a + depth), right = tile_descriptor(b + depth);
+  const uint64_t left = tile_descriptor(a, depth), right = tile_descriptor(b, depth);
 #define FLEXVAR_MULTIPLY(type, kind)                                                           \
   asm volatile(                                                                                \
       "{.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                           \
@@ -375,7 +377,7 @@ template <class T>
 __device__ __forceinline__ void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4],
                                                         const T* b, int row) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const uint64_t right = tile_descriptor(b + row * 64);
+  const uint64_t right = tile_descriptor(b, row * 64);
 #define FLEXVAR_MULTIPLY(type)                                                                 \
   asm volatile(                                                                                \
       "{.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                             \

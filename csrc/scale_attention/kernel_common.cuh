@@ -92,18 +92,27 @@ struct AttentionArithmeticOf<double> {
 template <class T>
 using AttentionArithmetic = typename AttentionArithmeticOf<T>::type;
 
+// Of the B * H heads. A launch has fewer than 2^31 blocks, so 32 bits hold them, which are divided
+// in a few instructions.
+__device__ __forceinline__ int64_t image_of(int64_t head, int64_t heads) {
+  return static_cast<unsigned>(head) / static_cast<unsigned>(heads);
+}
+__device__ __forceinline__ int64_t head_in_image(int64_t head, int64_t heads) {
+  return static_cast<unsigned>(head) % static_cast<unsigned>(heads);
+}
+
 // The first token of a head; token t follows at t * token_stride.
 template <class T>
 __device__ __forceinline__ const T* head_of(const AttentionCudaTensor& tensor, int64_t head,
                                             int64_t heads) {
-  return static_cast<const T*>(tensor.data) + head / heads * tensor.batch_stride +
-         head % heads * tensor.head_stride;
+  return static_cast<const T*>(tensor.data) + image_of(head, heads) * tensor.batch_stride +
+         head_in_image(head, heads) * tensor.head_stride;
 }
 
 // The head's q_scale, 1 where there is none.
 template <class A>
 __device__ __forceinline__ A q_scale_of(const void* q_scale, int64_t head, int64_t heads) {
-  return q_scale == nullptr ? A(1) : static_cast<const A*>(q_scale)[head % heads];
+  return q_scale == nullptr ? A(1) : static_cast<const A*>(q_scale)[head_in_image(head, heads)];
 }
 
 // Scores in base 2 that stay within a bound on either side of 0 need no running maximum: with
@@ -134,7 +143,8 @@ __device__ __forceinline__ SoftmaxStart<A> start_softmax(const AttentionForwardC
             q_scale_of<A>(params.q_scale, head, params.heads) * A(kAttentionLog2E);
     bound = bound < 0 ? -bound : bound;
   } else if (params.logit_bound != nullptr) {
-    bound = static_cast<const A*>(params.logit_bound)[head % params.heads] * A(kAttentionLog2E);
+    bound = static_cast<const A*>(params.logit_bound)[head_in_image(head, params.heads)] *
+            A(kAttentionLog2E);
   }
   if (2 * bound <= kWeightExponents<T>) return {true, bound - kWeightHeadroom<T>};
   return {false, A(-INFINITY)};  // also for a NaN
@@ -180,7 +190,7 @@ __device__ __forceinline__ bool has_length_one(A inverse) {
 template <int kDim>
 __device__ __forceinline__ int64_t contiguous_offset(int64_t head, int64_t heads, int64_t tokens,
                                                      int64_t token) {
-  return ((head / heads * tokens + token) * heads + head % heads) * kDim;
+  return ((image_of(head, heads) * tokens + token) * heads + head_in_image(head, heads)) * kDim;
 }
 
 }  // namespace flexvar

@@ -29,7 +29,8 @@ __host__ __device__ constexpr int forward_blocks(int dim) {
 template <class T, int kRows, int kDim>
 struct HalfTile {
   static constexpr bool kSwizzled = kDim == 64;
-  alignas(kSwizzled ? 1024 : 16) T rows[kRows][kSwizzled ? kDim : kDim + 8];
+  static constexpr int kRowElements = kSwizzled ? kDim : kDim + 8;
+  alignas(kSwizzled ? 1024 : 16) T rows[kRows][kRowElements];
 
   // The 8 elements of a row from `column`, a multiple of 8.
   __device__ __forceinline__ T* at(int row, int column) {
@@ -69,30 +70,64 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
   }
 }
 
+// This thread's part of copying a head's rows, tile after tile: a column of chunks of 16 bytes.
+template <class T, int kDim>
+class RowCopies {
+ public:
+  // `rows`: the first row to copy.
+  __device__ __forceinline__ RowCopies(const T* rows, int64_t token_stride)
+      : source_(rows + first_row() * token_stride + column()),
+        step_(int64_t{kStep} * token_stride) {}
+
+  // Starts copying the next kRows rows; of those from `count` on, which are not there, zeros.
+  template <int kRows>
+  __device__ __forceinline__ void start(HalfTile<T, kRows, kDim>& tile, int count) {
+    if (count >= kRows) {
+      copy<true>(tile, count);
+    } else {
+      copy<false>(tile, count);
+    }
+  }
+
+ private:
+  static constexpr int kChunks = kDim / 8, kStep = kTensorCoreThreads / kChunks;
+
+  __device__ __forceinline__ static int first_row() {
+    return static_cast<int>(threadIdx.x) / kChunks;
+  }
+  __device__ __forceinline__ static int column() {
+    return static_cast<int>(threadIdx.x) % kChunks * 8;
+  }
+
+  template <bool kWhole, int kRows>
+  __device__ __forceinline__ void copy(HalfTile<T, kRows, kDim>& tile, int count) {
+    using Tile = HalfTile<T, kRows, kDim>;
+    // The swizzle repeats itself every 8 rows: addresses differ by what the compiler knows.
+    static_assert(!Tile::kSwizzled || kStep % 8 == 0);
+    constexpr int kPasses = (kRows + kStep - 1) / kStep;
+    T* const target = tile.at(first_row(), column());
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass, source_ += step_) {
+      const int row = first_row() + pass * kStep;
+      const bool is_mine = (kTensorCoreThreads % kChunks == 0 || first_row() < kStep) &&
+                           (kRows % kStep == 0 || row < kRows);
+      if (is_mine) {
+        ptx::cp_async<16>(target + pass * kStep * Tile::kRowElements, source_,
+                          kWhole || row < count);
+      }
+    }
+    if constexpr (kRows % kStep != 0) source_ -= step_ / kStep * (kPasses * kStep - kRows);
+  }
+
+  const T* source_;
+  int64_t step_;
+};
+
 // Starts copying rows [begin, begin + kRows) of a head; zeros from `end` on, which are not read.
 template <class T, int kRows, int kDim>
 __device__ __forceinline__ void copy_rows_async(HalfTile<T, kRows, kDim>& shared, const T* head,
                                                 int64_t token_stride, int begin, int end) {
-  constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
-  if constexpr (kTensorCoreThreads % kChunks == 0) {
-    // A thread stays in its column: its rows are a constant number of bytes apart.
-    constexpr int kStep = kTensorCoreThreads / kChunks;
-    const int first = static_cast<int>(threadIdx.x) / kChunks;
-    const int d = static_cast<int>(threadIdx.x) % kChunks * 8;
-    const T* source = head + (begin + first) * token_stride + d;
-#pragma unroll
-    for (int row = 0; row < kRows; row += kStep, source += kStep * token_stride) {
-      ptx::cp_async<16>(shared.at(first + row, d), source, begin + first + row < end);
-    }
-  } else {
-#pragma unroll
-    for (int start = 0; start < kRows * kChunks; start += kTensorCoreThreads) {
-      const int i = start + static_cast<int>(threadIdx.x);
-      const int row = i / kChunks, d = i % kChunks * 8;
-      ptx::cp_async<16>(shared.at(row, d), head + (begin + row) * token_stride + d,
-                        begin + row < end);
-    }
-  }
+  RowCopies<T, kDim>(head + begin * token_stride, token_stride).start(shared, end - begin);
 }
 
 // Until all copies have arrived, and the block is done with the tiles before: the next ones may be
@@ -305,44 +340,59 @@ __device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float weight = ptx::exp2_approx(weights[n][i] * factor[i / 2] - maximum);
-      weights[n][i] = !kMasked || n * 8 + 2 * t + i % 2 < columns ? weight : 0.0f;
-      sum[i / 2] += weights[n][i];
+    for (int half = 0; half < 2; ++half) {
+      float &left = weights[n][2 * half], &right = weights[n][2 * half + 1];
+      left = ptx::exp2_approx(fmaf(left, factor[half], -maximum));
+      right = ptx::exp2_approx(fmaf(right, factor[half], -maximum));
+      if (kMasked && n * 8 + 2 * t >= columns) left = 0;
+      if (kMasked && n * 8 + 2 * t + 1 >= columns) right = 0;
+      sum[half] += left + right;
     }
   }
 }
 
-// The same at the maximum so far; what is already in `sum` and `out` is made relative to that.
+// How far, in base 2, scores may exceed what stands for their maximum before it moves. Weights stay
+// small numbers of their type, and what is in `sum` and `out` is seldom multiplied anew.
+constexpr float kMaximumSlack = 8;
+
+// The same at (nearly) the maximum so far; what is already in `sum` and `out` is relative to that.
 template <bool kMasked, int kTiles, int kDimTiles>
 __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles][4],
                                                          float (&maximum)[2], float (&sum)[2],
                                                          float (&out)[kDimTiles][4],
                                                          const float (&factor)[2], int columns) {
   const int t = static_cast<int>(threadIdx.x) % 4;
-  float highest[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    highest[half] = maximum[half];
+  float rise[2] = {factor[0], factor[1]};   // from products to scores
+  if (!(factor[0] > 0 && factor[1] > 0)) {  // or scores would not be in the order of products
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& score = weights[n][2 * half + i];
-        score = !kMasked || n * 8 + 2 * t + i < columns ? score * factor[half] : -INFINITY;
-        highest[half] = fmaxf(highest[half], score);
-      }
+      for (int i = 0; i < 4; ++i) weights[n][i] *= factor[i / 2];
     }
-    highest[half] = row_maximum(highest[half]);
+    rise[0] = rise[1] = 1;
   }
-  // While all scores are -inf the maximum is no number to subtract.
-  const auto base_of = [](float highest) { return highest == -INFINITY ? 0.0f : highest; };
-  // Seldom after the first tiles.
-  if (__any_sync(0xffffffffu, highest[0] != maximum[0] || highest[1] != maximum[1])) {
+  float highest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float correction = ptx::exp2_approx(maximum[half] - base_of(highest[half]));
-      maximum[half] = highest[half];
+      float &left = weights[n][2 * half], &right = weights[n][2 * half + 1];
+      if (kMasked && n * 8 + 2 * t >= columns) left = -INFINITY;
+      if (kMasked && n * 8 + 2 * t + 1 >= columns) right = -INFINITY;
+      highest[half] = fmaxf(highest[half], fmaxf(left, right));
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) highest[half] = row_maximum(highest[half]) * rise[half];
+  // While all scores are -inf the maximum is no number to subtract.
+  const auto base_of = [](float maximum) { return maximum == -INFINITY ? 0.0f : maximum; };
+  if (__any_sync(0xffffffffu, highest[0] > maximum[0] + kMaximumSlack ||
+                                  highest[1] > maximum[1] + kMaximumSlack)) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float before = maximum[half];
+      maximum[half] = fmaxf(before, highest[half]);
+      const float correction = ptx::exp2_approx(before - base_of(maximum[half]));
       sum[half] *= correction;
 #pragma unroll
       for (int d = 0; d < kDimTiles; ++d) {
@@ -351,16 +401,15 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
       }
     }
   }
+  const float base[2] = {base_of(maximum[0]), base_of(maximum[1])};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float base = base_of(maximum[half]);
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        weights[n][i] = ptx::exp2_approx(weights[n][i] - base);
-        sum[half] += weights[n][i];
-      }
+    for (int half = 0; half < 2; ++half) {
+      float &left = weights[n][2 * half], &right = weights[n][2 * half + 1];
+      left = ptx::exp2_approx(fmaf(left, rise[half], -base[half]));
+      right = ptx::exp2_approx(fmaf(right, rise[half], -base[half]));
+      sum[half] += left + right;
     }
   }
 }
@@ -378,8 +427,12 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   const int64_t head = head_of_block(list);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
-  const T* keys = head_of<T>(params.k, head, params.heads);
-  const T* values = head_of<T>(params.v, head, params.heads);
+  RowCopies<T, kDim> keys(
+      head_of<T>(params.k, head, params.heads) + key_range.begin * params.k.token_stride,
+      params.k.token_stride);
+  RowCopies<T, kDim> values(
+      head_of<T>(params.v, head, params.heads) + key_range.begin * params.v.token_stride,
+      params.v.token_stride);
   const bool normalized = params.q_scale != nullptr;
   const float scale = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
                       q_scale_of<float>(params.q_scale, head, params.heads);
@@ -387,8 +440,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
 
   copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
                   tile.query_begin, tile.query_end);
-  copy_rows_async(shared.keys[0], keys, params.k.token_stride, key_range.begin, key_range.end);
-  copy_rows_async(shared.values[0], values, params.v.token_stride, key_range.begin, key_range.end);
+  int rest = key_range.end - key_range.begin;  // keys from the tile at hand on
+  keys.start(shared.keys[0], rest);
+  values.start(shared.values[0], rest);
 
   float* q_inverse_lengths = head_part<float>(params.q_inverse_lengths, head, params.query_count);
   float* k_inverse_lengths = head_part<float>(params.k_inverse_lengths, head, params.query_count);
@@ -397,17 +451,17 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   float sum[2] = {0, 0};                                  // this lane's part
   float out[kDim / 8][4] = {};
   int stage = 0;
-  for (int begin = key_range.begin; begin < key_range.end; begin += kColumns, stage ^= 1) {
-    const int next = begin + kColumns;
+  for (; rest > 0; rest -= kColumns, stage ^= 1) {
     wait_for_tile();
-    if (next < key_range.end) {
-      copy_rows_async(shared.keys[stage ^ 1], keys, params.k.token_stride, next, key_range.end);
-      copy_rows_async(shared.values[stage ^ 1], values, params.v.token_stride, next, key_range.end);
+    if (rest > kColumns) {
+      keys.start(shared.keys[stage ^ 1], rest - kColumns);
+      values.start(shared.values[stage ^ 1], rest - kColumns);
     }
     float weights[kTiles][4];
     tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
     if (normalized) {
       float inverse[2];
+      const int begin = key_range.end - rest;
       if (begin == key_range.begin) {
         inverse_row_lengths(inverse, shared.queries, warp_row);
 #pragma unroll
@@ -439,14 +493,13 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
       }
     }
     const auto weigh = [&]<bool kMasked>() {
-      const int columns = key_range.end - begin;
       if (softmax.fixed) {
-        weigh_at_fixed_maximum<kMasked>(weights, sum, factor, softmax.maximum, columns);
+        weigh_at_fixed_maximum<kMasked>(weights, sum, factor, softmax.maximum, rest);
       } else {
-        weigh_at_running_maximum<kMasked>(weights, maximum, sum, out, factor, columns);
+        weigh_at_running_maximum<kMasked>(weights, maximum, sum, out, factor, rest);
       }
     };
-    if (next <= key_range.end) {
+    if (rest >= kColumns) {
       weigh.template operator()<false>();
     } else {
       weigh.template operator()<true>();
@@ -454,10 +507,15 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     tile_accumulate(out, weights, shared.values[stage]);
   }
 
+  T* const out_rows =
+      static_cast<T*>(params.out) +
+      contiguous_offset<kDim>(head, params.heads, params.query_count, tile.query_begin);
+  const unsigned row_stride = static_cast<unsigned>(params.heads) * kDim;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = row_sum(sum[half]);
-    const int64_t token = tile.query_begin + warp_row + g + 8 * half;
+    const unsigned row_in_tile = warp_row + g + 8 * half;
+    const int token = tile.query_begin + static_cast<int>(row_in_tile);
     if (token >= tile.query_end) continue;
     if (params.parts != nullptr) {
       const int64_t row = part_row(params, list, head, token);
@@ -469,9 +527,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
       if (t == 0) static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total};
       continue;
     }
-    store_row(static_cast<T*>(params.out) +
-                  contiguous_offset<kDim>(head, params.heads, params.query_count, token),
-              out, half, 1 / total);
+    store_row(out_rows + uint64_t{row_in_tile} * row_stride, out, half, 1 / total);
     if (params.logsumexp != nullptr && t == 0) {
       static_cast<float*>(params.logsumexp)[head * params.query_count + token] =
           maximum[half] * static_cast<float>(kAttentionLn2) + logf(total);
