@@ -56,7 +56,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("key_tiles", &key_tiles, py::arg("scale_lengths"), py::arg("rows"),
         "Work list by keys, longest first: (key_begin, key_end, query_begin).");
   m.def("keys_per_part", &flexvar::keys_per_part, py::arg("tiles"), py::arg("keys"),
-        py::arg("columns"), py::arg("multiprocessors"),
+        py::arg("columns"), py::arg("blocks"),
         "Keys that a block takes in a step of generation on CUDA.");
   m.def("balanced_runs", &flexvar::balanced_runs, py::arg("costs"), py::arg("repeats"),
         py::arg("parts"),

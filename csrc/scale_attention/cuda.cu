@@ -203,8 +203,9 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
     using A = AttentionArithmetic<T>;
     const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
     const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
-    const int64_t keys = keys_per_part(count, kv_length, Kernels::kForwardColumns,
-                                       device_attribute(cudaDevAttrMultiProcessorCount, q, kOp));
+    const int64_t blocks =
+        Kernels::kForwardBlocks * int64_t{device_attribute(cudaDevAttrMultiProcessorCount, q, kOp)};
+    const int64_t keys = keys_per_part(count, kv_length, Kernels::kForwardColumns, blocks);
     const int64_t parts = (kv_length + keys - 1) / keys, rows = batch * heads * tokens;
     std::optional<Tensor> part_sums, part_softmax;
     if (parts > 1) {

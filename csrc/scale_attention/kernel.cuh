@@ -23,6 +23,7 @@ struct AttentionKernels {
   using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
   static constexpr int kForwardRows = ForwardShared::Tile::kRows;
   static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
+  static constexpr int kForwardBlocks = 1;  // a multiprocessor that a step is spread over
   static constexpr int kBackwardRows = BackwardShared::Tile::kRows;
 };
 
@@ -36,6 +37,7 @@ struct AttentionKernels<T, kDim, true> {
   using BackwardShared = TensorCoreBackwardShared<T, kDim>;
   static constexpr int kForwardRows = kTensorCoreRows;
   static constexpr int kForwardColumns = ForwardShared::kColumns;
+  static constexpr int kForwardBlocks = kDim <= 64 ? 4 : 2;
   static constexpr int kBackwardRows = kTensorCoreRows;
 };
 

@@ -304,8 +304,11 @@ __device__ __forceinline__ void inverse_row_lengths(float (&inverse)[2],
       __shfl_sync(0xffffffffu, g % 2 == 0 ? upper[0] : upper[1], owner),
       __shfl_sync(0xffffffffu, g % 2 == 0 ? lower[2] : lower[3], owner),
   };
-  inverse[0] = inverse_length(sqrtf(squares[0]));
-  inverse[1] = inverse_length(sqrtf(squares[1]));
+  // inverse_length, to 2 ulp and without a root and a division; NaN stays NaN.
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    inverse[i] = squares[i] <= 1e-24f ? inverse_length(0.0f) : rsqrtf(squares[i]);
+  }
 }
 
 // Row `half` * 8 + g of accumulators, times `factor`, to a row of D elements.

@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
   const int64_t head = head_of_block(list);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
-  const T* keys = head_of<T>(params.k, head, params.heads);
-  const T* values = head_of<T>(params.v, head, params.heads);
+  RowCopies<T, kDim> keys(head_of<T>(params.k, head, params.heads), params.k.token_stride);
+  RowCopies<T, kDim> values(head_of<T>(params.v, head, params.heads), params.v.token_stride);
   const float* q_inverse = head_part<float>(params.q_inverse_lengths, head, params.query_count);
   const float* k_inverse = head_part<float>(params.k_inverse_lengths, head, params.query_count);
   const float scale = static_cast<float>(params.softmax_scale) *
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
                   params.q.token_stride, tile.query_begin, tile.query_end);
   copy_rows_async(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
                   params.grad_out.token_stride, tile.query_begin, tile.query_end);
-  copy_rows_async(shared.first_columns[0], keys, params.k.token_stride, 0, tile.key_end);
-  copy_rows_async(shared.second_columns[0], values, params.v.token_stride, 0, tile.key_end);
+  keys.start(shared.first_columns[0], tile.key_end);
+  values.start(shared.second_columns[0], tile.key_end);
 
   float logsumexp[2], delta[2];  // the former in base 2
   float row_factor[2];           // of a row's products, to scores in base 2
@@ -133,10 +133,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     const int next = begin + kColumns;
     wait_for_tile();
     if (next < tile.key_end) {
-      copy_rows_async(shared.first_columns[stage ^ 1], keys, params.k.token_stride, next,
-                      tile.key_end);
-      copy_rows_async(shared.second_columns[stage ^ 1], values, params.v.token_stride, next,
-                      tile.key_end);
+      keys.start(shared.first_columns[stage ^ 1], tile.key_end - next);
+      values.start(shared.second_columns[stage ^ 1], tile.key_end - next);
     }
     float weights[kTiles][4], grad_scores[kTiles][4];
     tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
@@ -201,8 +199,12 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const int tokens = static_cast<int>(params.query_count);
-  const T* queries = head_of<T>(params.q, head, params.heads);
-  const T* grads_out = head_of<T>(params.grad_out, head, params.heads);
+  RowCopies<T, kDim> queries(
+      head_of<T>(params.q, head, params.heads) + tile.query_begin * params.q.token_stride,
+      params.q.token_stride);
+  RowCopies<T, kDim> grads_out(head_of<T>(params.grad_out, head, params.heads) +
+                                   tile.query_begin * params.grad_out.token_stride,
+                               params.grad_out.token_stride);
   const float* logsumexp = static_cast<const float*>(params.logsumexp) + head * tokens;
   const float* delta = static_cast<const float*>(params.delta) + head * tokens;
   const float* q_inverse = head_part<float>(params.q_inverse_lengths, head, tokens);
@@ -214,9 +216,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
   copy_rows_async(shared.second_rows, head_of<T>(params.v, head, params.heads),
                   params.v.token_stride, tile.key_begin, tile.key_end);
   const auto copy_columns_async = [&](int stage, int begin) {
-    copy_rows_async(shared.first_columns[stage], queries, params.q.token_stride, begin, tokens);
-    copy_rows_async(shared.second_columns[stage], grads_out, params.grad_out.token_stride, begin,
-                    tokens);
+    queries.start(shared.first_columns[stage], tokens - begin);
+    grads_out.start(shared.second_columns[stage], tokens - begin);
     copy_numbers_async(shared.logsumexp[stage], logsumexp, begin, tokens, 0);
     copy_numbers_async(shared.delta[stage], delta, begin, tokens, kColumns);
     if (q_inverse != nullptr) {

@@ -33,13 +33,13 @@ inline std::vector<QueryTile> step_tiles(int64_t queries, int64_t key_end, int64
   return tiles;
 }
 
-// A step with too few tiles for all multiprocessors is cut into parts of its keys, too, each a
-// block of its own. A part costs a trip of its sums through memory, and all of them together a
-// launch that adds them up: they get 256 keys or more. Returns the keys of a part, a multiple of
-// `columns`, which a block takes at a time; or all keys.
-inline int64_t keys_per_part(int64_t tiles, int64_t keys, int64_t columns,
-                             int64_t multiprocessors) {
-  const int64_t parts = std::min(multiprocessors / std::max<int64_t>(tiles, 1), keys / 256);
+// A step with fewer tiles than the `blocks` that run at a time is cut into parts of its keys, too,
+// each a block of its own: a block alone on its multiprocessor waits for itself most of the time. A
+// part costs a trip of its sums through memory, and all of them together a launch that adds them
+// up: they get 128 keys or more. Returns the keys of a part, a multiple of `columns`, which a block
+// takes at a time; or all keys.
+inline int64_t keys_per_part(int64_t tiles, int64_t keys, int64_t columns, int64_t blocks) {
+  const int64_t parts = std::min(blocks / std::max<int64_t>(tiles, 1), keys / 128);
   if (parts <= 1) return keys;
   const int64_t column_tiles = (keys + columns - 1) / columns;
   return (column_tiles + parts - 1) / parts * columns;

@@ -153,6 +153,18 @@ def test_step_in_parts(launch_in_every_order, bound, dtype, dim):
     check_step(launch_in_every_order, q, cache, 530, bound or 0.1, bounds)
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [variant for variant in VARIANTS if variant[0].itemsize == 2])
+@pytest.mark.parametrize("rise", [0.08, 0.3])
+def test_maximum_that_rises(launch_in_every_order, rise, dtype, dim):
+    """From tile to tile by less than it takes to be followed, or by more, row by row; in one row it falls."""
+    direction = torch.nn.functional.normalize(random((dim,), torch.float64), dim=0)
+    heights = rise * torch.arange(200.0, dtype=torch.float64)
+    q = torch.stack([0.1 * direction, direction, -direction], 0).view(1, 3, 1, dim).to(dtype)
+    keys = heights[:, None] * direction + 0.1 * random((200, dim), torch.float64, seed=1)
+    cache = torch.stack([keys, random((200, dim), torch.float64, seed=2)], 1).view(1, 200, 2, 1, dim).to(dtype)
+    check_step(launch_in_every_order, q, cache, 200, 1.0)
+
+
 LAYOUTS = {
     "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     "odd rows": lambda t: torch.nn.functional.pad(t, (0, 1))[..., :-1],

@@ -515,13 +515,13 @@ class TestPlan:
     def test_parts_of_keys(self, columns):
         for tiles, keys in itertools.product((1, 16, 33, 66, 67, 1000), (1, 255, 511, 512, 680, 1037, 100_000)):
             part = _host.keys_per_part(tiles, keys, columns, 132)
-            if tiles > 66 or keys < 512:
+            if tiles > 66 or keys < 256:
                 assert part == keys
                 continue
             assert part % columns == 0
             parts = -(-keys // part)
             assert parts * tiles <= 132
-            assert part >= 256
+            assert part >= 128
 
     def test_longest_first(self):
         keys = [key_end for _, _, key_end in _host.query_tiles(PAPER_LENGTHS, 64)]
