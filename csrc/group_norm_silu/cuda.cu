@@ -70,7 +70,8 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     GroupNormSiluCudaParams params{};
     params.plan = plan_for_moments(plan);
     params.result_plan = plan_for_result(plan);
-    const bool whole_groups = maps.channels_last() && plan.column_blocks == 1;
+    const bool whole_groups =
+        maps.channels_last() && plan.block_channels % plan.group_channels == 0;
     params.part_channels = whole_groups ? plan.group_channels : 1;
     Tensor parts = pairs(maps, maps.groups(),
                          int64_t(params.plan.chunks) * plan.group_channels / params.part_channels);

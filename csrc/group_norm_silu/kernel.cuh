@@ -43,8 +43,7 @@ __device__ __forceinline__ GroupNormChannels channels_of_block(const GroupNormPl
                                                                const GroupNormPlace& place) {
   if (!plan.channels_last) return {static_cast<int>(place.channel), 1};
   const auto blocks = static_cast<unsigned>(plan.column_blocks);
-  const auto block = blockIdx.x / static_cast<unsigned>(plan.chunks) % blocks;
-  const int first = static_cast<int>(block) * plan.block_channels;
+  const int first = static_cast<int>(blockIdx.x % blocks) * plan.block_channels;
   return {first, min(plan.block_channels, static_cast<int>(plan.channels) - first)};
 }
 
@@ -245,8 +244,9 @@ __device__ __forceinline__ int group_statistics(const GroupNormSiluCudaParams& p
   const int size = plan.group_channels, per_chunk = size / params.part_channels;
   const int first = channels.first / size;
   const int groups = (channels.first + channels.count - 1) / size - first + 1;
-  const int count = plan.chunks * per_chunk,
-            lanes = lanes_for(min(plan.groups, plan.block_channels));
+  const int count = plan.chunks * per_chunk;
+  const int lanes = lanes_for(per_chunk == 1 ? plan.block_channels / size
+                                             : min(plan.groups, plan.block_channels));
   const auto part_channels = static_cast<float>(params.part_channels);
   const float of_chunk = elements_of_chunk(plan, 0, kVector) * part_channels;
   const float of_last = elements_of_chunk(plan, plan.chunks - 1, kVector) * part_channels;
@@ -277,7 +277,6 @@ template <class T, int kVector>
 __global__ void __launch_bounds__(kGroupNormThreads, 2)
     group_norm_silu_apply_kernel(GroupNormSiluCudaParams params) {
   auto& shared = shared_storage<GroupNormStatisticsStorage<kVector>>();
-  ptx::griddepcontrol_wait();
   const GroupNormPlan& plan = params.result_plan;
   const GroupNormPlace place = group_norm_place<kVector>(plan);
   const int items = static_cast<int>(place.end - place.begin);
@@ -293,19 +292,28 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
       }
     }
   };
-  load_batch();  // on its way while the statistics are put together
+  // What the moments do not change is on its way while they are made: their kernel lets this one
+  // begin when all before it has ended.
+  load_batch();
+  float weight[kVector] = {}, bias[kVector] = {};
+  if (place.inside) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      weight[j] = params.weight[channel_of(plan, place, j)];
+      bias[j] = params.bias[channel_of(plan, place, j)];
+    }
+  }
+  ptx::griddepcontrol_wait();
   const int first_group = group_statistics<kVector>(params, place, shared);
   if (!place.inside) return;
-  float mean[kVector], factor[kVector], bias[kVector];
+  float mean[kVector], factor[kVector];
   int group = static_cast<int>(place.channel) / plan.group_channels;
   int channel_of_group = static_cast<int>(place.channel) % plan.group_channels;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    const int64_t channel = channel_of(plan, place, j);
     const float2 statistics = shared.group[group - first_group];
     mean[j] = statistics.x;
-    factor[j] = statistics.y * params.weight[channel];
-    bias[j] = params.bias[channel];
+    factor[j] = statistics.y * weight[j];
     if (plan.channels_last && ++channel_of_group == plan.group_channels) {
       channel_of_group = 0;
       ++group;

@@ -11,7 +11,10 @@ namespace flexvar {
 constexpr int kGroupNormThreads = 256;
 // Of an image, as long as threads have items enough. The forward's moments are put together by
 // every block that writes the result: the fewer of them the better.
-constexpr int kGroupNormMomentsBlocks = 64, kGroupNormBlocks = 512;
+constexpr int kGroupNormMomentsBlocks = 256, kGroupNormBlocks = 512;
+// Vectors of a block, 128 bytes: of an image's moments each block then has few groups' to put
+// together.
+constexpr int kGroupNormColumns = 8;
 constexpr int kGroupNormApplyBlocks = 4096;  // of all images: each has that to do beforehand
 constexpr int kGroupNormMinItems = 4, kGroupNormMaxItems = 32;  // of a thread
 constexpr int kGroupNormBatch = 4;  // items of a thread that are on their way at a time
@@ -58,7 +61,8 @@ inline GroupNormPlan plan_group_norm(int64_t images, int64_t channels, int64_t p
   plan.channels_last = channels_last;
   plan.items = channels_last ? pixels : pixels / vector;
   plan.vector_columns = channels_last ? static_cast<int>(channels / vector) : 1;
-  plan.columns = min(plan.vector_columns, kGroupNormThreads);
+  const bool has_whole_groups = vector > 1 && kGroupNormColumns * vector % plan.group_channels == 0;
+  plan.columns = min(plan.vector_columns, has_whole_groups ? kGroupNormColumns : kGroupNormThreads);
   plan.column_blocks = static_cast<int>(divide_up(plan.vector_columns, plan.columns));
   plan.rows =
       static_cast<int>(min(int64_t(kGroupNormThreads / plan.columns), max(plan.items, int64_t(1))));
@@ -89,11 +93,12 @@ __device__ __forceinline__ GroupNormPlace group_norm_place(const GroupNormPlan& 
   GroupNormPlace place;
   const auto chunks = static_cast<unsigned>(plan.chunks);
   const auto column_blocks = static_cast<unsigned>(plan.column_blocks);
-  const unsigned rest = blockIdx.x / chunks, plane = rest / column_blocks;
-  place.chunk = static_cast<int>(blockIdx.x % chunks);
+  // Blocks side by side read what lies side by side.
+  const unsigned rest = blockIdx.x / column_blocks, plane = rest / chunks;
+  place.chunk = static_cast<int>(rest % chunks);
   place.row = static_cast<int>(threadIdx.x) / plan.columns;
   place.column = static_cast<int>(threadIdx.x) % plan.columns;
-  const int column = static_cast<int>(rest % column_blocks) * plan.columns + place.column;
+  const int column = static_cast<int>(blockIdx.x % column_blocks) * plan.columns + place.column;
   place.inside = column < plan.vector_columns && place.row < plan.rows;
   place.begin = place.chunk * plan.chunk_items;
   place.end = min(place.begin + plan.chunk_items, plan.items);
