@@ -301,6 +301,22 @@ def test_nan_weights_are_an_error(pipe: FlexVARPipeline) -> None:
 
 
 @pytest.mark.cuda
+def test_nan_weights_are_an_error_on_a_gpu(pipe: FlexVARPipeline) -> None:
+    """Computed step by step, recorded and replayed; of a stream instead of the last step."""
+    on_gpu = FlexVARPipeline(deepcopy(pipe.tokenizer), deepcopy(pipe.transformer)).to("cuda")
+    with torch.no_grad():
+        on_gpu.transformer.head.bias.fill_(torch.nan)
+    message = "logits must be numbers, got only NaN or -infinity for a token of step"
+    for output_type in ("pil", "pt", "latent"):
+        with pytest.raises(ValueError, match=message):
+            on_gpu(1, schedule=SMALL, output_type=output_type)
+    stream = on_gpu.stream(1, schedule=SMALL)
+    assert [next(stream).index, next(stream).index] == [0, 1]
+    with pytest.raises(ValueError, match=message):
+        next(stream)
+
+
+@pytest.mark.cuda
 def test_on_a_gpu(pipe: FlexVARPipeline) -> None:
     on_gpu = FlexVARPipeline(deepcopy(pipe.tokenizer), deepcopy(pipe.transformer)).to("cuda")
     labels, seeds = [3, 1, 4], [11, 12, 13]
