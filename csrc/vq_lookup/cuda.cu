@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/cuda_launch.h"
@@ -35,13 +36,30 @@ VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   workspace.codes = layout.take<float>(codes * problem.padded_dim);
   workspace.latents = layout.take<float>(rows * problem.padded_dim);
   workspace.half_norms = layout.take<double>(codes);
-  workspace.negative_half = layout.take<float>(codes * 2);
+  workspace.starts = layout.take<float>(codes * 2);
   workspace.latent_norms = layout.take<double>(rows);
   workspace.max_code_norm = layout.take<float>(1);
   workspace.codes_half = layout.take<__half>(codes * problem.tensor_dim);
   workspace.latents_half = layout.take<__half>(rows * problem.tensor_dim);
   workspace.tops = layout.take<VqTop>(rows * problem.parts * kVqSubgroups);
   return workspace;
+}
+
+// Instantiations of a template for problem.tensor_dim.
+template <class Launch>
+void with_steps(const VqProblem& problem, Launch launch) {
+  switch (problem.tensor_dim / 16) {
+    case 1:
+      return launch(std::integral_constant<int, 1>());
+    case 2:
+      return launch(std::integral_constant<int, 2>());
+    case 3:
+      return launch(std::integral_constant<int, 3>());
+    case 4:
+      return launch(std::integral_constant<int, 4>());
+    default:
+      launch(std::integral_constant<int, 0>());
+  }
 }
 
 void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const char* op) {
@@ -67,27 +85,42 @@ void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaSt
   }
 }
 
-template <int kSteps>
 void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream, const char* op) {
-  launch_score<kSteps>(params.problem, params.workspace, stream, op);
-  launch_overlapping(op, stream, vq_resolve_kernel<kSteps>,
-                     grid_size(vq_resolve_blocks(params.problem), op), kVqResolveThreads, 0,
-                     params);
+  with_steps(params.problem, [&](auto steps) {
+    launch_score<steps>(params.problem, params.workspace, stream, op);
+    launch_overlapping(op, stream, vq_resolve_kernel<steps>,
+                       grid_size(vq_resolve_blocks(params.problem), op), kVqResolveThreads, 0,
+                       params);
+  });
 }
 
-void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream, const char* op) {
-  switch (params.problem.tensor_dim / 16) {
-    case 1:
-      return launch_score_and_resolve<1>(params, stream, op);
-    case 2:
-      return launch_score_and_resolve<2>(params, stream, op);
-    case 3:
-      return launch_score_and_resolve<3>(params, stream, op);
-    case 4:
-      return launch_score_and_resolve<4>(params, stream, op);
-    default:
-      launch_score_and_resolve<0>(params, stream, op);
-  }
+void look_up_directly(const VqProblem& problem, const float* latents, const Tensor& codebook,
+                      int64_t* indices, cudaStream_t stream, const char* op) {
+  const int64_t groups = problem.stages * kVqChunksPerStage * kVqSubgroups;
+  Tensor maxima = torch::stable::new_empty(codebook, {problem.num_latents, groups});
+  VqResolveDirectParams params{};
+  params.scores = {problem,
+                   {latents, problem.num_latents, problem.dim},
+                   {codebook.const_data_ptr<float>(), problem.num_codes, problem.dim},
+                   maxima.mutable_data_ptr<float>()};
+  const VqErrorBound bound = vq_error_bound(problem);
+  params.reach = static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
+  params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));
+  params.indices = indices;
+  with_steps(problem, [&](auto steps) {
+    if constexpr (steps > 0) {
+      const dim3 grid(grid_size(problem.parts, op), grid_size(problem.row_tiles, op));
+      launch_kernel(op, stream, vq_score_direct_kernel<steps>, grid, kVqDirectThreads, 0,
+                    params.scores);
+      const int64_t blocks = divide_up(problem.num_latents, kVqResolveDirectThreads / 32);
+      launch_overlapping(op, stream, vq_resolve_direct_kernel<steps>, grid_size(blocks, op),
+                         kVqResolveDirectThreads, 0, params);
+    }
+  });
+}
+
+bool in_fours(const float* rows, int64_t dim) {
+  return dim % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(float4) == 0;
 }
 
 // `scales` is empty for a matrix of latents [N, C]; else source says what is resampled.
@@ -102,8 +135,16 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   const Tensor codes = torch::stable::contiguous(codebook);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, codebook, op);
   VqPrepareParams prepare{};
-  prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(codes.size(1)),
-                                   normalize, multiprocessors);
+  const int64_t dim = codes.size(1);
+  const bool can_be_direct = scales.empty() && in_fours(source.latents, dim) &&
+                             in_fours(codes.const_data_ptr<float>(), dim);
+  prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
+                                   can_be_direct, multiprocessors);
+  if (prepare.problem.direct) {
+    look_up_directly(prepare.problem, source.latents, codes, indices.mutable_data_ptr<int64_t>(),
+                     scope.stream(), op);
+    return indices;
+  }
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);
   Tensor memory = torch::stable::new_empty(codes, {sizes.used()}, ScalarType::Byte);

@@ -3,37 +3,13 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "vq_lookup/error_bound.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
 
 constexpr int kVqResolveThreads = 128;
 constexpr int kVqResolveRows = kVqResolveThreads / 32 * 2;
-
-// |score - exact score| <= coefficient * (|x||e| + |e|²/2) + constant, for every pair of finite
-// rows whose magnitudes the score kernel can represent. The score is the score kernel's, or one of
-// the same inputs with fp32 sums in any order.
-//   Both: the chunk's number replaces the lowest bits of the fp32 score, and `threshold` rounds.
-//   fp32: dim + 2 roundings of a term, u = 2^-24; underflow.
-//   fp16: inputs round with u = 2^-11, so a product is off by 2u + u², and where they are
-//     subnormal by 2^-25 absolutely; a matrix product of 16 terms adds them to the sum truncated at
-//     2^-22 of the largest at worst.
-struct VqErrorBound {
-  double coefficient;
-  double constant;
-};
-
-inline VqErrorBound vq_error_bound(const VqProblem& problem) {
-  const double packing = 1.01 / (1 << (23 - kVqChunkBits)) + 0x1p-22;
-  const double dim = problem.dim;
-  if (problem.tensor_dim == 0) {
-    const double roundings = (dim + 8) * 0x1p-24;
-    return {roundings < 0.5 ? roundings / (1 - roundings) + packing : 1e30, (dim + 8) * 0x1p-126};
-  }
-  const double u = 0x1p-11;
-  return {1.001 * (2 * u + u * u) + (problem.tensor_dim + 16) * 0x1p-22 + packing,
-          1.01 * dim * 0x1p-24};
-}
 
 struct VqResolveParams {
   VqProblem problem;
@@ -49,9 +25,6 @@ __device__ __forceinline__ void vq_load(float (&x)[4], const float* from) {
   x[2] = four.z;
   x[3] = four.w;
 }
-
-// Code i of a group, counted from its first.
-__device__ __forceinline__ int vq_code_of_group(int i) { return i / 2 * 8 + i % 2; }
 
 // A row as four lanes share it for matrix products: word 2k of lane t stands in for components 2t
 // and 2t + 1 of step k, word 2k + 1 for 2t + 8 and 2t + 9. Which components these are does not
@@ -283,8 +256,8 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
         const bool active = chunk < end;
         const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
         const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
-        const float negative_half = *workspace.negative_half_of(code);
-        const float score = dot_products(first_code) + negative_half;
+        const float start = *workspace.start_of(code);
+        const float score = dot_products(first_code) + start;
         if (active && !(score < threshold)) {
           several = held >= 0;
           if (several) nearest.take(vq_exact_score(params, row, held), held);
