@@ -99,10 +99,11 @@ void look_up_directly(const VqProblem& problem, const float* latents, const Tens
   const int64_t groups = problem.stages * kVqChunksPerStage * kVqSubgroups;
   Tensor maxima = torch::stable::new_empty(codebook, {problem.num_latents, groups});
   VqResolveDirectParams params{};
-  params.scores = {problem,
-                   {latents, problem.num_latents, problem.dim},
-                   {codebook.const_data_ptr<float>(), problem.num_codes, problem.dim},
-                   maxima.mutable_data_ptr<float>()};
+  params.scores = {
+      problem,
+      {latents, static_cast<int>(problem.num_latents), problem.dim},
+      {codebook.const_data_ptr<float>(), static_cast<int>(problem.num_codes), problem.dim},
+      maxima.mutable_data_ptr<float>()};
   const VqErrorBound bound = vq_error_bound(problem);
   params.reach = static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
   params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));

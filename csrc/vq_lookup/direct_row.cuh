@@ -7,10 +7,10 @@
 
 namespace flexvar {
 
-// Rows that begin at a multiple of 16 bytes, as all do after the first.
+// Rows that begin at a multiple of 16 bytes.
 struct VqDirectRows {
   const float* values;
-  int64_t count;
+  int count;
   int dim;  // a multiple of 4
 };
 
@@ -25,9 +25,9 @@ template <int kSteps>
 struct VqQuarterRow {
   float values[kSteps][4];
 
-  __device__ __forceinline__ VqQuarterRow(const VqDirectRows& rows, int64_t row) {
+  __device__ __forceinline__ VqQuarterRow(const VqDirectRows& rows, int row) {
     const int first = static_cast<int>(threadIdx.x % 4) * 4;
-    const float* line = rows.values + row * rows.dim + first;
+    const float* line = rows.values + static_cast<int64_t>(row) * rows.dim + first;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       float4 four = {};

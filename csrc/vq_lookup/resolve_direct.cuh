@@ -24,13 +24,15 @@ struct VqExactRow {
   float values[kSteps * 2];
   double half_norm;  // infinite for a row that is not finite, or not there
 
-  __device__ __forceinline__ VqExactRow(const VqDirectRows& rows, int64_t row) {
+  __device__ __forceinline__ VqExactRow(const VqDirectRows& rows, int row) {
     const int first = static_cast<int>(threadIdx.x % kVqLanesPerRow);
     double squares = 0;
 #pragma unroll
     for (int i = 0; i < kSteps * 2; ++i) {
       const int c = first + i * kVqLanesPerRow;
-      values[i] = row < rows.count && c < rows.dim ? rows.values[row * rows.dim + c] : 0.0f;
+      values[i] = row < rows.count && c < rows.dim
+                      ? rows.values[static_cast<int64_t>(row) * rows.dim + c]
+                      : 0.0f;
       squares += static_cast<double>(values[i]) * static_cast<double>(values[i]);
     }
     squares = vq_sum_of_row(squares);
@@ -98,11 +100,11 @@ struct VqGroupMaxima {
 // cosine in fp32; for the codes that may have it; and where these are several, for the exact scores
 // of those.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqResolveDirectThreads)
+__global__ void __launch_bounds__(kVqResolveDirectThreads, 1)
     vq_resolve_direct_kernel(VqResolveDirectParams params) {
   const VqDirectRows latents = params.scores.latents, codes = params.scores.codes;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t row = blockIdx.x * int64_t{kVqResolveDirectThreads / 32} + threadIdx.x / 32;
+  const int row = static_cast<int>(blockIdx.x * (kVqResolveDirectThreads / 32) + threadIdx.x / 32);
   if (row >= latents.count) return;
   ptx::griddepcontrol_wait();
   const int chunks = static_cast<int>(params.scores.problem.stages) * kVqChunksPerStage;
@@ -142,9 +144,9 @@ __global__ void __launch_bounds__(kVqResolveDirectThreads)
         const int bit = __shfl_sync(0xffffffffu, __ffs(static_cast<int>(groups)) - 1, source);
         if (lane == source) groups &= groups - 1;
         const int chunk = batch + bit / kVqSubgroups * 32 + source;
-        const int64_t first = int64_t{chunk} * kVqChunkCodes + bit % kVqSubgroups * 2;
-        const int64_t own[2] = {first + vq_code_of_group(lane / 4),
-                                first + vq_code_of_group(lane / 4 + 8)};
+        const int first = chunk * kVqChunkCodes + bit % kVqSubgroups * 2;
+        const int own[2] = {first + vq_code_of_group(lane / 4),
+                            first + vq_code_of_group(lane / 4 + 8)};
         const VqQuarterRow<kSteps> rows[2] = {{codes, own[0]}, {codes, own[1]}};
         unsigned candidates[2];
 #pragma unroll
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kVqResolveDirectThreads)
           if ((candidates[0] | candidates[1]) != 0) {
             const bool second = candidates[0] == 0;
             const unsigned which = second ? candidates[1] : candidates[0];
-            index = static_cast<int>(first) +
+            index = first +
                     vq_code_of_group((__ffs(static_cast<int>(which)) - 1) / 4 + (second ? 8 : 0));
           }
         } else if (pass == 2) {
@@ -173,11 +175,11 @@ __global__ void __launch_bounds__(kVqResolveDirectThreads)
             const unsigned which = candidates[four / 2] >> (four % 2 * 16);
             if ((which & 0xffffu) == 0) continue;
             const int i = four * 4 + lane / kVqLanesPerRow;
-            const int64_t code = first + vq_code_of_group(i);
+            const int code = first + vq_code_of_group(i);
             const double score = exact.score(VqExactRow<kSteps>(codes, code));
             if (score > nearest || (score == nearest && code < index)) {
               nearest = score;
-              index = static_cast<int>(code);
+              index = code;
             }
           }
         }

@@ -11,7 +11,7 @@ namespace flexvar {
 
 constexpr int kVqDirectThreads = 256;  // four warps of rows, for either chunk of a stage
 constexpr int kVqDirectRows = vq_tensor_rows(1);
-constexpr int kVqDirectBlocks = 2;  // on a multiprocessor, beside blocks of the next kernel
+constexpr int kVqDirectBlocks = 2;  // on a multiprocessor
 
 struct VqDirectParams {
   VqProblem problem;
@@ -79,7 +79,7 @@ class VqDirectCodes {
   __device__ __forceinline__ void store(VqTensorStorage<kSteps>& shared, int buffer) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int code = static_cast<int>(code_of(0, i));
+      const int code = code_of(0, i);
       const float squares = vq_normalize(rows_[i], exist_[i]);
       vq_store_half<kSteps>(shared.codes[buffer][code], rows_[i]);
       const bool absent = !exist_[i] || isnan(squares);
@@ -92,8 +92,8 @@ class VqDirectCodes {
   }
 
  private:
-  static __device__ __forceinline__ int64_t code_of(int stage, int i) {
-    return stage * int64_t{kVqStageCodes} + threadIdx.x / 4 + i * (kVqDirectThreads / 4);
+  static __device__ __forceinline__ int code_of(int stage, int i) {
+    return stage * kVqStageCodes + static_cast<int>(threadIdx.x / 4) + i * (kVqDirectThreads / 4);
   }
   static_assert(kVqStageCodes == kVqDirectThreads / 4 * 2);
   VqQuarterRow<kSteps> rows_[2];
@@ -102,7 +102,7 @@ class VqDirectCodes {
 
 // Block (x, y) scores row tile y against run x of the stages.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqDirectThreads, kSteps <= 2 ? 3 : 2)
+__global__ void __launch_bounds__(kVqDirectThreads, kVqDirectBlocks)
     vq_score_direct_kernel(VqDirectParams params) {
   ptx::griddepcontrol_launch_dependents();
   auto& shared = shared_storage<VqDirectStorage<kSteps>>();
@@ -111,15 +111,15 @@ __global__ void __launch_bounds__(kVqDirectThreads, kSteps <= 2 ? 3 : 2)
   const int stages = static_cast<int>(params.problem.stages);
   int stage = static_cast<int>(blockIdx.x) * run;
   const int end = stage + run < stages ? stage + run : stages;
-  const int64_t first_row = blockIdx.y * int64_t{kVqDirectRows};
+  const int first_row = static_cast<int>(blockIdx.y) * kVqDirectRows;
 
   const int warp_row = warp % 4 * 16, chunk = warp / 4;
-  const int64_t row = first_row + warp_row + lane / 4;
+  const int row = first_row + warp_row + lane / 4;
   const int64_t row_length = int64_t{stages} * (kVqChunksPerStage * kVqSubgroups);
   float* out = params.group_maxima + row * row_length + chunk * kVqSubgroups + lane % 4;
 
   VqDirectCodes<kSteps> codes(params.codes, stage);
-  const int64_t own_row = first_row + threadIdx.x / 4;
+  const int own_row = first_row + static_cast<int>(threadIdx.x / 4);
   VqQuarterRow<kSteps> latent(params.latents, own_row);
   vq_normalize(latent, own_row < params.latents.count);
   vq_store_half<kSteps>(shared.latents[threadIdx.x / 4], latent);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kVqDirectThreads, kSteps <= 2 ? 3 : 2)
       ptx::ldmatrix_x4(rows[0][k], &shared.latents[warp_row + lane % 16][k * 16 + lane / 16 * 8]);
     }
     float maxima[1][2];
-    vq_score_chunk<kSteps, 1, 4>(shared.stages, buffer, chunk * kVqChunkCodes, rows, maxima);
+    vq_score_chunk<kSteps, 1>(shared.stages, buffer, chunk * kVqChunkCodes, rows, maxima);
     float* groups = out + stage * (kVqChunksPerStage * kVqSubgroups);
     if (row < params.latents.count) groups[0] = maxima[0][0];
     if (row + 8 < params.latents.count) groups[8 * row_length] = maxima[0][1];
