@@ -4,6 +4,7 @@
 
 #include "common/ptx.cuh"
 #include "vq_lookup/error_bound.cuh"
+#include "vq_lookup/exact_row.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
@@ -143,30 +144,18 @@ class VqDotProducts<0> {
   int64_t length_;
 };
 
-// In double precision, in the order of the CPU's sum.
+// In double precision, in the order of the CPU's sum. Eight lanes share the row and the code.
 __device__ __forceinline__ double vq_exact_score(const VqResolveParams& params, int64_t row,
                                                  int64_t code) {
-  const int dim = params.problem.padded_dim;
+  const int dim = params.problem.padded_dim, first = static_cast<int>(threadIdx.x % kVqLanesPerRow);
   const float* latent = params.workspace.latents + row * dim;
   const float* other = params.workspace.codes + code * dim;
-  double sums[2][4] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-    for (int c = half * 4; c < dim; c += 8) {
-      float x[4], e[4];
-      vq_load(x, latent + c);
-      vq_load(e, other + c);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[half][i] += static_cast<double>(x[i]) * static_cast<double>(e[i]);
-      }
-    }
+  double dot = 0;
+#pragma unroll 4
+  for (int c = first; c < dim; c += kVqLanesPerRow) {
+    dot += static_cast<double>(latent[c]) * static_cast<double>(other[c]);
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
-  const double dot = (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
-  return dot - params.workspace.half_norms[code];
+  return vq_sum_of_row(dot) - params.workspace.half_norms[code];
 }
 
 struct VqNearest {
@@ -225,11 +214,22 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   };
   const auto reach = [&](float value) { return half_ballot(!(value < threshold)); };
 
-  // Candidates are codes whose score reaches the threshold. A lane holds its last one, and the
-  // nearest of its others.
+  // Candidates are codes whose score reaches the threshold. A lane holds its last one; before a
+  // lane gets another, all that are held are compared.
   int held = -1;
-  bool several = false;
+  bool compared = false;
   VqNearest nearest{-static_cast<double>(INFINITY), 0};
+  const auto compare_held = [&](unsigned holders) {
+    while (__any_sync(0xffffffffu, holders != 0)) {
+      // Two of each half's.
+      const unsigned rest = holders & (holders - 1);
+      const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : holders;
+      const int code = __shfl_sync(0xffffffffu, held, (__ffs(static_cast<int>(own)) - 1) & 15, 16);
+      const double score = vq_exact_score(params, row, code < 0 ? 0 : code);
+      if (holders != 0) nearest.take(score, code);
+      holders = rest & (rest - 1);
+    }
+  };
   for (int base = 0; base < entries; base += 16) {
     if (base > 0) top = load_top(base + half_lane);
     // Where all three maxima do, any group of the subgroup may.
@@ -258,27 +258,27 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
         const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
         const float start = *workspace.start_of(code);
         const float score = dot_products(first_code) + start;
-        if (active && !(score < threshold)) {
-          several = held >= 0;
-          if (several) nearest.take(vq_exact_score(params, row, held), held);
-          held = code;
+        const bool candidate = active && !(score < threshold);
+        if (__any_sync(0xffffffffu, candidate && held >= 0)) {
+          const unsigned holders = half_ballot(held >= 0);
+          compared = compared || holders != 0;
+          compare_held(holders);
+          held = -1;
         }
+        if (candidate) held = code;
         ++chunk;
       } while (__any_sync(0xffffffffu, chunk < end));
     }
   }
 
   const unsigned holders = half_ballot(held >= 0);
-  const bool compare = half_ballot(several) != 0 || (holders & (holders - 1)) != 0;
+  const bool compare = compared || (holders & (holders - 1)) != 0;
   int index = __shfl_sync(0xffffffffu, held, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
   if (holders == 0) index = 0;
   if (__any_sync(0xffffffffu, compare)) {
-    if (compare && held >= 0) nearest.take(vq_exact_score(params, row, held), held);
-#pragma unroll
-    for (int other = 8; other > 0; other /= 2) {
-      const double score = __shfl_xor_sync(0xffffffffu, nearest.score, other);
-      nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, other));
-    }
+    compare_held(compare ? holders : 0);
+    const double score = __shfl_xor_sync(0xffffffffu, nearest.score, kVqLanesPerRow);
+    nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, kVqLanesPerRow));
     if (compare) index = nearest.index;
   }
   if (half_lane == 0 && (half == 0 || two)) params.indices[row] = index;
