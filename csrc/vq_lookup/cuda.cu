@@ -33,9 +33,11 @@ class Layout {
 VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
   VqWorkspace workspace{};
-  workspace.codes = layout.take<float>(codes * problem.padded_dim);
-  workspace.latents = layout.take<float>(rows * problem.padded_dim);
-  workspace.half_norms = layout.take<double>(codes);
+  if (!problem.direct) {
+    workspace.codes = layout.take<float>(codes * problem.padded_dim);
+    workspace.latents = layout.take<float>(rows * problem.padded_dim);
+    workspace.half_norms = layout.take<double>(codes);
+  }
   workspace.starts = layout.take<float>(codes * 2);
   workspace.latent_norms = layout.take<double>(rows);
   workspace.max_code_norm = layout.take<float>(1);
@@ -69,6 +71,18 @@ void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const ch
   launch_kernel(op, stream, kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
 }
 
+void launch_prepare(const VqProblem& problem, const VqPrepareDirectParams& params,
+                    cudaStream_t stream, const char* op) {
+  const int64_t rows = problem.padded_codes() + problem.num_latents;
+  with_steps(problem, [&](auto steps) {
+    if constexpr (steps > 0) {
+      launch_kernel(op, stream, vq_prepare_direct_kernel<steps>,
+                    grid_size(divide_up(rows, kVqPrepareDirectRows), op), kVqPrepareDirectThreads,
+                    0, params);
+    }
+  });
+}
+
 template <int kSteps>
 void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream,
                   const char* op) {
@@ -94,16 +108,12 @@ void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream
   });
 }
 
-void look_up_directly(const VqProblem& problem, const float* latents, const Tensor& codebook,
-                      int64_t* indices, cudaStream_t stream, const char* op) {
+void look_up_few(const VqProblem& problem, const VqDirectRows& latents, const VqDirectRows& codes,
+                 const Tensor& codebook, int64_t* indices, cudaStream_t stream, const char* op) {
   const int64_t groups = problem.stages * kVqChunksPerStage * kVqSubgroups;
   Tensor maxima = torch::stable::new_empty(codebook, {problem.num_latents, groups});
-  VqResolveDirectParams params{};
-  params.scores = {
-      problem,
-      {latents, static_cast<int>(problem.num_latents), problem.dim},
-      {codebook.const_data_ptr<float>(), static_cast<int>(problem.num_codes), problem.dim},
-      maxima.mutable_data_ptr<float>()};
+  VqResolveFewParams params{};
+  params.scores = {problem, latents, codes, maxima.mutable_data_ptr<float>()};
   const VqErrorBound bound = vq_error_bound(problem);
   params.reach = static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
   params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));
@@ -111,11 +121,10 @@ void look_up_directly(const VqProblem& problem, const float* latents, const Tens
   with_steps(problem, [&](auto steps) {
     if constexpr (steps > 0) {
       const dim3 grid(grid_size(problem.parts, op), grid_size(problem.row_tiles, op));
-      launch_kernel(op, stream, vq_score_direct_kernel<steps>, grid, kVqDirectThreads, 0,
-                    params.scores);
-      const int64_t blocks = divide_up(problem.num_latents, kVqResolveDirectThreads / 32);
-      launch_overlapping(op, stream, vq_resolve_direct_kernel<steps>, grid_size(blocks, op),
-                         kVqResolveDirectThreads, 0, params);
+      launch_kernel(op, stream, vq_score_few_kernel<steps>, grid, kVqFewThreads, 0, params.scores);
+      const int64_t blocks = divide_up(problem.num_latents, kVqResolveFewThreads / 32);
+      launch_overlapping(op, stream, vq_resolve_few_kernel<steps>, grid_size(blocks, op),
+                         kVqResolveFewThreads, 0, params);
     }
   });
 }
@@ -137,13 +146,23 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, codebook, op);
   VqPrepareParams prepare{};
   const int64_t dim = codes.size(1);
+  const auto* code_values = codes.const_data_ptr<float>();
   const bool can_be_direct = scales.empty() && in_fours(source.latents, dim) &&
-                             in_fours(codes.const_data_ptr<float>(), dim);
+                             in_fours(code_values, dim) && num_latents < largest / 2 &&
+                             codes.size(0) < largest / 2;
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
                                    can_be_direct, multiprocessors);
+  VqResolveParams resolve{};
+  resolve.problem = prepare.problem;
+  resolve.bound = vq_error_bound(prepare.problem);
+  resolve.indices = indices.mutable_data_ptr<int64_t>();
   if (prepare.problem.direct) {
-    look_up_directly(prepare.problem, source.latents, codes, indices.mutable_data_ptr<int64_t>(),
-                     scope.stream(), op);
+    resolve.latents = {source.latents, static_cast<int>(num_latents), prepare.problem.dim};
+    resolve.codes = {code_values, static_cast<int>(codes.size(0)), prepare.problem.dim};
+  }
+  if (prepare.problem.few) {
+    look_up_few(prepare.problem, resolve.latents, resolve.codes, codes, resolve.indices,
+                scope.stream(), op);
     return indices;
   }
   Layout sizes(nullptr);
@@ -151,14 +170,20 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   Tensor memory = torch::stable::new_empty(codes, {sizes.used()}, ScalarType::Byte);
   Layout layout(static_cast<unsigned char*>(memory.mutable_data_ptr()));
   prepare.workspace = lay_out(prepare.problem, layout);
-  prepare.codebook = codes.const_data_ptr<float>();
+  resolve.workspace = prepare.workspace;
+  prepare.codebook = code_values;
   prepare.source = source;
   prepare.code_rows = prepare.problem.padded_codes();
   if (!normalize) {
     check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()),
                op, "cudaMemsetAsync");
   }
-  if (scales.empty()) {
+  if (prepare.problem.direct) {
+    launch_prepare(prepare.problem,
+                   {prepare.workspace, resolve.latents, resolve.codes,
+                    static_cast<int>(prepare.problem.padded_codes())},
+                   scope.stream(), op);
+  } else if (scales.empty()) {
     prepare.latent_rows = num_latents;
     launch_prepare(prepare, scope.stream(), op);
   }
@@ -173,8 +198,6 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
     launch_prepare(prepare, scope.stream(), op);
     prepare.code_rows = 0;
   }
-  const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
-                                indices.mutable_data_ptr<int64_t>()};
   launch_score_and_resolve(resolve, scope.stream(), op);
   return indices;
 }

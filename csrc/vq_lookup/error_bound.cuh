@@ -35,7 +35,7 @@ inline VqErrorBound vq_error_bound(const VqProblem& problem) {
           1.01 * dim * 0x1p-24 + sum * static_cast<double>(kVqScoreOffset) + start};
 }
 
-// |cosine - (exact score + 1/2)| of the direct kernels, with u = 2^-24: dim / 4 + 2 for either of
+// |cosine - (exact score + 1/2)| of few latents, with u = 2^-24: dim / 4 + 2 for either of
 // the dot product and the sums of squares, rsqrtf's 4 twice, two products; and 3 for the exact
 // score, whose rows are rounded.
 inline double vq_cosine_bound(const VqProblem& problem) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "vq_lookup/direct_row.cuh"
 #include "vq_lookup/error_bound.cuh"
 #include "vq_lookup/exact_row.cuh"
 #include "vq_lookup/workspace.cuh"
@@ -16,7 +17,8 @@ struct VqResolveParams {
   VqProblem problem;
   VqWorkspace workspace;
   VqErrorBound bound;
-  int64_t* indices;  // [N]
+  VqDirectRows latents, codes;  // if problem.direct
+  int64_t* indices;             // [N]
 };
 
 __device__ __forceinline__ void vq_load(float (&x)[4], const float* from) {
@@ -145,11 +147,18 @@ class VqDotProducts<0> {
 };
 
 // In double precision, in the order of the CPU's sum. Eight lanes share the row and the code.
+template <int kSteps>
 __device__ __forceinline__ double vq_exact_score(const VqResolveParams& params, int64_t row,
-                                                 int64_t code) {
+                                                 int code) {
+  if constexpr (kSteps > 0) {
+    if (params.problem.direct) {
+      const VqExactRow<kSteps> latent(params.latents, static_cast<int>(row));
+      return latent.score(VqExactRow<kSteps>(params.codes, code));
+    }
+  }
   const int dim = params.problem.padded_dim, first = static_cast<int>(threadIdx.x % kVqLanesPerRow);
   const float* latent = params.workspace.latents + row * dim;
-  const float* other = params.workspace.codes + code * dim;
+  const float* other = params.workspace.codes + static_cast<int64_t>(code) * dim;
   double dot = 0;
 #pragma unroll 4
   for (int c = first; c < dim; c += kVqLanesPerRow) {
@@ -192,7 +201,7 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   const double norm = workspace.latent_norms[row];  // NaN: no code is near
   VqTop top = load_top(half_lane);
   const VqDotProducts<kSteps> dot_products(problem, workspace, rows);
-  const double largest_norm = problem.normalize ? 1.0 + 0x1p-20 : *workspace.max_code_norm;
+  const double largest_norm = problem.normalize ? kVqUnitNorm : *workspace.max_code_norm;
   const double magnitude = largest_norm * (norm + 0.5 * largest_norm);
   const double bound = params.bound.coefficient * magnitude + params.bound.constant;
   // Beyond, fp32 scores may have overflowed, and nothing can be ruled out.
@@ -214,73 +223,70 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   };
   const auto reach = [&](float value) { return half_ballot(!(value < threshold)); };
 
-  // Candidates are codes whose score reaches the threshold. A lane holds its last one; before a
-  // lane gets another, all that are held are compared.
-  int held = -1;
-  bool compared = false;
+  // Candidates are codes whose score reaches the threshold. Where a row has several, the groups are
+  // gone through again to compare them.
+  int index = -1, count = 0;
   VqNearest nearest{-static_cast<double>(INFINITY), 0};
-  const auto compare_held = [&](unsigned holders) {
-    while (__any_sync(0xffffffffu, holders != 0)) {
-      // Two of each half's.
-      const unsigned rest = holders & (holders - 1);
-      const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : holders;
-      const int code = __shfl_sync(0xffffffffu, held, (__ffs(static_cast<int>(own)) - 1) & 15, 16);
-      const double score = vq_exact_score(params, row, code < 0 ? 0 : code);
-      if (holders != 0) nearest.take(score, code);
-      holders = rest & (rest - 1);
-    }
-  };
-  for (int base = 0; base < entries; base += 16) {
-    if (base > 0) top = load_top(base + half_lane);
-    // Where all three maxima do, any group of the subgroup may.
-    unsigned whole = reach(top.values[2]);
-    unsigned groups = (reach(top.values[0]) & ~whole) | (reach(top.values[1]) & ~whole) << 16;
-    while (__any_sync(0xffffffffu, (groups | whole) != 0)) {
-      const bool one = groups != 0;
-      const int bit = (__ffs(static_cast<int>(one ? groups : whole)) - 1) & 31;
-      const uint32_t first = __shfl_sync(0xffffffffu, __float_as_uint(top.values[0]), bit, 16);
-      const uint32_t second = __shfl_sync(0xffffffffu, __float_as_uint(top.values[1]), bit, 16);
-      const unsigned part = __shfl_sync(0xffffffffu, top.part, bit, 16);
-      int chunk = static_cast<int>(part >> 8) * kVqChunksPerStage;
-      int end = chunk + static_cast<int>(part & 0xff) * kVqChunksPerStage;
-      if (one) {
-        chunk += static_cast<int>((bit < 16 ? first : second) & ((1u << kVqChunkBits) - 1));
-        end = chunk + 1;
-        groups &= groups - 1;
-      } else if (whole != 0) {
-        whole &= whole - 1;
-      } else {
-        end = 0;  // the other half has more
-      }
-      do {
-        const bool active = chunk < end;
-        const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
-        const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
-        const float start = *workspace.start_of(code);
-        const float score = dot_products(first_code) + start;
-        const bool candidate = active && !(score < threshold);
-        if (__any_sync(0xffffffffu, candidate && held >= 0)) {
-          const unsigned holders = half_ballot(held >= 0);
-          compared = compared || holders != 0;
-          compare_held(holders);
-          held = -1;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool comparing = pass == 1;
+    if (comparing && !__any_sync(0xffffffffu, count > 1)) break;
+    for (int base = 0; base < entries; base += 16) {
+      if (base > 0 || comparing) top = load_top(base + half_lane);
+      // Where all three maxima do, any group of the subgroup may.
+      unsigned whole = reach(top.values[2]);
+      unsigned groups = (reach(top.values[0]) & ~whole) | (reach(top.values[1]) & ~whole) << 16;
+      while (__any_sync(0xffffffffu, (groups | whole) != 0)) {
+        const bool one = groups != 0;
+        const int bit = (__ffs(static_cast<int>(one ? groups : whole)) - 1) & 31;
+        const uint32_t first = __shfl_sync(0xffffffffu, __float_as_uint(top.values[0]), bit, 16);
+        const uint32_t second = __shfl_sync(0xffffffffu, __float_as_uint(top.values[1]), bit, 16);
+        const unsigned part = __shfl_sync(0xffffffffu, top.part, bit, 16);
+        int chunk = static_cast<int>(part >> 8) * kVqChunksPerStage;
+        int end = chunk + static_cast<int>(part & 0xff) * kVqChunksPerStage;
+        if (one) {
+          chunk += static_cast<int>((bit < 16 ? first : second) & ((1u << kVqChunkBits) - 1));
+          end = chunk + 1;
+          groups &= groups - 1;
+        } else if (whole != 0) {
+          whole &= whole - 1;
+        } else {
+          end = 0;  // the other half has more
         }
-        if (candidate) held = code;
-        ++chunk;
-      } while (__any_sync(0xffffffffu, chunk < end));
+        do {
+          const bool active = chunk < end;
+          const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
+          const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
+          const float start = *workspace.start_of(code);
+          const float score = dot_products(first_code) + start;
+          const bool candidate = active && !(score < threshold);
+          unsigned candidates = half_ballot(candidate);
+          if (!comparing) {
+            count += __popc(candidates);
+            if (candidate) index = code;
+          } else {
+            while (__any_sync(0xffffffffu, candidates != 0)) {
+              // Two of each half's.
+              const unsigned rest = candidates & (candidates - 1);
+              const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : candidates;
+              const int source = (__ffs(static_cast<int>(own)) - 1) & 15;
+              const int other = __shfl_sync(0xffffffffu, code, source, 16);
+              const double exact = vq_exact_score<kSteps>(params, row, other);
+              if (candidates != 0) nearest.take(exact, other);
+              candidates = rest & (rest - 1);
+            }
+          }
+          ++chunk;
+        } while (__any_sync(0xffffffffu, chunk < end));
+      }
     }
   }
 
-  const unsigned holders = half_ballot(held >= 0);
-  const bool compare = compared || (holders & (holders - 1)) != 0;
-  int index = __shfl_sync(0xffffffffu, held, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
-  if (holders == 0) index = 0;
-  if (__any_sync(0xffffffffu, compare)) {
-    compare_held(compare ? holders : 0);
-    const double score = __shfl_xor_sync(0xffffffffu, nearest.score, kVqLanesPerRow);
-    nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, kVqLanesPerRow));
-    if (compare) index = nearest.index;
-  }
+  const unsigned holders = half_ballot(index >= 0);
+  index = __shfl_sync(0xffffffffu, index, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
+  const double score = __shfl_xor_sync(0xffffffffu, nearest.score, kVqLanesPerRow);
+  nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, kVqLanesPerRow));
+  if (count != 1) index = nearest.index;
   if (half_lane == 0 && (half == 0 || two)) params.indices[row] = index;
 }
 

@@ -1,4 +1,4 @@
-// Nearest codes on a GPU, in three kernels, or for few latents in two (direct, below):
+// Nearest codes on a GPU, in three kernels, or two for few latents:
 //
 //   prepare  normalises codes and latents (after resampling them, for a pyramid of scales)
 //   score    the score x·e - |e|²/2 of every pair, with tensor cores or in fp32, of which it keeps
@@ -7,8 +7,10 @@
 //            bound of the row's maximum (nearly always one group), and where more than one code
 //            does, those in double precision
 //
-// direct: the score kernel normalises the latents and codes that it compares itself, and writes the
-// maxima of all groups, which are few; a kernel of its own resolves these.
+// direct: codes and latents are matrices that can be read in fours and have few components. They
+// are normalised in fp32, which the error bound allows for, and exactly only where resolve needs
+// it. few: the score kernel itself normalises the latents and codes that it compares, and writes
+// the maxima of all groups; a kernel of its own resolves these.
 //
 // The nearest code is in one of these groups, so the result depends neither on the score kernel nor
 // on how its work is split, and equals the CPU's.
@@ -40,6 +42,8 @@ constexpr float kVqAbsentScore = -1e30f;
 constexpr float kVqNoGroup = -3e38f;
 // Added to the scores of the tensor cores, which are of unit rows, so that they are positive.
 constexpr float kVqScoreOffset = 1.75f;
+// At least the length of a row that has been normalised.
+constexpr double kVqUnitNorm = 1.0 + 0x1p-20;
 constexpr double kVqLargestMagnitude = 1e28;
 
 // The three largest packed maxima of a subgroup in a part of the codes, largest first, and which
@@ -53,13 +57,15 @@ static_assert(kVqMaxStages < 256);
 __device__ __forceinline__ VqTop vq_no_top() { return {{kVqNoGroup, kVqNoGroup, kVqNoGroup}, 0}; }
 
 struct VqWorkspace {
-  float* codes;        // [V padded][padded_dim]: as compared; zero where padded or not finite
+  float* codes;        // [V padded][padded_dim]: as compared; zero where padded or not finite; not
+                       // if direct
   float* latents;      // [N][padded_dim]: likewise
-  double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite
+  double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite; not if direct
   // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2 and perhaps kVqScoreOffset, of
   // two codes, twice, as matrix products have it; kVqAbsentScore where padded or not finite.
   float* starts;
-  double* latent_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
+  double* latent_norms;  // [N]: |x|, or kVqUnitNorm if direct; NaN for a row that holds a NaN or an
+                         // infinity
   float* max_code_norm;  // [1]: at least the largest |e|, unless normalised
   __half* codes_half;    // [V padded][tensor_dim]: for the tensor cores, else null
   __half* latents_half;  // [N][tensor_dim]: likewise
@@ -77,7 +83,8 @@ struct VqProblem {
   int padded_dim;  // a multiple of 8
   int tensor_dim;  // a multiple of 16; 0: scores in fp32
   bool normalize;
-  bool direct;     // two kernels, where tensor_dim > 0
+  bool direct;     // rows are read from the arguments wherever they are needed; tensor_dim > 0
+  bool few;        // latents: two kernels; direct
   int64_t stages;  // of codes
   int tile_rows;   // rows that a block of a score kernel has at a time
   int64_t row_tiles;

@@ -1,61 +1,21 @@
-// The nearest codes of few latents, from the maxima of vq_score_direct_kernel.
+// The nearest codes of few latents, from the maxima of vq_score_few_kernel.
 #pragma once
 
 #include "common/ptx.cuh"
 #include "vq_lookup/direct_row.cuh"
 #include "vq_lookup/error_bound.cuh"
-#include "vq_lookup/score_direct.cuh"
+#include "vq_lookup/score_few.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
 
-constexpr int kVqResolveDirectThreads = 64;  // small blocks, spread over all multiprocessors
+constexpr int kVqResolveFewThreads = 64;  // small blocks, spread over all multiprocessors
 
-struct VqResolveDirectParams {
-  VqDirectParams scores;
+struct VqResolveFewParams {
+  VqScoreFewParams scores;
   float reach;         // a group this far below the row's maximum may hold the nearest code
   float cosine_reach;  // so may a code this far below the largest cosine in fp32
   int64_t* indices;    // [N]
-};
-
-// Component i of a lane is lane % 8 + 8 i of the row, normalised, as the CPU has it.
-template <int kSteps>
-struct VqExactRow {
-  float values[kSteps * 2];
-  double half_norm;  // infinite for a row that is not finite, or not there
-
-  __device__ __forceinline__ VqExactRow(const VqDirectRows& rows, int row) {
-    const int first = static_cast<int>(threadIdx.x % kVqLanesPerRow);
-    double squares = 0;
-#pragma unroll
-    for (int i = 0; i < kSteps * 2; ++i) {
-      const int c = first + i * kVqLanesPerRow;
-      values[i] = row < rows.count && c < rows.dim
-                      ? rows.values[static_cast<int64_t>(row) * rows.dim + c]
-                      : 0.0f;
-      squares += static_cast<double>(values[i]) * static_cast<double>(values[i]);
-    }
-    squares = vq_sum_of_row(squares);
-    const bool valid = row < rows.count && vq_is_finite(squares);
-    const double scale = vq_scale(squares);
-    squares = 0;
-#pragma unroll
-    for (float& value : values) {
-      value = valid ? vq_scaled(value, scale) : 0.0f;
-      squares += static_cast<double>(value) * static_cast<double>(value);
-    }
-    squares = vq_sum_of_row(squares);
-    half_norm = valid ? 0.5 * squares : static_cast<double>(INFINITY);
-  }
-
-  __device__ __forceinline__ double score(const VqExactRow& code) const {
-    double dot = 0;
-#pragma unroll
-    for (int i = 0; i < kSteps * 2; ++i) {
-      dot += static_cast<double>(values[i]) * static_cast<double>(code.values[i]);
-    }
-    return vq_sum_of_row(dot) - code.half_norm;
-  }
 };
 
 // The maxima of a row's groups, 256 chunks at a time.
@@ -100,11 +60,11 @@ struct VqGroupMaxima {
 // cosine in fp32; for the codes that may have it; and where these are several, for the exact scores
 // of those.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqResolveDirectThreads, 1)
-    vq_resolve_direct_kernel(VqResolveDirectParams params) {
+__global__ void __launch_bounds__(kVqResolveFewThreads, 1)
+    vq_resolve_few_kernel(VqResolveFewParams params) {
   const VqDirectRows latents = params.scores.latents, codes = params.scores.codes;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int row = static_cast<int>(blockIdx.x * (kVqResolveDirectThreads / 32) + threadIdx.x / 32);
+  const int row = static_cast<int>(blockIdx.x * (kVqResolveFewThreads / 32) + threadIdx.x / 32);
   if (row >= latents.count) return;
   ptx::griddepcontrol_wait();
   const int chunks = static_cast<int>(params.scores.problem.stages) * kVqChunksPerStage;

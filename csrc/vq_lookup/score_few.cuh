@@ -9,69 +9,28 @@
 
 namespace flexvar {
 
-constexpr int kVqDirectThreads = 256;  // four warps of rows, for either chunk of a stage
-constexpr int kVqDirectRows = vq_tensor_rows(1);
-constexpr int kVqDirectBlocks = 2;  // on a multiprocessor
+constexpr int kVqFewThreads = 256;  // four warps of rows, for either chunk of a stage
+constexpr int kVqFewRows = vq_tensor_rows(1);
+constexpr int kVqFewBlocks = 2;  // on a multiprocessor
 
-struct VqDirectParams {
+struct VqScoreFewParams {
   VqProblem problem;
   VqDirectRows latents, codes;
   float* group_maxima;  // [N][stages * kVqChunksPerStage][kVqSubgroups]
 };
 
 template <int kSteps>
-struct VqDirectStorage {
+struct VqFewStorage {
   VqTensorStorage<kSteps> stages;
   // Padded as codes are.
-  alignas(16) __half latents[kVqDirectRows][kSteps * 16 + 8];
+  alignas(16) __half latents[kVqFewRows][kSteps * 16 + 8];
 };
-
-// Normalises a row, and gives |row|²: NaN where it is not finite, and then its components are zero.
-template <int kSteps>
-__device__ __forceinline__ float vq_normalize(VqQuarterRow<kSteps>& row, bool exists) {
-  float squares = row.template dot<float>(row);
-  float scale = rsqrtf(squares);
-  const bool irregular = exists && !vq_is_regular(squares);
-  squares = 1;
-  if (__any_sync(0xffffffffu, irregular)) {
-    const double exact = row.template dot<double>(row);
-    const double exact_scale = vq_scale(exact);
-    if (irregular) {
-      const bool finite = vq_is_finite(exact);
-      squares = finite ? static_cast<float>(exact * exact_scale * exact_scale) : NAN;
-      scale = 1;
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-        for (float& value : row.values[k]) value = finite ? vq_scaled(value, exact_scale) : 0.0f;
-      }
-    }
-  }
-  if (!exists) scale = 0;
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (float& value : row.values[k]) value *= scale;
-  }
-  return squares;
-}
-
-template <int kSteps>
-__device__ __forceinline__ void vq_store_half(__half (&line)[kSteps * 16 + 8],
-                                              const VqQuarterRow<kSteps>& row) {
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    auto* pairs = reinterpret_cast<__half2*>(&line[k * 16 + threadIdx.x % 4 * 4]);
-    pairs[0] = __floats2half2_rn(row.values[k][0], row.values[k][1]);
-    pairs[1] = __floats2half2_rn(row.values[k][2], row.values[k][3]);
-  }
-}
 
 // What a thread has of a stage's codes: quarters of two. None of a stage behind the last.
 template <int kSteps>
-class VqDirectCodes {
+class VqFewCodes {
  public:
-  __device__ __forceinline__ VqDirectCodes(const VqDirectRows& codes, int stage)
+  __device__ __forceinline__ VqFewCodes(const VqDirectRows& codes, int stage)
       : rows_{{codes, code_of(stage, 0)}, {codes, code_of(stage, 1)}},
         exist_{code_of(stage, 0) < codes.count, code_of(stage, 1) < codes.count} {}
 
@@ -81,52 +40,51 @@ class VqDirectCodes {
     for (int i = 0; i < 2; ++i) {
       const int code = code_of(0, i);
       const float squares = vq_normalize(rows_[i], exist_[i]);
-      vq_store_half<kSteps>(shared.codes[buffer][code], rows_[i]);
-      const bool absent = !exist_[i] || isnan(squares);
+      vq_store_half(shared.codes[buffer][code], rows_[i]);
       // As matrix products have it in their sums, for either row.
       if (threadIdx.x % 4 < 2) {
         shared.starts[buffer][code / 2][code % 2 + threadIdx.x % 4 * 2] =
-            absent ? kVqAbsentScore : kVqScoreOffset - 0.5f * squares;
+            vq_start(squares, exist_[i]);
       }
     }
   }
 
  private:
   static __device__ __forceinline__ int code_of(int stage, int i) {
-    return stage * kVqStageCodes + static_cast<int>(threadIdx.x / 4) + i * (kVqDirectThreads / 4);
+    return stage * kVqStageCodes + static_cast<int>(threadIdx.x / 4) + i * (kVqFewThreads / 4);
   }
-  static_assert(kVqStageCodes == kVqDirectThreads / 4 * 2);
+  static_assert(kVqStageCodes == kVqFewThreads / 4 * 2);
   VqQuarterRow<kSteps> rows_[2];
   bool exist_[2];
 };
 
 // Block (x, y) scores row tile y against run x of the stages.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqDirectThreads, kVqDirectBlocks)
-    vq_score_direct_kernel(VqDirectParams params) {
+__global__ void __launch_bounds__(kVqFewThreads, kVqFewBlocks)
+    vq_score_few_kernel(VqScoreFewParams params) {
   ptx::griddepcontrol_launch_dependents();
-  auto& shared = shared_storage<VqDirectStorage<kSteps>>();
+  auto& shared = shared_storage<VqFewStorage<kSteps>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int run = static_cast<int>(params.problem.run);
   const int stages = static_cast<int>(params.problem.stages);
   int stage = static_cast<int>(blockIdx.x) * run;
   const int end = stage + run < stages ? stage + run : stages;
-  const int first_row = static_cast<int>(blockIdx.y) * kVqDirectRows;
+  const int first_row = static_cast<int>(blockIdx.y) * kVqFewRows;
 
   const int warp_row = warp % 4 * 16, chunk = warp / 4;
   const int row = first_row + warp_row + lane / 4;
   const int64_t row_length = int64_t{stages} * (kVqChunksPerStage * kVqSubgroups);
   float* out = params.group_maxima + row * row_length + chunk * kVqSubgroups + lane % 4;
 
-  VqDirectCodes<kSteps> codes(params.codes, stage);
+  VqFewCodes<kSteps> codes(params.codes, stage);
   const int own_row = first_row + static_cast<int>(threadIdx.x / 4);
   VqQuarterRow<kSteps> latent(params.latents, own_row);
   vq_normalize(latent, own_row < params.latents.count);
-  vq_store_half<kSteps>(shared.latents[threadIdx.x / 4], latent);
+  vq_store_half(shared.latents[threadIdx.x / 4], latent);
   for (int buffer = 0; stage < end; ++stage, buffer ^= 1) {
     codes.store(shared.stages, buffer);
     __syncthreads();  // the stage is there, and everybody is done with the one before
-    codes = VqDirectCodes<kSteps>(params.codes, stage + 1 < end ? stage + 1 : stages);
+    codes = VqFewCodes<kSteps>(params.codes, stage + 1 < end ? stage + 1 : stages);
     uint32_t rows[1][kSteps][4];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
