@@ -17,7 +17,7 @@ struct VqPrepareDirectParams {
 };
 
 template <int kSteps>
-__global__ void __launch_bounds__(kVqPrepareDirectThreads)
+__global__ void __launch_bounds__(kVqPrepareDirectThreads, 4)
     vq_prepare_direct_kernel(VqPrepareDirectParams params) {
   ptx::griddepcontrol_launch_dependents();
   const VqWorkspace& workspace = params.workspace;

@@ -182,7 +182,7 @@ struct VqNearest {
 // Half a warp has a row. kSteps: those of vq_score_tensor_kernel, or 0 behind
 // vq_score_float_kernel.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
+__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 6 : 4)
     vq_resolve_kernel(VqResolveParams params) {
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;

@@ -60,7 +60,7 @@ class VqFewCodes {
 
 // Block (x, y) scores row tile y against run x of the stages.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqFewThreads, kVqFewBlocks)
+__global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
     vq_score_few_kernel(VqScoreFewParams params) {
   ptx::griddepcontrol_launch_dependents();
   auto& shared = shared_storage<VqFewStorage<kSteps>>();
