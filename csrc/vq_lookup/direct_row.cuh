@@ -90,13 +90,18 @@ __device__ __forceinline__ float vq_normalize(VqQuarterRow<kSteps>& row, bool ex
   return squares;
 }
 
+__device__ __forceinline__ uint32_t vq_half_pair(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 template <int kSteps>
 __device__ __forceinline__ void vq_store_half(__half* line, const VqQuarterRow<kSteps>& row) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    auto* pairs = reinterpret_cast<__half2*>(line + k * 16 + threadIdx.x % 4 * 4);
-    pairs[0] = __floats2half2_rn(row.values[k][0], row.values[k][1]);
-    pairs[1] = __floats2half2_rn(row.values[k][2], row.values[k][3]);
+    const float (&four)[4] = row.values[k];
+    *reinterpret_cast<uint2*>(line + k * 16 + threadIdx.x % 4 * 4) =
+        make_uint2(vq_half_pair(four[0], four[1]), vq_half_pair(four[2], four[3]));
   }
 }
 

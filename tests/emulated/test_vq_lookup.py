@@ -160,6 +160,23 @@ def test_codes_at_the_error_bound(launch_in_every_order, misalignment):
     check(launch_in_every_order, latents, codebook, misalignment=misalignment)
 
 
+@EITHER_WAY
+@pytest.mark.parametrize("multiprocessors", [1, 2], ids=["many", "few"])
+@pytest.mark.parametrize("dim", [16, 32, 48, 64])
+def test_near_ties_and_odd_rows(launch_in_every_order, misalignment, multiprocessors, dim):
+    """One row of tiles and nine stages, too many for one multiprocessor to normalise the codes tile by tile."""
+    latents, codebook = randn(40, dim), randn(1100, dim, seed=1)
+    codebook[200:240] = latents + 1e-4 * randn(40, dim, seed=2)
+    codebook[700:740] = latents + 1e-4 * randn(40, dim, seed=3)
+    codebook[1000:1020] = codebook[200:220]
+    codebook[3], codebook[4, 1], codebook[5], latents[0], latents[1] = 0, float("nan"), float("inf"), float("nan"), 0
+    codebook[[6, 200, 702]] *= 1e25
+    codebook[[7, 203, 203, 704]] *= 1e-25
+    latents[[2, 5]] *= 1e25
+    latents[[3, 6]] *= 1e-25
+    check(launch_in_every_order, latents, codebook, True, multiprocessors, misalignment=misalignment)
+
+
 def test_inputs_that_lie_otherwise(launch_in_every_order):
     check(launch_in_every_order, randn(20, 21), randn(100, 21, seed=1), misalignment=1)
     check(launch_in_every_order, randn(21, 20).T, randn(200, 42, seed=1)[::2, 1::2])
