@@ -148,8 +148,8 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   const int64_t dim = codes.size(1);
   const auto* code_values = codes.const_data_ptr<float>();
   const bool can_be_direct = scales.empty() && in_fours(source.latents, dim) &&
-                             in_fours(code_values, dim) && num_latents < largest / 2 &&
-                             codes.size(0) < largest / 2;
+                             in_fours(code_values, dim) && num_latents < largest / 4 &&
+                             codes.size(0) < largest / 4;
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
                                    can_be_direct, multiprocessors);
   VqResolveParams resolve{};
