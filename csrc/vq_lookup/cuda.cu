@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/cuda_launch.h"
@@ -32,10 +33,12 @@ class Layout {
 VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
   VqWorkspace workspace{};
-  workspace.codes = layout.take<float>(codes * problem.padded_dim);
-  workspace.latents = layout.take<float>(rows * problem.padded_dim);
-  workspace.half_norms = layout.take<double>(codes);
-  workspace.negative_half = layout.take<float>(codes * 2);
+  if (!problem.direct) {
+    workspace.codes = layout.take<float>(codes * problem.padded_dim);
+    workspace.latents = layout.take<float>(rows * problem.padded_dim);
+    workspace.half_norms = layout.take<double>(codes);
+  }
+  workspace.starts = layout.take<float>(codes * 2);
   workspace.latent_norms = layout.take<double>(rows);
   workspace.max_code_norm = layout.take<float>(1);
   workspace.codes_half = layout.take<__half>(codes * problem.tensor_dim);
@@ -44,11 +47,40 @@ VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   return workspace;
 }
 
+// Instantiations of a template for problem.tensor_dim.
+template <class Launch>
+void with_steps(const VqProblem& problem, Launch launch) {
+  switch (problem.tensor_dim / 16) {
+    case 1:
+      return launch(std::integral_constant<int, 1>());
+    case 2:
+      return launch(std::integral_constant<int, 2>());
+    case 3:
+      return launch(std::integral_constant<int, 3>());
+    case 4:
+      return launch(std::integral_constant<int, 4>());
+    default:
+      launch(std::integral_constant<int, 0>());
+  }
+}
+
 void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const char* op) {
   const int64_t rows = params.code_rows + params.latent_rows;
   const auto kernel =
       params.source.num_scales > 0 ? vq_prepare_kernel<true> : vq_prepare_kernel<false>;
   launch_kernel(op, stream, kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
+}
+
+void launch_prepare(const VqProblem& problem, const VqPrepareDirectParams& params,
+                    cudaStream_t stream, const char* op) {
+  const int64_t rows = problem.padded_codes() + problem.num_latents;
+  with_steps(problem, [&](auto steps) {
+    if constexpr (steps > 0) {
+      launch_kernel(op, stream, vq_prepare_direct_kernel<steps>,
+                    grid_size(divide_up(rows, kVqPrepareDirectRows), op), kVqPrepareDirectThreads,
+                    0, params);
+    }
+  });
 }
 
 template <int kSteps>
@@ -67,27 +99,38 @@ void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaSt
   }
 }
 
-template <int kSteps>
 void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream, const char* op) {
-  launch_score<kSteps>(params.problem, params.workspace, stream, op);
-  launch_overlapping(op, stream, vq_resolve_kernel<kSteps>,
-                     grid_size(vq_resolve_blocks(params.problem), op), kVqResolveThreads, 0,
-                     params);
+  with_steps(params.problem, [&](auto steps) {
+    launch_score<steps>(params.problem, params.workspace, stream, op);
+    launch_overlapping(op, stream, vq_resolve_kernel<steps>,
+                       grid_size(vq_resolve_blocks(params.problem), op), kVqResolveThreads, 0,
+                       params);
+  });
 }
 
-void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream, const char* op) {
-  switch (params.problem.tensor_dim / 16) {
-    case 1:
-      return launch_score_and_resolve<1>(params, stream, op);
-    case 2:
-      return launch_score_and_resolve<2>(params, stream, op);
-    case 3:
-      return launch_score_and_resolve<3>(params, stream, op);
-    case 4:
-      return launch_score_and_resolve<4>(params, stream, op);
-    default:
-      launch_score_and_resolve<0>(params, stream, op);
-  }
+void look_up_few(const VqProblem& problem, const VqDirectRows& latents, const VqDirectRows& codes,
+                 const Tensor& codebook, int64_t* indices, cudaStream_t stream, const char* op) {
+  const int64_t groups = problem.stages * kVqChunksPerStage * kVqSubgroups;
+  Tensor maxima = torch::stable::new_empty(codebook, {problem.num_latents, groups});
+  VqResolveFewParams params{};
+  params.scores = {problem, latents, codes, maxima.mutable_data_ptr<float>()};
+  const VqErrorBound bound = vq_error_bound(problem);
+  params.reach = static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
+  params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));
+  params.indices = indices;
+  with_steps(problem, [&](auto steps) {
+    if constexpr (steps > 0) {
+      const dim3 grid(grid_size(problem.parts, op), grid_size(problem.row_tiles, op));
+      launch_kernel(op, stream, vq_score_few_kernel<steps>, grid, kVqFewThreads, 0, params.scores);
+      const int64_t blocks = divide_up(problem.num_latents, kVqResolveFewThreads / 32);
+      launch_overlapping(op, stream, vq_resolve_few_kernel<steps>, grid_size(blocks, op),
+                         kVqResolveFewThreads, 0, params);
+    }
+  });
+}
+
+bool in_fours(const float* rows, int64_t dim) {
+  return dim % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(float4) == 0;
 }
 
 // `scales` is empty for a matrix of latents [N, C]; else source says what is resampled.
@@ -102,21 +145,45 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   const Tensor codes = torch::stable::contiguous(codebook);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, codebook, op);
   VqPrepareParams prepare{};
-  prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(codes.size(1)),
-                                   normalize, multiprocessors);
+  const int64_t dim = codes.size(1);
+  const auto* code_values = codes.const_data_ptr<float>();
+  const bool can_be_direct = scales.empty() && in_fours(source.latents, dim) &&
+                             in_fours(code_values, dim) && num_latents < largest / 4 &&
+                             codes.size(0) < largest / 4;
+  prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
+                                   can_be_direct, multiprocessors);
+  VqResolveParams resolve{};
+  resolve.problem = prepare.problem;
+  resolve.bound = vq_error_bound(prepare.problem);
+  resolve.indices = indices.mutable_data_ptr<int64_t>();
+  if (prepare.problem.direct) {
+    resolve.latents = {source.latents, static_cast<int>(num_latents), prepare.problem.dim};
+    resolve.codes = {code_values, static_cast<int>(codes.size(0)), prepare.problem.dim};
+  }
+  if (prepare.problem.few) {
+    look_up_few(prepare.problem, resolve.latents, resolve.codes, codes, resolve.indices,
+                scope.stream(), op);
+    return indices;
+  }
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);
   Tensor memory = torch::stable::new_empty(codes, {sizes.used()}, ScalarType::Byte);
   Layout layout(static_cast<unsigned char*>(memory.mutable_data_ptr()));
   prepare.workspace = lay_out(prepare.problem, layout);
-  prepare.codebook = codes.const_data_ptr<float>();
+  resolve.workspace = prepare.workspace;
+  prepare.codebook = code_values;
   prepare.source = source;
   prepare.code_rows = prepare.problem.padded_codes();
   if (!normalize) {
     check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()),
                op, "cudaMemsetAsync");
   }
-  if (scales.empty()) {
+  if (prepare.problem.direct) {
+    launch_prepare(prepare.problem,
+                   {prepare.workspace, resolve.latents, resolve.codes,
+                    static_cast<int>(prepare.problem.padded_codes())},
+                   scope.stream(), op);
+  } else if (scales.empty()) {
     prepare.latent_rows = num_latents;
     launch_prepare(prepare, scope.stream(), op);
   }
@@ -131,8 +198,6 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
     launch_prepare(prepare, scope.stream(), op);
     prepare.code_rows = 0;
   }
-  const VqResolveParams resolve{prepare.problem, prepare.workspace, vq_error_bound(prepare.problem),
-                                indices.mutable_data_ptr<int64_t>()};
   launch_score_and_resolve(resolve, scope.stream(), op);
   return indices;
 }

@@ -2,8 +2,13 @@
 // together.
 #pragma once
 
+#include <algorithm>
+
 #include "vq_lookup/prepare.cuh"
+#include "vq_lookup/prepare_direct.cuh"
 #include "vq_lookup/resolve.cuh"
+#include "vq_lookup/resolve_few.cuh"
+#include "vq_lookup/score_few.cuh"
 #include "vq_lookup/score_float.cuh"
 #include "vq_lookup/score_tensor.cuh"
 #include "vq_lookup/workspace.cuh"
@@ -14,9 +19,13 @@ namespace flexvar {
 // has fewer parts to be looked through afterwards.
 constexpr int64_t kVqFewPairs = 12;
 
+// With more (tile, stage) pairs of small tiles to a multiprocessor, codes are not normalised anew
+// for every tile.
+constexpr int64_t kVqFewPairsOfSmallTiles = 8;
+
 // Sizes and the run of a block: such that all blocks are on the device at once and end together.
 inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim, bool normalize,
-                                int multiprocessors) {
+                                bool can_be_direct, int multiprocessors) {
   VqProblem problem{};
   problem.num_latents = num_latents;
   problem.num_codes = num_codes;
@@ -33,8 +42,16 @@ inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim,
     problem.row_tiles = divide_up(num_latents, rows);
     return problem.row_tiles * problem.stages;
   };
+  int64_t pairs = set_tiles(kVqFewRows);
+  problem.direct = can_be_direct && problem.tensor_dim > 0;
+  problem.few = problem.direct && pairs <= kVqFewPairsOfSmallTiles * multiprocessors;
+  if (problem.few) {
+    const int64_t blocks = static_cast<int64_t>(multiprocessors) * kVqFewBlocks;
+    problem.run = divide_up(problem.stages, std::max<int64_t>(blocks / problem.row_tiles, 1));
+    problem.parts = divide_up(problem.stages, problem.run);
+    return problem;
+  }
   int64_t blocks = static_cast<int64_t>(multiprocessors) * 2;
-  int64_t pairs;
   if (problem.tensor_dim == 0) {
     pairs = set_tiles(kVqFloatRows);
   } else if (pairs = set_tiles(vq_tensor_rows(vq_row_fragments(steps)));

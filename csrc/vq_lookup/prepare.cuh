@@ -3,6 +3,7 @@
 
 #include "common/ptx.cuh"
 #include "resample/weights.h"
+#include "vq_lookup/exact_row.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
@@ -35,17 +36,8 @@ struct VqPrepareParams {
   int64_t latent_rows;  // of this launch
 };
 
-// Eight threads share a row; thread j holds components j, j + 8, …. The sum over the threads is
-// ((0+4)+(2+6)) + ((1+5)+(3+7)).
 constexpr int kVqPrepareThreads = 256;
-constexpr int kVqThreadsPerRow = 8;
-constexpr int kVqRowsPerBlock = kVqPrepareThreads / kVqThreadsPerRow;
-
-__device__ __forceinline__ double vq_sum_of_row(double partial) {
-  partial += __shfl_xor_sync(0xffffffffu, partial, 4);
-  partial += __shfl_xor_sync(0xffffffffu, partial, 2);
-  return partial + __shfl_xor_sync(0xffffffffu, partial, 1);
-}
+constexpr int kVqRowsPerBlock = kVqPrepareThreads / kVqLanesPerRow;
 
 // One latent of a pyramid: a token of an image, resampled to the token's scale.
 struct VqResampledLatent {
@@ -91,9 +83,9 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
   const VqWorkspace& workspace = params.workspace;
   const VqLatentSource& source = params.source;
   const int dim = problem.dim, padded_dim = problem.padded_dim, tensor_dim = problem.tensor_dim;
-  const int part = static_cast<int>(threadIdx.x % kVqThreadsPerRow);
+  const int part = static_cast<int>(threadIdx.x % kVqLanesPerRow);
   const int64_t row = blockIdx.x * static_cast<int64_t>(kVqRowsPerBlock) +
-                      static_cast<int>(threadIdx.x / kVqThreadsPerRow);
+                      static_cast<int>(threadIdx.x / kVqLanesPerRow);
   const bool is_code = row < params.code_rows;
   int64_t n = is_code ? row : row - params.code_rows;
   const bool in_range = is_code || n < params.latent_rows;
@@ -107,13 +99,13 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
   const float* in = (is_code ? params.codebook : source.latents) + n * dim;
   if (kPyramid && !is_code && in_range) {
     const VqResampledLatent latent(source, dim, n);
-    for (int c = part; c < dim; c += kVqThreadsPerRow) out[c] = latent(c);
+    for (int c = part; c < dim; c += kVqLanesPerRow) out[c] = latent(c);
     in = out;
   }
 
   // A thread holds its first components in registers and reads the others twice.
   constexpr int kHeld = 8;
-  constexpr int kHeldComponents = kHeld * kVqThreadsPerRow;
+  constexpr int kHeldComponents = kHeld * kVqLanesPerRow;
   static_assert(kHeldComponents >= kVqMaxTensorSteps * 16);
   const auto component = [&](int c) { return real && c < dim ? in[c] : 0.0f; };
   double squares = 0;
@@ -122,32 +114,30 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
   };
   float held[kHeld];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) held[i] = component(part + i * kVqThreadsPerRow);
+  for (int i = 0; i < kHeld; ++i) held[i] = component(part + i * kVqLanesPerRow);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (i * kVqThreadsPerRow < dim) add_square(held[i]);
+    if (i * kVqLanesPerRow < dim) add_square(held[i]);
   }
-  for (int c = part + kHeldComponents; c < dim; c += kVqThreadsPerRow) add_square(component(c));
+  for (int c = part + kHeldComponents; c < dim; c += kVqLanesPerRow) add_square(component(c));
   squares = vq_sum_of_row(squares);
-  // A sum of squares of finite floats does not overflow in double.
-  const bool valid = real && squares < static_cast<double>(INFINITY);
-  const double norm = sqrt(squares);
-  const double scale = problem.normalize ? 1.0 / (norm > 1e-12 ? norm : 1e-12) : 1.0;
+  const bool valid = real && vq_is_finite(squares);
+  const double scale = problem.normalize ? vq_scale(squares) : 1.0;
 
   squares = 0;
   __half* half_out = (is_code ? workspace.codes_half : workspace.latents_half) + n * tensor_dim;
   const auto write = [&](int c, float unscaled) {
-    const float value = valid ? static_cast<float>(static_cast<double>(unscaled) * scale) : 0.0f;
+    const float value = valid ? vq_scaled(unscaled, scale) : 0.0f;
     add_square(value);
     if (in_range && c < padded_dim) out[c] = value;
     if (in_range && c < tensor_dim) half_out[c] = __float2half_rn(value);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int first = i * kVqThreadsPerRow;
+    const int first = i * kVqLanesPerRow;
     if (first < padded_dim || first < tensor_dim) write(part + first, held[i]);
   }
-  for (int c = part + kHeldComponents; c < padded_dim; c += kVqThreadsPerRow) {
+  for (int c = part + kHeldComponents; c < padded_dim; c += kVqLanesPerRow) {
     write(c, component(c));
   }
   squares = vq_sum_of_row(squares);
@@ -157,8 +147,9 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
     return;
   }
   workspace.half_norms[n] = valid ? 0.5 * squares : static_cast<double>(INFINITY);
-  float* negative_half = workspace.negative_half_of(n);
-  negative_half[0] = negative_half[2] = valid ? static_cast<float>(-0.5 * squares) : kVqAbsentScore;
+  const double offset = tensor_dim > 0 ? static_cast<double>(kVqScoreOffset) : 0.0;
+  float* start = workspace.start_of(n);
+  start[0] = start[2] = valid ? static_cast<float>(offset - 0.5 * squares) : kVqAbsentScore;
   if (valid && !problem.normalize) {
     // Norms are not negative, so their bits order as integers; one step up for the rounding.
     const int bits = __float_as_int(static_cast<float>(sqrt(squares))) + 1;

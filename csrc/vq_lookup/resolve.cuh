@@ -3,6 +3,9 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "vq_lookup/direct_row.cuh"
+#include "vq_lookup/error_bound.cuh"
+#include "vq_lookup/exact_row.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
@@ -10,36 +13,12 @@ namespace flexvar {
 constexpr int kVqResolveThreads = 128;
 constexpr int kVqResolveRows = kVqResolveThreads / 32 * 2;
 
-// |score - exact score| <= coefficient * (|x||e| + |e|²/2) + constant, for every pair of finite
-// rows whose magnitudes the score kernel can represent. The score is the score kernel's, or one of
-// the same inputs with fp32 sums in any order.
-//   Both: the chunk's number replaces the lowest bits of the fp32 score, and `threshold` rounds.
-//   fp32: dim + 2 roundings of a term, u = 2^-24; underflow.
-//   fp16: inputs round with u = 2^-11, so a product is off by 2u + u², and where they are
-//     subnormal by 2^-25 absolutely; a matrix product of 16 terms adds them to the sum truncated at
-//     2^-22 of the largest at worst.
-struct VqErrorBound {
-  double coefficient;
-  double constant;
-};
-
-inline VqErrorBound vq_error_bound(const VqProblem& problem) {
-  const double packing = 1.01 / (1 << (23 - kVqChunkBits)) + 0x1p-22;
-  const double dim = problem.dim;
-  if (problem.tensor_dim == 0) {
-    const double roundings = (dim + 8) * 0x1p-24;
-    return {roundings < 0.5 ? roundings / (1 - roundings) + packing : 1e30, (dim + 8) * 0x1p-126};
-  }
-  const double u = 0x1p-11;
-  return {1.001 * (2 * u + u * u) + (problem.tensor_dim + 16) * 0x1p-22 + packing,
-          1.01 * dim * 0x1p-24};
-}
-
 struct VqResolveParams {
   VqProblem problem;
   VqWorkspace workspace;
   VqErrorBound bound;
-  int64_t* indices;  // [N]
+  VqDirectRows latents, codes;  // if problem.direct
+  int64_t* indices;             // [N]
 };
 
 __device__ __forceinline__ void vq_load(float (&x)[4], const float* from) {
@@ -49,9 +28,6 @@ __device__ __forceinline__ void vq_load(float (&x)[4], const float* from) {
   x[2] = four.z;
   x[3] = four.w;
 }
-
-// Code i of a group, counted from its first.
-__device__ __forceinline__ int vq_code_of_group(int i) { return i / 2 * 8 + i % 2; }
 
 // A row as four lanes share it for matrix products: word 2k of lane t stands in for components 2t
 // and 2t + 1 of step k, word 2k + 1 for 2t + 8 and 2t + 9. Which components these are does not
@@ -170,30 +146,25 @@ class VqDotProducts<0> {
   int64_t length_;
 };
 
-// In double precision, in the order of the CPU's sum.
+// In double precision, in the order of the CPU's sum. Eight lanes share the row and the code.
+template <int kSteps>
 __device__ __forceinline__ double vq_exact_score(const VqResolveParams& params, int64_t row,
-                                                 int64_t code) {
-  const int dim = params.problem.padded_dim;
-  const float* latent = params.workspace.latents + row * dim;
-  const float* other = params.workspace.codes + code * dim;
-  double sums[2][4] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-    for (int c = half * 4; c < dim; c += 8) {
-      float x[4], e[4];
-      vq_load(x, latent + c);
-      vq_load(e, other + c);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[half][i] += static_cast<double>(x[i]) * static_cast<double>(e[i]);
-      }
+                                                 int code) {
+  if constexpr (kSteps > 0) {
+    if (params.problem.direct) {
+      const VqExactRow<kSteps> latent(params.latents, static_cast<int>(row));
+      return latent.score(VqExactRow<kSteps>(params.codes, code));
     }
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
-  const double dot = (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
-  return dot - params.workspace.half_norms[code];
+  const int dim = params.problem.padded_dim, first = static_cast<int>(threadIdx.x % kVqLanesPerRow);
+  const float* latent = params.workspace.latents + row * dim;
+  const float* other = params.workspace.codes + static_cast<int64_t>(code) * dim;
+  double dot = 0;
+#pragma unroll 4
+  for (int c = first; c < dim; c += kVqLanesPerRow) {
+    dot += static_cast<double>(latent[c]) * static_cast<double>(other[c]);
+  }
+  return vq_sum_of_row(dot) - params.workspace.half_norms[code];
 }
 
 struct VqNearest {
@@ -211,7 +182,7 @@ struct VqNearest {
 // Half a warp has a row. kSteps: those of vq_score_tensor_kernel, or 0 behind
 // vq_score_float_kernel.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
+__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 6 : 4)
     vq_resolve_kernel(VqResolveParams params) {
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;
@@ -230,7 +201,7 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   const double norm = workspace.latent_norms[row];  // NaN: no code is near
   VqTop top = load_top(half_lane);
   const VqDotProducts<kSteps> dot_products(problem, workspace, rows);
-  const double largest_norm = problem.normalize ? 1.0 + 0x1p-20 : *workspace.max_code_norm;
+  const double largest_norm = problem.normalize ? kVqUnitNorm : *workspace.max_code_norm;
   const double magnitude = largest_norm * (norm + 0.5 * largest_norm);
   const double bound = params.bound.coefficient * magnitude + params.bound.constant;
   // Beyond, fp32 scores may have overflowed, and nothing can be ruled out.
@@ -252,62 +223,70 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   };
   const auto reach = [&](float value) { return half_ballot(!(value < threshold)); };
 
-  // Candidates are codes whose score reaches the threshold. A lane holds its last one, and the
-  // nearest of its others.
-  int held = -1;
-  bool several = false;
+  // Candidates are codes whose score reaches the threshold. Where a row has several, the groups are
+  // gone through again to compare them.
+  int index = -1, count = 0;
   VqNearest nearest{-static_cast<double>(INFINITY), 0};
-  for (int base = 0; base < entries; base += 16) {
-    if (base > 0) top = load_top(base + half_lane);
-    // Where all three maxima do, any group of the subgroup may.
-    unsigned whole = reach(top.values[2]);
-    unsigned groups = (reach(top.values[0]) & ~whole) | (reach(top.values[1]) & ~whole) << 16;
-    while (__any_sync(0xffffffffu, (groups | whole) != 0)) {
-      const bool one = groups != 0;
-      const int bit = (__ffs(static_cast<int>(one ? groups : whole)) - 1) & 31;
-      const uint32_t first = __shfl_sync(0xffffffffu, __float_as_uint(top.values[0]), bit, 16);
-      const uint32_t second = __shfl_sync(0xffffffffu, __float_as_uint(top.values[1]), bit, 16);
-      const unsigned part = __shfl_sync(0xffffffffu, top.part, bit, 16);
-      int chunk = static_cast<int>(part >> 8) * kVqChunksPerStage;
-      int end = chunk + static_cast<int>(part & 0xff) * kVqChunksPerStage;
-      if (one) {
-        chunk += static_cast<int>((bit < 16 ? first : second) & ((1u << kVqChunkBits) - 1));
-        end = chunk + 1;
-        groups &= groups - 1;
-      } else if (whole != 0) {
-        whole &= whole - 1;
-      } else {
-        end = 0;  // the other half has more
-      }
-      do {
-        const bool active = chunk < end;
-        const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
-        const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
-        const float negative_half = *workspace.negative_half_of(code);
-        const float score = dot_products(first_code) + negative_half;
-        if (active && !(score < threshold)) {
-          several = held >= 0;
-          if (several) nearest.take(vq_exact_score(params, row, held), held);
-          held = code;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool comparing = pass == 1;
+    if (comparing && !__any_sync(0xffffffffu, count > 1)) break;
+    for (int base = 0; base < entries; base += 16) {
+      if (base > 0 || comparing) top = load_top(base + half_lane);
+      // Where all three maxima do, any group of the subgroup may.
+      unsigned whole = reach(top.values[2]);
+      unsigned groups = (reach(top.values[0]) & ~whole) | (reach(top.values[1]) & ~whole) << 16;
+      while (__any_sync(0xffffffffu, (groups | whole) != 0)) {
+        const bool one = groups != 0;
+        const int bit = (__ffs(static_cast<int>(one ? groups : whole)) - 1) & 31;
+        const uint32_t first = __shfl_sync(0xffffffffu, __float_as_uint(top.values[0]), bit, 16);
+        const uint32_t second = __shfl_sync(0xffffffffu, __float_as_uint(top.values[1]), bit, 16);
+        const unsigned part = __shfl_sync(0xffffffffu, top.part, bit, 16);
+        int chunk = static_cast<int>(part >> 8) * kVqChunksPerStage;
+        int end = chunk + static_cast<int>(part & 0xff) * kVqChunksPerStage;
+        if (one) {
+          chunk += static_cast<int>((bit < 16 ? first : second) & ((1u << kVqChunkBits) - 1));
+          end = chunk + 1;
+          groups &= groups - 1;
+        } else if (whole != 0) {
+          whole &= whole - 1;
+        } else {
+          end = 0;  // the other half has more
         }
-        ++chunk;
-      } while (__any_sync(0xffffffffu, chunk < end));
+        do {
+          const bool active = chunk < end;
+          const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
+          const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
+          const float start = *workspace.start_of(code);
+          const float score = dot_products(first_code) + start;
+          const bool candidate = active && !(score < threshold);
+          unsigned candidates = half_ballot(candidate);
+          if (!comparing) {
+            count += __popc(candidates);
+            if (candidate) index = code;
+          } else {
+            while (__any_sync(0xffffffffu, candidates != 0)) {
+              // Two of each half's.
+              const unsigned rest = candidates & (candidates - 1);
+              const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : candidates;
+              const int source = (__ffs(static_cast<int>(own)) - 1) & 15;
+              const int other = __shfl_sync(0xffffffffu, code, source, 16);
+              const double exact = vq_exact_score<kSteps>(params, row, other);
+              if (candidates != 0) nearest.take(exact, other);
+              candidates = rest & (rest - 1);
+            }
+          }
+          ++chunk;
+        } while (__any_sync(0xffffffffu, chunk < end));
+      }
     }
   }
 
-  const unsigned holders = half_ballot(held >= 0);
-  const bool compare = half_ballot(several) != 0 || (holders & (holders - 1)) != 0;
-  int index = __shfl_sync(0xffffffffu, held, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
-  if (holders == 0) index = 0;
-  if (__any_sync(0xffffffffu, compare)) {
-    if (compare && held >= 0) nearest.take(vq_exact_score(params, row, held), held);
-#pragma unroll
-    for (int other = 8; other > 0; other /= 2) {
-      const double score = __shfl_xor_sync(0xffffffffu, nearest.score, other);
-      nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, other));
-    }
-    if (compare) index = nearest.index;
-  }
+  const unsigned holders = half_ballot(index >= 0);
+  index = __shfl_sync(0xffffffffu, index, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
+  const double score = __shfl_xor_sync(0xffffffffu, nearest.score, kVqLanesPerRow);
+  nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, kVqLanesPerRow));
+  if (count != 1) index = nearest.index;
   if (half_lane == 0 && (half == 0 || two)) params.indices[row] = index;
 }
 

@@ -46,8 +46,7 @@ __device__ __forceinline__ void vq_score_part(VqFloatStorage& shared, const VqPr
     float scores[8][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float start =
-          *workspace.negative_half_of(chunk_code + lane_code * 2 + j % 2 + j / 2 * 32);
+      const float start = *workspace.start_of(chunk_code + lane_code * 2 + j % 2 + j / 2 * 32);
 #pragma unroll
       for (int r = 0; r < 8; ++r) scores[r][j] = start;
     }

@@ -20,8 +20,14 @@ template <int kSteps>
 struct VqTensorStorage {
   // 16 bytes of padding put the eight rows that ldmatrix reads at once into different banks.
   alignas(16) __half codes[2][kVqStageCodes][kSteps * 16 + 8];
-  alignas(16) float negative_half[2][kVqStageCodes / 2][4];
+  alignas(16) float starts[2][kVqStageCodes / 2][4];
 };
+
+// The largest of three scores of the tensor cores. These are positive or kVqAbsentScore, so their
+// bits order as integers do.
+__device__ __forceinline__ float vq_max(float a, float b, float c) {
+  return __int_as_float(ptx::max_of_three(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
+}
 
 // Puts a group's maximum, marked with its chunk, among the three largest.
 __device__ __forceinline__ void vq_insert(VqTop& top, float maximum, int chunk) {
@@ -47,22 +53,22 @@ __device__ __forceinline__ void vq_copy_stage(VqTensorStorage<kSteps>& shared, i
                       from + i * (kVqTensorThreads * 8));
   }
   if (thread < kVqStageCodes / 2) {
-    ptx::cp_async<16>(shared.negative_half[buffer][thread],
-                      workspace.negative_half_of(first_code + thread * 2));
+    ptx::cp_async<16>(shared.starts[buffer][thread], workspace.start_of(first_code + thread * 2));
   }
   ptx::cp_async_commit();
 }
 
-// Group maxima of this warp's rows over one chunk of a stage.
-template <int kSteps, int kFragments>
+// Group maxima of this warp's rows over one chunk of a stage. kUnroll: so many columns' products
+// are under way at a time as registers allow.
+template <int kSteps, int kFragments, int kUnroll = kFragments < 4 ? 8 : 4>
 __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& shared, int buffer,
                                                int first_code,
                                                const uint32_t (&rows)[kFragments][kSteps][4],
                                                float (&maxima)[kFragments][2]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int m = 0; m < kFragments; ++m) maxima[m][0] = maxima[m][1] = kVqNoGroup;
-#pragma unroll(kFragments < 4 ? 8 : 4)  // all eight spill
+  for (int m = 0; m < kFragments; ++m) maxima[m][0] = maxima[m][1] = kVqAbsentScore;
+#pragma unroll(kUnroll)
   for (int n = 0; n < kVqChunkCodes; n += 8) {
     uint32_t codes[kSteps][2];
     const auto* line = shared.codes[buffer][first_code + n + lane % 8];
@@ -78,8 +84,8 @@ __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& sh
     if constexpr (kSteps % 2 == 1) {
       ptx::ldmatrix_x2(codes[kSteps - 1], line + (kSteps - 1) * 16 + lane / 8 % 2 * 8);
     }
-    const float4 start = *reinterpret_cast<const float4*>(
-        shared.negative_half[buffer][(first_code + n) / 2 + lane % 4]);
+    const float4 start =
+        *reinterpret_cast<const float4*>(shared.starts[buffer][(first_code + n) / 2 + lane % 4]);
     const float starts[4] = {start.x, start.y, start.z, start.w};
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
@@ -87,8 +93,8 @@ __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& sh
       ptx::mma_m16n8k16<__half>(scores, rows[m][0], codes[0], starts);
 #pragma unroll
       for (int k = 1; k < kSteps; ++k) ptx::mma_m16n8k16<__half>(scores, rows[m][k], codes[k]);
-      maxima[m][0] = fmaxf(maxima[m][0], fmaxf(scores[0], scores[1]));
-      maxima[m][1] = fmaxf(maxima[m][1], fmaxf(scores[2], scores[3]));
+      maxima[m][0] = vq_max(maxima[m][0], scores[0], scores[1]);
+      maxima[m][1] = vq_max(maxima[m][1], scores[2], scores[3]);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Nearest codes on a GPU, in three kernels:
+// Nearest codes on a GPU, in three kernels, or two for few latents:
 //
 //   prepare  normalises codes and latents (after resampling them, for a pyramid of scales)
 //   score    the score x·e - |e|²/2 of every pair, with tensor cores or in fp32, of which it keeps
@@ -6,6 +6,11 @@
 //   resolve  scores once more the codes of every group whose maximum lies within twice the error
 //            bound of the row's maximum (nearly always one group), and where more than one code
 //            does, those in double precision
+//
+// direct: codes and latents are matrices that can be read in fours and have few components. They
+// are normalised in fp32, which the error bound allows for, and exactly only where resolve needs
+// it. few: the score kernel itself normalises the latents and codes that it compares, and writes
+// the maxima of all groups; a kernel of its own resolves these.
 //
 // The nearest code is in one of these groups, so the result depends neither on the score kernel nor
 // on how its work is split, and equals the CPU's.
@@ -20,6 +25,8 @@ namespace flexvar {
 // 2t + 1, which are the columns that one thread of a warp gets from the matrix products.
 constexpr int kVqChunkCodes = 64;
 constexpr int kVqSubgroups = 4;
+// Code i of a group, counted from its first.
+__device__ __forceinline__ int vq_code_of_group(int i) { return i / 2 * 8 + i % 2; }
 // Of 16 components: the most that the tensor cores' kernels are compiled for.
 constexpr int kVqMaxTensorSteps = 4;
 // Codes are padded to whole stages; a stage is what the score kernels copy to shared memory at
@@ -33,6 +40,10 @@ constexpr int kVqMaxStages = (1 << kVqChunkBits) / kVqChunksPerStage;
 // Below every score of a finite code whose row takes part, and below every group's maximum.
 constexpr float kVqAbsentScore = -1e30f;
 constexpr float kVqNoGroup = -3e38f;
+// Added to the scores of the tensor cores, which are of unit rows, so that they are positive.
+constexpr float kVqScoreOffset = 1.75f;
+// At least the length of a row that has been normalised.
+constexpr double kVqUnitNorm = 1.0 + 0x1p-20;
 constexpr double kVqLargestMagnitude = 1e28;
 
 // The three largest packed maxima of a subgroup in a part of the codes, largest first, and which
@@ -46,20 +57,22 @@ static_assert(kVqMaxStages < 256);
 __device__ __forceinline__ VqTop vq_no_top() { return {{kVqNoGroup, kVqNoGroup, kVqNoGroup}, 0}; }
 
 struct VqWorkspace {
-  float* codes;        // [V padded][padded_dim]: as compared; zero where padded or not finite
+  float* codes;        // [V padded][padded_dim]: as compared; zero where padded or not finite; not
+                       // if direct
   float* latents;      // [N][padded_dim]: likewise
-  double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite
-  // [V padded / 2][4]: -|e|²/2 of two codes, twice, as matrix products have it in their sums;
-  // kVqAbsentScore where padded or not finite.
-  float* negative_half;
-  double* latent_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
+  double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite; not if direct
+  // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2 and perhaps kVqScoreOffset, of
+  // two codes, twice, as matrix products have it; kVqAbsentScore where padded or not finite.
+  float* starts;
+  double* latent_norms;  // [N]: |x|, or kVqUnitNorm if direct; NaN for a row that holds a NaN or an
+                         // infinity
   float* max_code_norm;  // [1]: at least the largest |e|, unless normalised
   __half* codes_half;    // [V padded][tensor_dim]: for the tensor cores, else null
   __half* latents_half;  // [N][tensor_dim]: likewise
   VqTop* tops;           // [N][parts][kVqSubgroups]
 
-  __device__ __forceinline__ float* negative_half_of(int64_t code) const {
-    return negative_half + (code / 2 * 4 + code % 2);
+  __device__ __forceinline__ float* start_of(int64_t code) const {
+    return starts + (code / 2 * 4 + code % 2);
   }
 };
 
@@ -70,6 +83,8 @@ struct VqProblem {
   int padded_dim;  // a multiple of 8
   int tensor_dim;  // a multiple of 16; 0: scores in fp32
   bool normalize;
+  bool direct;     // rows are read from the arguments wherever they are needed; tensor_dim > 0
+  bool few;        // latents: two kernels; direct
   int64_t stages;  // of codes
   int tile_rows;   // rows that a block of a score kernel has at a time
   int64_t row_tiles;

@@ -6,6 +6,10 @@ import torch
 MODES = [("nearest", False), ("bilinear", False), ("bilinear", True), ("bicubic", False), ("area", False)]
 
 
+# Rows that begin at multiples of 16 bytes are read where they are, when few; others after a kernel that prepares them.
+EITHER_WAY = pytest.mark.parametrize("misalignment", [0, 1], ids=["direct", "prepared"])
+
+
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -15,22 +19,32 @@ def check(launch, latents, codebook, normalize=True, multiprocessors=1, **option
     assert torch.equal(indices, torch.ops.flexvar.vq_lookup(latents, codebook, normalize))
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dim", [1, 8, 21, 32, 40, 64, 70])
-def test_dims(launch_in_every_order, dim, normalize):
-    check(launch_in_every_order, randn(33, dim), randn(150, dim, seed=1), normalize)
+@pytest.mark.parametrize("dim", [1, 4, 8, 21, 32, 36, 48, 52, 64, 70])
+def test_dims(launch_in_every_order, misalignment, dim, normalize):
+    check(launch_in_every_order, randn(33, dim), randn(150, dim, seed=1), normalize, misalignment=misalignment)
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("count", "codes"), [(1, 1), (2, 127), (7, 129), (65, 300), (257, 130), (129, 64)])
-def test_sizes(launch_in_every_order, count, codes, normalize):
-    check(launch_in_every_order, randn(count, 32), randn(codes, 32, seed=1), normalize)
+def test_sizes(launch_in_every_order, misalignment, count, codes, normalize):
+    check(launch_in_every_order, randn(count, 32), randn(codes, 32, seed=1), normalize, misalignment=misalignment)
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
-def test_split_codes(launch_in_every_order, multiprocessors, normalize):
-    check(launch_in_every_order, randn(20, 32), randn(1000, 32, seed=1), normalize, multiprocessors)
+def test_split_codes(launch_in_every_order, misalignment, multiprocessors, normalize):
+    check(
+        launch_in_every_order,
+        randn(20, 32),
+        randn(1000, 32, seed=1),
+        normalize,
+        multiprocessors,
+        misalignment=misalignment,
+    )
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -40,51 +54,94 @@ def test_blocks_that_end_within_tiles(launch_in_every_order, count, dim, multipr
     check(launch_in_every_order, randn(count, dim), randn(1700, dim, seed=1), normalize, multiprocessors)
 
 
-def test_more_chunks_than_fit_a_block(launch_once):
-    check(launch_once, randn(3, 8), randn(2 * 16384 + 77, 8, seed=1))
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_more_chunks_than_fit_a_block(launch_once, multiprocessors):
+    check(launch_once, randn(3, 8), randn(2 * 16384 + 77, 8, seed=1), True, multiprocessors)
 
 
+@pytest.mark.parametrize("count", [512, 513])
+def test_the_most_latents_that_are_few(launch_once, count):
+    """Eight tiles of 64 rows and one stage of codes, for one multiprocessor; and one row more."""
+    check(launch_once, randn(count, 16), randn(70, 16, seed=1))
+
+
+@EITHER_WAY
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rows_of_zeros(launch_in_every_order, misalignment, normalize):
+    latents, codebook = randn(9, 32), randn(200, 32, seed=1)
+    latents[2], latents[7] = 0, 1e-20
+    codebook[5], codebook[130] = 0, 1e-14
+    check(launch_in_every_order, latents, codebook, normalize, misalignment=misalignment)
+    check(launch_in_every_order, -codebook[10:15], codebook[:8], normalize, misalignment=misalignment)
+
+
+@EITHER_WAY
+def test_equal_codes_in_distant_chunks(launch_in_every_order, misalignment):
+    """The nearest is in two groups, of other lanes and blocks, and rounds alike in fp32: the first of them wins."""
+    latents, codebook = randn(6, 32), randn(1000, 32, seed=1)
+    codebook[[997, 3]] = codebook[[500, 69]] = latents[:2]
+    codebook[[640, 12]] = 2 * latents[2]
+    codebook[901] = latents[3] * (1 + 2**-20)
+    codebook[900] = latents[3]
+    check(launch_in_every_order, latents, codebook, True, 3, misalignment=misalignment)
+
+
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("distance", [1e-3, 1e-5, 1e-7])
-def test_close_codes(launch_in_every_order, distance, normalize):
+def test_close_codes(launch_in_every_order, misalignment, distance, normalize):
     """Within the error of tensor cores, of packing, and of fp32: groups of candidates, up to whole subgroups."""
     centres = randn(20, 32)
     codebook = centres.repeat(30, 1) + distance * randn(600, 32, seed=1)
-    check(launch_in_every_order, centres + 1e-2 * randn(20, 32, seed=2), codebook, normalize)
+    check(launch_in_every_order, centres + 1e-2 * randn(20, 32, seed=2), codebook, normalize, misalignment=misalignment)
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
-def test_equal_codes(launch_in_every_order, normalize):
-    check(launch_in_every_order, randn(9, 32), randn(1, 32, seed=1).repeat(700, 1), normalize, 3)
-    check(launch_in_every_order, randn(9, 32), randn(50, 32, seed=1).repeat(9, 1), normalize, 3)
+def test_equal_codes(launch_in_every_order, misalignment, normalize):
+    check(
+        launch_in_every_order,
+        randn(9, 32),
+        randn(1, 32, seed=1).repeat(700, 1),
+        normalize,
+        3,
+        misalignment=misalignment,
+    )
+    check(
+        launch_in_every_order, randn(9, 32), randn(50, 32, seed=1).repeat(9, 1), normalize, 3, misalignment=misalignment
+    )
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_rows_that_are_not_finite(launch_in_every_order, value, normalize):
+def test_rows_that_are_not_finite(launch_in_every_order, misalignment, value, normalize):
     latents, codebook = randn(20, 32), randn(100, 32, seed=1)
     latents[3], latents[5, 1], codebook[0, 0], codebook[7] = value, -value, -value, value
-    check(launch_in_every_order, latents, codebook, normalize)
-    check(launch_in_every_order, latents, torch.full_like(codebook, value), normalize)
+    check(launch_in_every_order, latents, codebook, normalize, misalignment=misalignment)
+    check(launch_in_every_order, latents, torch.full_like(codebook, value), normalize, misalignment=misalignment)
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-15, 1e15, 1e25, 1e38])
-def test_extreme_magnitudes(launch_in_every_order, scale, normalize):
+def test_extreme_magnitudes(launch_in_every_order, misalignment, scale, normalize):
     latents, codebook = (randn(10, 16) * scale).clamp(-3e38, 3e38), (randn(150, 16, seed=1) * scale).clamp(-3e38, 3e38)
-    check(launch_in_every_order, latents, codebook, normalize)
+    check(launch_in_every_order, latents, codebook, normalize, misalignment=misalignment)
 
 
-def test_components_below_half_precision(launch_in_every_order):
+@EITHER_WAY
+def test_components_below_half_precision(launch_in_every_order, misalignment):
     """Rows of a few large components and many that fp16 rounds to nothing."""
     latents, codebook = randn(30, 32), randn(300, 32, seed=1)
     latents[:, 2:] *= 1e-6
     codebook[:, 2:] *= 1e-6
     codebook[:, :2] = codebook[:1, :2]
-    check(launch_in_every_order, latents, codebook)
+    check(launch_in_every_order, latents, codebook, misalignment=misalignment)
 
 
-def test_codes_at_the_error_bound(launch_in_every_order):
+@EITHER_WAY
+def test_codes_at_the_error_bound(launch_in_every_order, misalignment):
     """fp16 rounds every component of rows and second nearest codes up, and every one of the nearest codes down."""
     middle, spacing = (1 + 2**-11) / 8, 2**-13  # of 1/8 and the next number of fp16
     signs = torch.where(randn(6, 64) < 0, -1.0, 1.0)
@@ -100,7 +157,24 @@ def test_codes_at_the_error_bound(launch_in_every_order):
     latents, codebook = rows(up), torch.cat([rows(further_up), others, rows(down)])
     assert torch.equal((latents.half().double() @ codebook.half().double().T).argmax(1), torch.arange(6))
     assert torch.equal((latents.double() @ codebook.double().T).argmax(1), torch.arange(300, 306))
-    check(launch_in_every_order, latents, codebook)
+    check(launch_in_every_order, latents, codebook, misalignment=misalignment)
+
+
+@EITHER_WAY
+@pytest.mark.parametrize("multiprocessors", [1, 2], ids=["many", "few"])
+@pytest.mark.parametrize("dim", [16, 32, 48, 64])
+def test_near_ties_and_odd_rows(launch_in_every_order, misalignment, multiprocessors, dim):
+    """One row of tiles and nine stages, too many for one multiprocessor to normalise the codes tile by tile."""
+    latents, codebook = randn(40, dim), randn(1100, dim, seed=1)
+    codebook[200:240] = latents + 1e-4 * randn(40, dim, seed=2)
+    codebook[700:740] = latents + 1e-4 * randn(40, dim, seed=3)
+    codebook[1000:1020] = codebook[200:220]
+    codebook[3], codebook[4, 1], codebook[5], latents[0], latents[1] = 0, float("nan"), float("inf"), float("nan"), 0
+    codebook[[6, 200, 702]] *= 1e25
+    codebook[[7, 203, 203, 704]] *= 1e-25
+    latents[[2, 5]] *= 1e25
+    latents[[3, 6]] *= 1e-25
+    check(launch_in_every_order, latents, codebook, True, multiprocessors, misalignment=misalignment)
 
 
 def test_inputs_that_lie_otherwise(launch_in_every_order):

@@ -1,0 +1,101 @@
+// Scores of few latents with fp16 tensor cores, straight from the arguments: every block normalises
+// the latents and codes that it compares, which costs less than a kernel before it.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "vq_lookup/direct_row.cuh"
+#include "vq_lookup/score_tensor.cuh"
+#include "vq_lookup/workspace.cuh"
+
+namespace flexvar {
+
+constexpr int kVqFewThreads = 256;  // four warps of rows, for either chunk of a stage
+constexpr int kVqFewRows = vq_tensor_rows(1);
+constexpr int kVqFewBlocks = 2;  // on a multiprocessor
+
+struct VqScoreFewParams {
+  VqProblem problem;
+  VqDirectRows latents, codes;
+  float* group_maxima;  // [N][stages * kVqChunksPerStage][kVqSubgroups]
+};
+
+template <int kSteps>
+struct VqFewStorage {
+  VqTensorStorage<kSteps> stages;
+  // Padded as codes are.
+  alignas(16) __half latents[kVqFewRows][kSteps * 16 + 8];
+};
+
+// What a thread has of a stage's codes: quarters of two. None of a stage behind the last.
+template <int kSteps>
+class VqFewCodes {
+ public:
+  __device__ __forceinline__ VqFewCodes(const VqDirectRows& codes, int stage)
+      : rows_{{codes, code_of(stage, 0)}, {codes, code_of(stage, 1)}},
+        exist_{code_of(stage, 0) < codes.count, code_of(stage, 1) < codes.count} {}
+
+  // Normalises them.
+  __device__ __forceinline__ void store(VqTensorStorage<kSteps>& shared, int buffer) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int code = code_of(0, i);
+      const float squares = vq_normalize(rows_[i], exist_[i]);
+      vq_store_half(shared.codes[buffer][code], rows_[i]);
+      // As matrix products have it in their sums, for either row.
+      if (threadIdx.x % 4 < 2) {
+        shared.starts[buffer][code / 2][code % 2 + threadIdx.x % 4 * 2] =
+            vq_start(squares, exist_[i]);
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int code_of(int stage, int i) {
+    return stage * kVqStageCodes + static_cast<int>(threadIdx.x / 4) + i * (kVqFewThreads / 4);
+  }
+  static_assert(kVqStageCodes == kVqFewThreads / 4 * 2);
+  VqQuarterRow<kSteps> rows_[2];
+  bool exist_[2];
+};
+
+// Block (x, y) scores row tile y against run x of the stages.
+template <int kSteps>
+__global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
+    vq_score_few_kernel(VqScoreFewParams params) {
+  ptx::griddepcontrol_launch_dependents();
+  auto& shared = shared_storage<VqFewStorage<kSteps>>();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int run = static_cast<int>(params.problem.run);
+  const int stages = static_cast<int>(params.problem.stages);
+  int stage = static_cast<int>(blockIdx.x) * run;
+  const int end = stage + run < stages ? stage + run : stages;
+  const int first_row = static_cast<int>(blockIdx.y) * kVqFewRows;
+
+  const int warp_row = warp % 4 * 16, chunk = warp / 4;
+  const int row = first_row + warp_row + lane / 4;
+  const int64_t row_length = int64_t{stages} * (kVqChunksPerStage * kVqSubgroups);
+  float* out = params.group_maxima + row * row_length + chunk * kVqSubgroups + lane % 4;
+
+  VqFewCodes<kSteps> codes(params.codes, stage);
+  const int own_row = first_row + static_cast<int>(threadIdx.x / 4);
+  VqQuarterRow<kSteps> latent(params.latents, own_row);
+  vq_normalize(latent, own_row < params.latents.count);
+  vq_store_half(shared.latents[threadIdx.x / 4], latent);
+  for (int buffer = 0; stage < end; ++stage, buffer ^= 1) {
+    codes.store(shared.stages, buffer);
+    __syncthreads();  // the stage is there, and everybody is done with the one before
+    codes = VqFewCodes<kSteps>(params.codes, stage + 1 < end ? stage + 1 : stages);
+    uint32_t rows[1][kSteps][4];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      ptx::ldmatrix_x4(rows[0][k], &shared.latents[warp_row + lane % 16][k * 16 + lane / 16 * 8]);
+    }
+    float maxima[1][2];
+    vq_score_chunk<kSteps, 1>(shared.stages, buffer, chunk * kVqChunkCodes, rows, maxima);
+    float* groups = out + stage * (kVqChunksPerStage * kVqSubgroups);
+    if (row < params.latents.count) groups[0] = maxima[0][0];
+    if (row + 8 < params.latents.count) groups[8 * row_length] = maxima[0][1];
+  }
+}
+
+}  // namespace flexvar
