@@ -278,7 +278,7 @@ def test_opcheck_on_cuda(left_out, resize):
     given = without(arguments((2, 3, 4, 5, 6), resize, torch.bfloat16, "cuda"), *left_out)
     torch.library.opcheck(
         torch.ops.flexvar.conv3x3.default,
-        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual")),
+        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual"), None),
     )
 
 
@@ -413,7 +413,7 @@ def test_opcheck(left_out, resize):
     given = without(arguments((2, 3, 4, 5, 6), resize), *left_out)
     torch.library.opcheck(
         torch.ops.flexvar.conv3x3.default,
-        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual")),
+        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual"), None),
     )
 
 
