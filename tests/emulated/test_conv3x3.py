@@ -123,6 +123,24 @@ def test_inputs_that_lie_otherwise(launch_in_every_order, resize):
 
 
 @pytest.mark.parametrize("resize", RESIZES)
+def test_strides_of_single_rows_do_not_matter(launch_in_every_order, resize):
+    """Nor do those of a single image; those of pixels that are a part of others do."""
+    tensors = arguments((1, 16, 24, 4, 6), resize, torch.bfloat16)
+    channels_last = tensors["x"].contiguous(memory_format=torch.channels_last)
+    single_image = channels_last.as_strided(channels_last.shape, (3, *channels_last.stride()[1:]))
+    part = torch.cat([channels_last] * 2, dim=3).contiguous(memory_format=torch.channels_last)[..., :6]
+    expected = run(launch_in_every_order, tensors, resize)
+    for x in (channels_last, single_image, part):
+        assert torch.equal(run(launch_in_every_order, {**tensors, "x": x}, resize), expected)
+    if resize != "down":
+        column = tensors | {
+            "x": channels_last[..., :1],
+            "residual": tensors["residual"][..., : 2 if resize == "up" else 1],
+        }
+        assert_exact(run(launch_in_every_order, column, resize), column, resize)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
 def test_float32_weight_and_bias(launch_in_every_order, resize):
     """Taps are summed before they are rounded; the bias is not rounded at all."""
     tensors = arguments((1, 24, 40, 4, 3), resize, torch.bfloat16)
