@@ -52,7 +52,7 @@ def test_conv3x3(compare, device, channels, out_channels, side, resize, dtype, b
 
     @torch.inference_mode()
     def kernel() -> Tensor:
-        result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, None)
+        result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, None, None)
         return result
 
     def check(name: str, result: Tensor, expected: Tensor) -> None:

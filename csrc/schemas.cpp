@@ -24,7 +24,11 @@ STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? "
       "residual) "
       "-> Tensor");
-  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, str resize, Tensor? residual) -> Tensor");
+  m.def(
+      "conv3x3(Tensor x, Tensor weight, Tensor? bias, str resize, Tensor? residual, Tensor? "
+      "packed) "
+      "-> Tensor");
+  m.def("conv3x3_pack(Tensor weight, Tensor? bias, str resize, ScalarType dtype) -> Tensor");
   m.def(
       "guided_sample(Tensor logits, SymInt top_k, float top_p, Tensor seeds, Tensor image_ids, "
       "SymInt step) -> Tensor");

@@ -10,7 +10,7 @@ HAS_CUDA_KERNELS: bool = load_libraries()  # before the op files: they attach to
 
 from flexvar_ext import reference  # noqa: E402
 from flexvar_ext.append_qkv import append_qkv  # noqa: E402
-from flexvar_ext.conv3x3 import conv3x3, conv3x3_is_native  # noqa: E402
+from flexvar_ext.conv3x3 import conv3x3, conv3x3_is_native, conv3x3_pack  # noqa: E402
 from flexvar_ext.embed_resample import embed_resample  # noqa: E402
 from flexvar_ext.group_norm_silu import group_norm_silu  # noqa: E402
 from flexvar_ext.guided_sample import guided_sample  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "append_qkv",
     "conv3x3",
     "conv3x3_is_native",
+    "conv3x3_pack",
     "embed_resample",
     "group_norm_silu",
     "guided_sample",

@@ -13,13 +13,15 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 WITH_FLOAT64 = (*FLOATING, torch.float64)
 
 
-def alike(tensors: Sequence[object], rank: int, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
-    """Whether all are tensors of this rank and of these dtypes on one supported device.
+def alike(
+    tensors: Sequence[object], rank: int, dtypes: Sequence[torch.dtype] = FLOATING, *, beside: Tensor | None = None
+) -> bool:
+    """Whether all are tensors of this rank and of these dtypes on one supported device, that of ``beside`` if given.
 
     A quick look, because checking one by one is a good part of a small call's time. Arguments that pass it, and a look
     as quick at their shapes, are right; about others the checks below say what is wrong, if anything is.
     """
-    first = tensors[0]
+    first = tensors[0] if beside is None else beside
     if not isinstance(first, Tensor):
         return False
     on_cpu = first.is_cpu
@@ -122,6 +124,15 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level < 0:  # outside of such derivatives, that is nearly always
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a derivative is recorded for one of them, of either mode."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return has_tangent(*tensors)
 
 
 def check_no_tangent(op: str, *tensors: Tensor | None) -> None:

@@ -1,8 +1,9 @@
-"""What the op files share: registration of autocast, and of gradients that have none themselves."""
+"""What the op files share: autocast, calls that need no gradient, and gradients that have none themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +41,25 @@ def _autocast_kernel(
             return packet(*map(cast, names, args), **{key: cast(key, value) for key, value in kwargs.items()})
 
     return kernel
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def without_gradient(*tensors: Tensor | None) -> AbstractContextManager[None]:
+    """Where no gradient of ``tensors``, an op's arguments, is recorded: the op is called past autograd within this.
+
+    What torch.library.register_autograd registers is Python, which costs as much as the rest of a small call. Nothing
+    is skipped where torch has to see the call: while compiling and within torch.func.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _NOTHING
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return _NOTHING
+    guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return guard
 
 
 def forbid_second_gradient(name: str) -> None:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import _host, reference
-from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, check_tensor, has_tangent
+from flexvar_ext._checks import (
+    WITH_FLOAT64,
+    alike,
+    check_choice,
+    check_same_device,
+    check_tensor,
+    is_differentiated,
+)
 from flexvar_ext._device import has_warpgroup_products
 from flexvar_ext._registration import register_autocast
 
@@ -14,7 +21,13 @@ RESIZES = ("none", "down", "up")
 
 
 def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, resize: str = "none", residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    resize: str = "none",
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """``residual + conv2d(x, weight, bias)`` with 3x3 taps, zeros around x, and perhaps a change of resolution.
 
@@ -42,19 +55,44 @@ def conv3x3(
         resize: ``none``: [h, w] = [H, W]. ``down``: stride 2 behind a row and a column of zeros below and to the right,
             [H // 2, W // 2] of at least 2 x 2 pixels. ``up``: nearest neighbour to [2 H, 2 W] before the convolution.
         residual: [B, N, h, w] of the result's dtype, or None.
+        packed: what :func:`conv3x3_pack` made of this weight and bias, which then are not read; or None.
 
     Returns: [B, N, h, w] of x's dtype (under autocast, of autocast's); channels last where it runs natively.
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
-    _check(x, weight, bias, resize, residual)
-    given = [value for value in (x, weight, bias, residual) if value is not None]
-    needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    if not _fit(x, weight, bias, resize, residual):
+        _check(x, weight, bias, resize, residual)
+    if packed is not None:
+        _check_packed(packed, x)
     is_native = conv3x3_is_native(x, resize=resize, out_channels=weight.shape[0])
-    if needs_gradient or has_tangent(*given) or not is_native:
+    if not is_native or is_differentiated(x, weight, bias, residual):
         return reference.conv3x3(x, weight, bias, resize=resize, residual=residual)
-    result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual)
+    result: Tensor = torch.ops.flexvar.conv3x3(x, weight, bias, resize, residual, packed)
     return result
+
+
+def conv3x3_pack(
+    weight: Tensor, bias: Tensor | None = None, *, resize: str = "none", dtype: torch.dtype
+) -> Tensor | None:
+    """The weight and bias as the CUDA kernel of :func:`conv3x3` reads them, which it otherwise makes at every call.
+
+    The result of the convolution is the same, to the bit. Nobody checks that what is packed has stayed the weight.
+
+    Args:
+        weight, bias, resize: as for :func:`conv3x3`.
+        dtype: of that function's result.
+
+    Returns: [K] of ``dtype``, in a layout that belongs to this GPU; None where the kernel does not run.
+    Raises: TypeError and ValueError naming the argument, the rule and the value got.
+    """
+    pixels = weight.new_empty((1, weight.shape[1] if weight.ndim == 4 else 1, 2, 2), dtype=dtype)
+    _check(pixels, weight, bias, resize, None)
+    is_native = conv3x3_is_native(pixels, resize=resize, out_channels=weight.shape[0])
+    if not weight.is_cuda or not is_native or is_differentiated(weight, bias):
+        return None
+    packed: Tensor = torch.ops.flexvar.conv3x3_pack(weight, bias, resize, dtype)
+    return packed
 
 
 def conv3x3_is_native(x: Tensor, *, resize: str = "none", out_channels: int | None = None) -> bool:
@@ -63,11 +101,11 @@ def conv3x3_is_native(x: Tensor, *, resize: str = "none", out_channels: int | No
     ``out_channels`` is N, as many as x has where it is None; on CUDA it may depend on that.
     """
     dtype = reference.result_dtype(x)
-    if x.device.type == "cuda":
+    if x.is_cuda:
         if dtype not in (torch.float16, torch.bfloat16):
             return False
         return resize == "up" or (resize == "none" and _has_fast_kernel(x, out_channels))
-    return x.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
+    return x.is_cpu and dtype in (torch.float32, torch.bfloat16) and _has_kernel()
 
 
 def _has_fast_kernel(x: Tensor, out_channels: int | None) -> bool:
@@ -81,6 +119,23 @@ def _has_fast_kernel(x: Tensor, out_channels: int | None) -> bool:
 @torch.compiler.assume_constant_result
 def _has_kernel() -> bool:
     return _host.cpu_isa() != "baseline"
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None) -> bool:
+    """Whether the native op takes these as they are: a quick look (``alike``), right or not at all."""
+    if not alike((x, weight) if residual is None else (x, weight, residual), 4) or resize not in RESIZES:
+        return False
+    columns, channels, *taps = weight.shape
+    shape = x.shape
+    fewest = 2 if resize == "down" else 1
+    if taps != [3, 3] or columns == 0 or shape[1] != channels or channels == 0 or min(shape[2:]) < fewest:
+        return False
+    dtype = reference.result_dtype(x)
+    if weight.dtype not in (dtype, torch.float32):
+        return False
+    if bias is not None and not (alike((bias,), 1, (dtype, torch.float32), beside=x) and bias.shape[0] == columns):
+        return False
+    return residual is None or (residual.dtype == dtype and residual.shape == _result_shape(x, weight, resize))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None) -> None:
@@ -115,6 +170,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual
         raise TypeError(f"{op}: residual must have the result's dtype {dtype}, got {residual.dtype}")
 
 
+def _check_packed(packed: Tensor, x: Tensor) -> None:
+    dtype = reference.result_dtype(x)
+    if not alike((packed,), 1, (dtype,), beside=x):
+        made = f"{packed.dtype} on {packed.device}" if isinstance(packed, Tensor) else type(packed).__name__
+        raise ValueError(f"conv3x3: packed must be what conv3x3_pack made for {dtype} on {x.device}, got {made}")
+
+
 def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int, int]:
     batch, _, height, width = x.shape
     if resize == "down":
@@ -125,7 +187,9 @@ def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int
 
 
 @torch.library.register_fake("flexvar::conv3x3")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None, packed: Tensor | None
+) -> Tensor:
     batch, channels, height, width = _result_shape(x, weight, resize)
     return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
 

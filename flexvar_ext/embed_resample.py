@@ -17,7 +17,7 @@ from flexvar_ext._checks import (
     check_size,
     check_tensor,
 )
-from flexvar_ext._registration import forbid_second_gradient
+from flexvar_ext._registration import forbid_second_gradient, without_gradient
 from flexvar_ext.resample2d import MODES
 
 
@@ -66,7 +66,8 @@ def embed_resample(
         result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
         return result
     try:
-        result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
+        with without_gradient(codebook):
+            result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
     except RuntimeError as error:  # only the kernel looks at every index
         _, found, rest = str(error).partition("embed_resample: indices must")
         if not found:

@@ -19,7 +19,7 @@ from flexvar_ext._checks import (
     check_same_device,
     check_tensor,
 )
-from flexvar_ext._registration import forbid_second_gradient
+from flexvar_ext._registration import forbid_second_gradient, without_gradient
 
 
 def group_norm_silu(
@@ -52,13 +52,14 @@ def group_norm_silu(
         if torch.float64 in (x.dtype, weight.dtype, bias.dtype):
             return reference.group_norm_silu(x, num_groups, weight, bias, eps=eps, silu=silu)
     check_no_tangent("group_norm_silu", x, weight, bias)
-    out, _ = torch.ops.flexvar.group_norm_silu(x, num_groups, weight, bias, eps, silu, reference.result_dtype(x))
+    with without_gradient(x, weight, bias):
+        out, _ = torch.ops.flexvar.group_norm_silu(x, num_groups, weight, bias, eps, silu, reference.result_dtype(x))
     return out
 
 
 def _fit(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> bool:
     """Whether the native op takes these as they are: a quick look (``alike``), right or not at all."""
-    if not (alike((x,), 4) and alike((weight, bias), 1)) or x.device != weight.device or type(num_groups) is not int:
+    if not (alike((x,), 4) and alike((weight, bias), 1, beside=x)) or type(num_groups) is not int:
         return False
     channels = x.shape[1]
     if weight.shape[0] != channels or bias.shape[0] != channels or channels == 0:

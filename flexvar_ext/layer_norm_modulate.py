@@ -18,7 +18,7 @@ from flexvar_ext._checks import (
     check_same_device,
     check_tensor,
 )
-from flexvar_ext._registration import forbid_second_gradient
+from flexvar_ext._registration import forbid_second_gradient, without_gradient
 
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
 
@@ -49,7 +49,8 @@ def layer_norm_modulate(
             return reference.layer_norm_modulate(x, scale, shift, eps=eps, dtype=dtype)
     dtype = dtype or reference.result_dtype(x)
     check_no_tangent("layer_norm_modulate", x, scale, shift)
-    out: Tensor = torch.ops.flexvar.layer_norm_modulate(x, scale, shift, eps, dtype)
+    with without_gradient(x, scale, shift):
+        out: Tensor = torch.ops.flexvar.layer_norm_modulate(x, scale, shift, eps, dtype)
     return out
 
 
@@ -84,7 +85,8 @@ def residual_layer_norm_modulate(
             return reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=eps, dtype=dtype)
     dtype = dtype or reference.result_dtype(x)
     check_no_tangent("residual_layer_norm_modulate", x, branch, gate, scale, shift)
-    y, out = torch.ops.flexvar.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps, dtype)
+    with without_gradient(x, branch, gate, scale, shift):
+        y, out = torch.ops.flexvar.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps, dtype)
     return y, out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext import reference
-from flexvar_ext._checks import WITH_FLOAT64, check_choice, check_same_device, has_tangent, not_dense
+from flexvar_ext._checks import WITH_FLOAT64, alike, check_choice, check_same_device, is_differentiated, not_dense
 from flexvar_ext._registration import register_autocast
 
 ACTIVATIONS = ("none", "gelu_tanh")
@@ -47,6 +47,57 @@ def linear(
 
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
+    is_float64 = False
+    if not _fit(x, weight, bias, activation, gate, residual):
+        is_float64 = torch.float64 in _check(x, weight, bias, activation, gate, residual)
+    dtype = reference.result_dtype(x)
+    needs_gradient = is_differentiated(x, weight, bias, gate, residual)
+    if (
+        x.is_cuda and dtype in (torch.float16, torch.bfloat16)
+        and activation == "gelu_tanh" and bias is not None and gate is None and residual is None
+        and not needs_gradient and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        return _linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    if x.is_cuda or is_float64 or needs_gradient:
+        return reference.linear(x, weight, bias, activation=activation, gate=gate, residual=residual)
+    result: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, gate, residual)
+    return result
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """All of one dtype, 16 bits wide: cuBLAS applies GELU to the sums, and no pass over memory is spent on it.
+
+    Not in float32: its tanh may be the hardware's, with errors of 2^-11.
+    """
+    rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.T, use_gelu=True)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+def _fit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gate: Tensor | None, residual: Tensor | None
+) -> bool:
+    """Whether these are right and none is float64: a quick look (``alike``), right or not at all."""
+    if not isinstance(x, Tensor) or not alike((x,) if residual is None else (x, residual), x.dim()):
+        return False
+    if not alike((weight,), 2, (reference.result_dtype(x), torch.float32), beside=x) or activation not in ACTIVATIONS:
+        return False
+    columns, depth = weight.shape
+    shape = x.shape
+    if depth == 0 or not shape or shape[-1] != depth:
+        return False
+    if bias is not None and not (alike((bias,), 1, beside=x) and bias.shape[0] == columns):
+        return False
+    if gate is not None and not (
+        alike((gate,), 3, beside=x) and len(shape) == 3 and gate.shape == (shape[0], 1, columns)
+    ):
+        return False
+    return residual is None or residual.shape == (*shape[:-1], columns)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gate: Tensor | None, residual: Tensor | None
+) -> set[torch.dtype]:
+    """Returns the dtypes of all."""
     op = "linear"
     given = {"x": x, "weight": weight}
     for name, optional in (("bias", bias), ("gate", gate), ("residual", residual)):
@@ -65,28 +116,7 @@ def linear(
     dtype = reference.result_dtype(x)
     if weight.dtype not in (dtype, torch.float32):
         raise TypeError(f"{op}: weight must have dtype {dtype} or float32, got {weight.dtype}")
-    native = x.device.type != "cuda" and all(value.dtype != torch.float64 for value in given.values())
-    needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in given.values())
-    is_differentiated = needs_gradient or has_tangent(*given.values())
-    if (
-        x.is_cuda and dtype in (torch.float16, torch.bfloat16)
-        and activation == "gelu_tanh" and bias is not None and gate is None and residual is None
-        and not is_differentiated and not torch.compiler.is_compiling()
-    ):  # fmt: skip
-        return _linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
-    if not native or is_differentiated:
-        return reference.linear(x, weight, bias, activation=activation, gate=gate, residual=residual)
-    result: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, gate, residual)
-    return result
-
-
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """All of one dtype, 16 bits wide: cuBLAS applies GELU to the sums, and no pass over memory is spent on it.
-
-    Not in float32: its tanh may be the hardware's, with errors of 2^-11.
-    """
-    rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.T, use_gelu=True)
-    return rows.view(*x.shape[:-1], weight.shape[0])
+    return {value.dtype for value in given.values()}
 
 
 def _check_shapes(

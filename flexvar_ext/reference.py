@@ -132,7 +132,7 @@ def conv3x3(
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """That of x; under autocast, autocast's, unless x is float64."""
-    device = "cpu" if x.is_cpu else x.device.type  # the string of a device is slow to make
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type  # a device's string is slow to make
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

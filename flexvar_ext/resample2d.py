@@ -16,6 +16,7 @@ from flexvar_ext._checks import (
     check_size,
     check_tensor,
 )
+from flexvar_ext._registration import without_gradient
 
 MODES = ("nearest", "bilinear", "bicubic", "area")
 
@@ -55,7 +56,8 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
         raise ValueError(f"resample2d: x must have at least one pixel, got shape {tuple(x.shape)}")
     check_elements("resample2d", "size", size, x.shape[0] * x.shape[1] * height * width)
     check_no_tangent("resample2d", x)
-    result: Tensor = torch.ops.flexvar.resample2d(x, height, width, mode, antialias)
+    with without_gradient(x):
+        result: Tensor = torch.ops.flexvar.resample2d(x, height, width, mode, antialias)
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexvar_ext._checks import WITH_FLOAT64, alike, check_no_tangent, check_same_device, check_tensor
-from flexvar_ext._registration import forbid_second_gradient, register_autocast
+from flexvar_ext._registration import forbid_second_gradient, register_autocast, without_gradient
 
 HEAD_DIMS = (32, 64, 96, 128)
 
@@ -52,14 +52,17 @@ def scale_attention(
     Raises: TypeError, ValueError for arguments that break the rules above.
     """
     op = "scale_attention"
-    _check_tensors(op, q, {"k": k, "v": v})
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape:
-            raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    if not _tokens_fit(q, k, v):
+        _check_tensors(op, q, {"k": k, "v": v})
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor.shape != q.shape:
+                raise ValueError(f"{op}: {name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}")
     lengths = _check_scale_lengths(op, scale_lengths, q.shape[1])
     scale = _softmax_scale(op, q, softmax_scale)
     check_no_tangent(op, q, k, v, q_scale)
-    out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, _of_heads(op, "q_scale", q_scale, q))[0]
+    q_scale = _of_heads(op, "q_scale", q_scale, q)
+    with without_gradient(q, k, v, q_scale):
+        out: Tensor = torch.ops.flexvar.scale_attention(q, k, v, lengths, scale, q_scale)[0]
     return out
 
 
@@ -119,6 +122,14 @@ def scale_attention_step(
         _of_heads(op, "logit_bound", logit_bound, q),
     )
     return out
+
+
+def _tokens_fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """A quick look (``alike``), right or not at all."""
+    if not alike((q, k, v), 4, WITH_FLOAT64) or not q.dtype == k.dtype == v.dtype:
+        return False
+    shape = q.shape
+    return shape == k.shape and shape == v.shape and shape[3] in HEAD_DIMS
 
 
 def _caches_fit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import check_bool, check_same_device, check_tensor
+from flexvar_ext._checks import alike, check_bool, check_same_device, check_tensor
 from flexvar_ext._registration import register_autocast
 
 
@@ -39,19 +39,21 @@ def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> T
 
 def check_lookup_arguments(op: str, name: str, layout: str, latents: Tensor, codebook: Tensor) -> None:
     """``latents`` has its C components in dimension 1."""
-    check_tensor(op, name, latents, layout)
-    check_tensor(op, "codebook", codebook, "[V, C]")
-    check_same_device(op, **{name: latents, "codebook": codebook})
-    if codebook.shape[0] < 1:
+    if not (alike((latents,), layout.count(",") + 1) and alike((codebook,), 2, beside=latents)):
+        check_tensor(op, name, latents, layout)
+        check_tensor(op, "codebook", codebook, "[V, C]")
+        check_same_device(op, **{name: latents, "codebook": codebook})
+    codes, channels = codebook.shape
+    if codes < 1:
         raise ValueError(f"{op}: codebook must hold at least one code, got shape {tuple(codebook.shape)}")
-    if latents.shape[1] < 1 or codebook.shape[1] != latents.shape[1]:
+    if channels < 1 or channels != latents.shape[1]:
         raise ValueError(
             f"{op}: codebook must have shape [V, C] with C = {latents.shape[1]} >= 1 as in {name}, "
             f"got {tuple(codebook.shape)}"
         )
     # Only what holds values can be looked at: not the fake tensors of torch.compile and torch.export.
     readable = type(codebook) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if readable and codebook.device.type == "cpu" and not _is_finite(codebook):
+    if readable and codebook.is_cpu and not _is_finite(codebook):
         bad = int((~codebook.isfinite()).any(dim=1).sum())
         raise ValueError(f"{op}: codebook must be finite, got {bad} codes with a NaN or an infinity")
 

@@ -22,9 +22,9 @@ Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int6
   for (Tensor* cache : {&k_cache, &v_cache}) {  // a new one, perhaps
     if (position == 0 && cache->is_contiguous()) advise_large_pages(*cache);
   }
-  const Tensor qkv = contiguous_cpu(qkv_in);
+  const Tensor qkv = as_contiguous(qkv_in);
   std::optional<Tensor> q_scale;
-  if (q_scale_in) q_scale = contiguous_cpu(*q_scale_in);
+  if (q_scale_in) q_scale = as_contiguous(*q_scale_in);
   const AppendQkvParams params{qkv.const_data_ptr(),
                                q_scale ? q_scale->const_data_ptr() : nullptr,
                                q.mutable_data_ptr(),

@@ -4,6 +4,7 @@
 #include "append_qkv/kernel.cuh"
 #include "common/cuda_launch.h"
 #include "common/divide_up.h"
+#include "common/tensor_memory.h"
 
 namespace flexvar {
 namespace {
@@ -76,12 +77,12 @@ Tensor append_qkv_cuda(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int
                        std::optional<Tensor> q_scale_in) {
   check_append_qkv(qkv_in, k_cache, v_cache, position, q_scale_in);
   const CudaScope scope(qkv_in);
-  Tensor q = torch::stable::new_empty(
-      k_cache, {qkv_in.size(0), qkv_in.size(1), qkv_in.size(3), qkv_in.size(4)});
+  Tensor q = empty_contiguous({qkv_in.size(0), qkv_in.size(1), qkv_in.size(3), qkv_in.size(4)},
+                              k_cache.scalar_type(), device_of(k_cache));
   if (q.numel() == 0) return q;
-  const Tensor qkv = torch::stable::contiguous(qkv_in);
+  const Tensor qkv = as_contiguous(qkv_in);
   std::optional<Tensor> q_scale;
-  if (q_scale_in) q_scale = torch::stable::contiguous(*q_scale_in);
+  if (q_scale_in) q_scale = as_contiguous(*q_scale_in);
   if (qkv.scalar_type() == ScalarType::Double) {
     launch<double, double, double>(qkv, q_scale, q, k_cache, v_cache, position, scope.stream());
     return q;

@@ -1,16 +1,9 @@
-// Memory of the CPU launchers. `empty`, `contiguous` and `to` of torch::stable look their op up by
-// name and box its arguments, about a microsecond each: as long as a small call's arithmetic. So
-// here tensors are allocated past the dispatcher, scratch is no tensor, and what is as it should be
-// is not converted.
+// Memory of the CPU launchers: large pages, and scratch that is no tensor.
 #pragma once
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -19,6 +12,8 @@
 #include <mutex>
 #include <new>
 #include <utility>
+
+#include "common/tensor_memory.h"
 
 namespace flexvar {
 
@@ -40,25 +35,9 @@ inline void advise_large_pages(torch::stable::Tensor& t) {
 // Uninitialised and contiguous, on the CPU.
 template <size_t rank>
 torch::stable::Tensor empty_cpu(const int64_t (&sizes)[rank], torch::headeronly::ScalarType dtype) {
-  int64_t strides[rank], stride = 1;
-  for (size_t i = rank; i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
-  AtenTensorHandle handle;
-  const AOTITorchError error = aoti_torch_empty_strided(
-      static_cast<int64_t>(rank), sizes, strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "can't allocate memory for a tensor of ", stride,
-                  " elements");
-  torch::stable::Tensor t(handle);
+  torch::stable::Tensor t = empty_contiguous(sizes, dtype, {});
   advise_large_pages(t);
   return t;
-}
-
-inline torch::stable::Tensor contiguous_cpu(const torch::stable::Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // Blocks that calls were done with, for the next ones: memory fresh from the system costs a page

@@ -3,9 +3,9 @@
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "conv3x3/resize.h"
 
 namespace flexvar {
@@ -16,8 +16,9 @@ struct Conv3x3Shape {
   ConvResize resize;
   int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
 
-  std::vector<int64_t> out_channels_last() const {
-    return {batch, out_height, out_width, out_channels};
+  Tensor empty_result(const Tensor& x) const {
+    return empty_channels_last({batch, out_channels, out_height, out_width}, x.scalar_type(),
+                               device_of(x));
   }
 };
 
@@ -28,18 +29,28 @@ inline ConvResize parse_conv_resize(const std::string& name) {
   return ConvResize::none;
 }
 
+inline void check_weight(const Tensor& weight, ScalarType dtype,
+                         const std::optional<Tensor>& bias) {
+  check_rank(weight, 4, kConv3x3, "weight");
+  STD_TORCH_CHECK(
+      weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) == 3 && weight.size(3) == 3,
+      kConv3x3, ": weight must be [N, C, 3, 3]");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype || weight.scalar_type() == ScalarType::Float,
+                  kConv3x3, ": weight must have the dtype of x, or float32");
+  if (bias) {
+    check_rank(*bias, 1, kConv3x3, "bias");
+    check_same_device(weight, *bias, kConv3x3, "bias");
+    STD_TORCH_CHECK(bias->size(0) == weight.size(0), kConv3x3, ": bias must be [N]");
+  }
+}
+
 inline Conv3x3Shape check_conv3x3(const Tensor& x, const Tensor& weight,
                                   const std::optional<Tensor>& bias, const std::string& resize,
                                   const std::optional<Tensor>& residual) {
   check_rank(x, 4, kConv3x3, "x");
-  check_rank(weight, 4, kConv3x3, "weight");
+  check_weight(weight, x.scalar_type(), bias);
   check_same_device(x, weight, kConv3x3, "weight");
-  STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) == x.size(1) && weight.size(1) > 0 &&
-                      weight.size(2) == 3 && weight.size(3) == 3,
-                  kConv3x3, ": weight must be [N, C, 3, 3]");
-  STD_TORCH_CHECK(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
-      kConv3x3, ": weight must have the dtype of x, or float32");
+  STD_TORCH_CHECK(weight.size(1) == x.size(1), kConv3x3, ": weight must be [N, C, 3, 3]");
   Conv3x3Shape shape{};
   shape.resize = parse_conv_resize(resize);
   shape.batch = x.size(0);
@@ -53,11 +64,6 @@ inline Conv3x3Shape check_conv3x3(const Tensor& x, const Tensor& weight,
                   ": x must be at least ", fewest, " x ", fewest, " pixels");
   shape.out_height = down ? shape.height / 2 : up ? 2 * shape.height : shape.height;
   shape.out_width = down ? shape.width / 2 : up ? 2 * shape.width : shape.width;
-  if (bias) {
-    check_rank(*bias, 1, kConv3x3, "bias");
-    check_same_device(x, *bias, kConv3x3, "bias");
-    STD_TORCH_CHECK(bias->size(0) == shape.out_channels, kConv3x3, ": bias must be [N]");
-  }
   if (residual) {
     check_rank(*residual, 4, kConv3x3, "residual");
     check_same_device(x, *residual, kConv3x3, "residual");
@@ -68,15 +74,6 @@ inline Conv3x3Shape check_conv3x3(const Tensor& x, const Tensor& weight,
                     kConv3x3, ": residual must have the shape of the result");
   }
   return shape;
-}
-
-// [B, C, H, W] to [B, H, W, C], copied where it does not lie so already; and back as a view.
-inline Tensor channels_last(const Tensor& t) {
-  return torch::stable::contiguous(
-      torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
-}
-inline Tensor channels_first_view(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
 }
 
 }  // namespace flexvar

@@ -156,7 +156,9 @@ void run(const Conv3x3Params& params) {
 }
 
 Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,
-                   std::string resize, std::optional<Tensor> residual_in) {
+                   std::string resize, std::optional<Tensor> residual_in,
+                   std::optional<Tensor> packed) {
+  STD_TORCH_CHECK(!packed, kConv3x3, ": packed must be None on a CPU");
   const Conv3x3Shape shape = check_conv3x3(x_in, weight_in, bias_in, resize, residual_in);
   Conv3x3Params params{};
   params.resize = shape.resize;
@@ -177,28 +179,28 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
   params.stride = down ? 2 : 1;
   params.padding = down ? 0 : 1;
 
-  const Tensor x = channels_last(x_in);
+  const Tensor x = as_channels_last(x_in);
   const bool is_channels_last = has_channels_last(weight_in);
-  const Tensor weight = is_channels_last ? weight_in : torch::stable::contiguous(weight_in);
+  const Tensor weight = is_channels_last ? weight_in : as_contiguous(weight_in);
   params.channel_stride = is_channels_last ? 1 : 9;
   params.tap_stride = is_channels_last ? params.in_channels : 1;
   std::optional<Tensor> bias, residual;
   if (bias_in) {
     element_of(*bias_in, "bias");
-    bias = torch::stable::contiguous(torch::stable::to(*bias_in, ScalarType::Float));
+    bias = as_contiguous(as_dtype(*bias_in, ScalarType::Float));
     params.bias = bias->const_data_ptr<float>();
   }
   if (residual_in) {
-    residual = channels_last(*residual_in);
+    residual = as_channels_last(*residual_in);
     params.residual = residual->const_data_ptr();
   }
-  Tensor out = torch::stable::new_empty(x, shape.out_channels_last());
+  Tensor out = shape.empty_result(x);
   advise_large_pages(out);
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.out = out.mutable_data_ptr();
   if (out.numel() > 0) run(params);
-  return channels_first_view(out);
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3_cpu)); }

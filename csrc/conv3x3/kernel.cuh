@@ -168,12 +168,13 @@ struct ConvReader {
 
 template <class T, class Tile>
 __device__ __forceinline__ void conv_copy_weight(T (&shared)[Tile::kColumns][kConvDepth],
-                                                 const T* step) {
+                                                 const T* step, int64_t group_elements) {
+  static_assert(kConvRowsAtOnce == kConvPackedColumns);
   const int thread = static_cast<int>(threadIdx.x), first_row = thread / kConvChunks;
 #pragma unroll
   for (int row = 0; row < Tile::kColumns; row += kConvRowsAtOnce) {
     ptx::cp_async<16>(&shared[first_row + row][conv_place(first_row, thread % kConvChunks)],
-                      step + row * kConvDepth + thread * kConvChunk);
+                      step + row / kConvPackedColumns * group_elements + thread * kConvChunk);
   }
 }
 
@@ -305,13 +306,13 @@ __global__ void __launch_bounds__(kConvThreads, Tile::kBlocks)
   const ConvStart start{row_tile * Tile::kRows / pixels,
                         static_cast<uint32_t>(row_tile * Tile::kRows % pixels)};
   ConvReader<Tile> reader(plan, start, row_parity, column_parity);
-  const T* weight = params.weight + (int64_t{phase} * plan.column_tiles + column_tile) *
-                                        plan.depth_steps * (Tile::kColumns * kConvDepth);
+  const T* weight = params.weight + plan.tile_place(phase, column_tile);
+  const int64_t group_elements = plan.group_elements();
   const auto copy_step = [&](int stage) {
     reader.template copy<kInChunks>(shared.pixels[stage], params);
-    conv_copy_weight<T, Tile>(shared.weight[stage], weight);
+    conv_copy_weight<T, Tile>(shared.weight[stage], weight, group_elements);
     reader.advance(plan);
-    weight += Tile::kColumns * kConvDepth;
+    weight += kConvPackedColumns * kConvDepth;
   };
 #pragma unroll
   for (int step = 0; step < Tile::kStages - 1; ++step) {

@@ -78,14 +78,25 @@ __device__ __forceinline__ void conv_copy_seen(
   }
 }
 
+// `step` is where this thread's first chunk of a step of the weight lies: conv_first_weight.
 template <int kThreads, class T, int kColumns>
 __device__ __forceinline__ void conv_copy_weight_step(
     T (&shared)[kConvWarpgroupChunks][kColumns][kConvChunk], const T* step) {
+  static_assert(kThreads % kColumns == 0);  // a thread copies of one column
+  const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-  for (int i = 0; i < kConvWarpgroupChunks * kColumns; i += kThreads) {
-    const int row = i + static_cast<int>(threadIdx.x);
-    ptx::cp_async<16>(&shared[row / kColumns][row % kColumns], step + row * kConvChunk);
+  for (int chunk = 0; chunk < kConvWarpgroupChunks; chunk += kThreads / kColumns) {
+    ptx::cp_async<16>(&shared[chunk + thread / kColumns][thread % kColumns],
+                      step + chunk * (kConvPackedColumns * kConvChunk));
   }
+}
+template <class Tile>
+__device__ __forceinline__ int64_t conv_first_weight(const Conv3x3Plan& plan, int phase,
+                                                     int column_tile) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int chunk = thread / Tile::kColumns, column = thread % Tile::kColumns;
+  return plan.tile_place(phase, column_tile) + column / kConvPackedColumns * plan.group_elements() +
+         (chunk * kConvPackedColumns + column % kConvPackedColumns) * kConvChunk;
 }
 
 // Threads of a block; without products of warpgroups a kernel is empty and takes but one warp,
@@ -112,14 +123,12 @@ __global__ void __launch_bounds__(conv_warpgroup_threads<Tile>(), Tile::kBlocks)
 
   const ConvView<T> view{params.x + image * plan.height * plan.width * plan.in_channels,
                          top - plan.padding + row_parity, left - plan.padding + column_parity};
-  constexpr int kStepElements = kConvWarpgroupChannels * Tile::kColumns;
-  const T* weight = params.weight + (int64_t{phase} * plan.column_tiles + column_tile) *
-                                        plan.depth_steps * kStepElements;
+  const T* weight = params.weight + conv_first_weight<Tile>(plan, phase, column_tile);
   const auto copy_weight = [&](int step) {
     if (step < plan.depth_steps) {
       conv_copy_weight_step<Tile::kThreads>(shared.weight[step % kConvWarpgroupStages], weight);
     }
-    weight += kStepElements;
+    weight += kConvWarpgroupChannels * kConvPackedColumns;
   };
   ptx::griddepcontrol_wait();  // for the packed weight
   conv_copy_seen<1>(shared.pixels[0], plan, view, 0, 0, Tile());

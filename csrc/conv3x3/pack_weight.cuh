@@ -21,7 +21,7 @@ struct Conv3x3PackParams {
 };
 
 inline int64_t conv3x3_pack_blocks(const Conv3x3Plan& plan) {
-  const int64_t threads = plan.padded_columns() * plan.padded_channels;
+  const int64_t threads = int64_t{plan.padded_columns()} * plan.padded_channels;
   return (threads + kConvPackThreads - 1) / kConvPackThreads;
 }
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kConvPackThreads)
   const int64_t thread = blockIdx.x * int64_t{kConvPackThreads} + static_cast<int>(threadIdx.x);
   const int column = static_cast<int>(thread / plan.padded_channels);
   const int channel = static_cast<int>(thread % plan.padded_channels);
-  if (column >= plan.column_tiles * plan.tile_columns) return;
+  if (column >= plan.padded_columns()) return;
 
   float taps[3][3];
 #pragma unroll

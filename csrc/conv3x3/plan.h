@@ -12,6 +12,8 @@
 namespace flexvar {
 
 constexpr int kConvDepth = 32;  // of what a block brings at a time
+// Columns of the weight that lie together once packed: every tile's are a multiple.
+constexpr int kConvPackedColumns = 32;
 
 // Where the device has products of warpgroups, they take tiles of two dimensions (see
 // kernel_warpgroup.cuh), which bring kConvWarpgroupChannels of one tap at a time.
@@ -55,30 +57,47 @@ struct Conv3x3Plan {
 
   int phases() const { return parities * parities; }
   int64_t blocks() const { return row_tiles * column_tiles * phases(); }
-  int64_t padded_columns() const { return int64_t{column_tiles} * tile_columns; }
+  // Those of whatever tiles are chosen: the packed weight is the same for all of them.
+  __host__ __device__ int padded_columns() const {
+    const int fewest = out_channels <= 32 ? 32 : out_channels <= 64 ? 64 : 128;
+    return (out_channels + fewest - 1) / fewest * fewest;
+  }
   __host__ __device__ int step_depth() const {
     return by_warpgroups ? kConvWarpgroupChannels : kConvDepth;
   }
-  // Of the packed weight: [phases][column_tiles][depth_steps], and for a step [columns of a
-  // tile][kConvDepth] or, by warpgroups, [chunks of 8 channels][columns of a tile][8].
+  // Of the packed weight: [phases][groups of kConvPackedColumns][depth_steps], and for a step
+  // [columns of a group][kConvDepth] or, by warpgroups, [chunks of 8 channels][columns of a
+  // group][8].
   int64_t weight_elements() const {
-    return phases() * padded_columns() * depth_steps * step_depth();
+    return int64_t{phases()} * padded_columns() * depth_steps * step_depth();
+  }
+  // From one group to the next.
+  __host__ __device__ int64_t group_elements() const {
+    return int64_t{kConvPackedColumns} * depth_steps * step_depth();
+  }
+  // Of the first column of a tile.
+  __host__ __device__ int64_t tile_place(int phase, int column_tile) const {
+    const int64_t groups = padded_columns() / kConvPackedColumns;
+    return (phase * groups + column_tile * (tile_columns / kConvPackedColumns)) * group_elements();
   }
   // The depth goes by taps and their channels; by warpgroups by kConvWarpgroupChannels, their taps
   // and their channels.
   __host__ __device__ int64_t weight_place(int phase, int column, int tap, int channel) const {
-    const int64_t tile = int64_t{phase} * column_tiles + column / tile_columns;
-    const int tile_column = column % tile_columns;
+    const int64_t groups = padded_columns() / kConvPackedColumns;
+    const int64_t group = phase * groups + column / kConvPackedColumns;
+    const int group_column = column % kConvPackedColumns;
     if (by_warpgroups) {
       const int step = channel / kConvWarpgroupChannels * side * side + tap;
       const int chunk = channel % kConvWarpgroupChannels / 8;
-      return (((tile * depth_steps + step) * (kConvWarpgroupChannels / 8) + chunk) * tile_columns +
-              tile_column) *
+      return (((group * depth_steps + step) * (kConvWarpgroupChannels / 8) + chunk) *
+                  kConvPackedColumns +
+              group_column) *
                  8 +
              channel % 8;
     }
     const int depth = tap * padded_channels + channel;
-    return ((tile * depth_steps + depth / kConvDepth) * tile_columns + tile_column) * kConvDepth +
+    return ((group * depth_steps + depth / kConvDepth) * kConvPackedColumns + group_column) *
+               kConvDepth +
            depth % kConvDepth;
   }
 };

@@ -127,8 +127,8 @@ Tensor embed_resample_cpu(const Tensor& indices, const Tensor& codebook, int64_t
   const EmbedShape s = embed_shape(indices, codebook, height, width, mode, "embed_resample");
   Tensor tokens = empty_cpu({s.batch, height * width, s.dim}, codebook.scalar_type());
   if (tokens.numel() == 0) return tokens;
-  const Tensor rows = contiguous_cpu(indices);
-  const Tensor codes = contiguous_cpu(codebook);
+  const Tensor rows = as_contiguous(indices);
+  const Tensor codes = as_contiguous(codebook);
   if (s.element == Element::float64) {
     embed_resample_real<double>(s, rows, codes, tokens, normalize);
   } else {
@@ -145,9 +145,9 @@ Tensor embed_resample_backward_cpu(const Tensor& grad, const Tensor& indices,
   check_token_gradient(grad, codebook, s, op);
   Tensor grad_codebook = empty_cpu({s.num_codes, s.dim}, codebook.scalar_type());
   if (grad.numel() == 0) return torch::stable::zero_(grad_codebook);
-  const Tensor tokens = contiguous_cpu(grad);
-  const Tensor rows = contiguous_cpu(indices);
-  const Tensor codes = contiguous_cpu(codebook);
+  const Tensor tokens = as_contiguous(grad);
+  const Tensor rows = as_contiguous(indices);
+  const Tensor codes = as_contiguous(codebook);
   if (s.element == Element::float64) {
     embed_backward_real<double>(s, tokens, rows, codes, grad_codebook, normalize);
   } else {

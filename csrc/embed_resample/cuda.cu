@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/cuda_launch.h"
+#include "common/tensor_memory.h"
 #include "embed_resample/arguments.h"
 #include "embed_resample/kernel.cuh"
 
@@ -59,10 +60,11 @@ Tensor embed_resample_cuda(const Tensor& indices, const Tensor& codebook, int64_
   const char* op = "embed_resample";
   const EmbedShape s = embed_shape(indices, codebook, height, width, mode, op);
   const CudaScope scope(codebook);
-  Tensor tokens = torch::stable::new_empty(codebook, {s.batch, height * width, s.dim});
+  Tensor tokens = empty_contiguous({s.batch, height * width, s.dim}, codebook.scalar_type(),
+                                   device_of(codebook));
   if (tokens.numel() == 0) return tokens;
-  const Tensor rows = torch::stable::contiguous(indices);
-  const Tensor codes = torch::stable::contiguous(codebook);
+  const Tensor rows = as_contiguous(indices);
+  const Tensor codes = as_contiguous(codebook);
   by_element(s.element, [&]<class T, class Real>(T, Real) {
     const EmbedSource<T, Real> source{rows.const_data_ptr<int64_t>(),
                                       static_cast<const T*>(codes.const_data_ptr()), s.num_codes,
@@ -81,19 +83,18 @@ Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
   const CudaScope scope(codebook);
   if (grad.numel() == 0) return torch::stable::new_zeros(codebook, {s.num_codes, s.dim});
   const int64_t cells = s.batch * s.in_height * s.in_width;
-  const Tensor tokens = torch::stable::contiguous(grad);
-  const Tensor codes = torch::stable::contiguous(codebook);
-  const auto [sorted, order] =
-      stable_sort(torch::stable::reshape(torch::stable::contiguous(indices), {cells}));
+  const Tensor tokens = as_contiguous(grad);
+  const Tensor codes = as_contiguous(codebook);
+  const auto [sorted, order] = stable_sort(torch::stable::reshape(as_contiguous(indices), {cells}));
   Tensor grad_codebook;
   by_element(s.element, [&]<class T, class Real>(T, Real) {
-    Tensor grid = torch::stable::new_empty(codes, {cells, s.dim}, kRealType<Real>);
+    Tensor grid = empty_contiguous({cells, s.dim}, kRealType<Real>, device_of(codes));
     const EmbedSource<T, Real> source{nullptr, static_cast<const T*>(tokens.const_data_ptr()), 0,
                                       false};
     launch_resample<T, Real, Real>(source, s, grid.mutable_data_ptr(), true, scope.stream(), op);
-    grad_codebook = torch::stable::new_empty(codes, {s.num_codes, s.dim}, kRealType<Real>);
-    const Tensor run_sums = torch::stable::new_empty(
-        codes, {(cells + kEmbedRun - 1) / kEmbedRun, s.dim}, kRealType<Real>);
+    grad_codebook = empty_contiguous({s.num_codes, s.dim}, kRealType<Real>, device_of(codes));
+    const Tensor run_sums = empty_contiguous({(cells + kEmbedRun - 1) / kEmbedRun, s.dim},
+                                             kRealType<Real>, device_of(codes));
     const EmbedScatterCudaParams<T, Real> params{grid.const_data_ptr<Real>(),
                                                  sorted.template const_data_ptr<int64_t>(),
                                                  order.template const_data_ptr<int64_t>(),

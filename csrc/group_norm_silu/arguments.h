@@ -1,10 +1,9 @@
 // What both launchers of group_norm_silu make of their arguments.
 #pragma once
 
-#include <torch/headeronly/core/MemoryFormat.h>
-
 #include "common/float_element.h"
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 
 namespace flexvar {
 
@@ -34,7 +33,7 @@ class FeatureMaps {
   int64_t pixels() const { return tensor_.size(2) * tensor_.size(3); }
 
   // For results in another dtype than that of x: float32 holds all of them.
-  void widen() { tensor_ = in_dtype(tensor_, ScalarType::Float); }
+  void widen() { tensor_ = as_dtype(tensor_, ScalarType::Float); }
 
   // Of the shape of x, in its memory format.
   Tensor like(const Tensor& given, const char* name) const {
@@ -48,13 +47,13 @@ class FeatureMaps {
     return in_format(given);
   }
 
-  // Weight or bias: [channels], contiguous and in float32.
-  Tensor vector(const Tensor& given, const char* name) const {
+  // Weight or bias: [channels], contiguous and in this dtype.
+  Tensor vector(const Tensor& given, const char* name, ScalarType dtype = ScalarType::Float) const {
     check_rank(given, 1, op_, name);
     check_same_device(tensor_, given, op_, name);
     float_element(given.scalar_type(), op_, name);
     STD_TORCH_CHECK(given.size(0) == channels(), op_, ": ", name, " must have shape [C]");
-    return contiguous(in_dtype(given, ScalarType::Float));
+    return as_contiguous(as_dtype(given, dtype));
   }
 
   // The forward's second result: mean and reciprocal deviation, float32 [images, groups, 2].
@@ -64,21 +63,12 @@ class FeatureMaps {
     check_dtype(given, ScalarType::Float, op_, "statistics");
     STD_TORCH_CHECK(given.size(0) == images() && given.size(1) == groups_ && given.size(2) == 2,
                     op_, ": statistics must have shape [B, num_groups, 2]");
-    return contiguous(given);
-  }
-
-  static Tensor in_dtype(const Tensor& t, ScalarType dtype) {
-    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+    return as_contiguous(given);
   }
 
  private:
-  static Tensor contiguous(const Tensor& t) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  }
-
   Tensor in_format(const Tensor& t) const {
-    if (!channels_last_) return contiguous(t);
-    return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+    return channels_last_ ? as_channels_last(t) : as_contiguous(t);
   }
 
   const char* op_;

@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
   if (dtype != maps.dtype()) maps.widen();
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor& x = maps.tensor();
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_alike(x);
   advise_large_pages(out);
   Tensor statistics =
       torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
         [&](int64_t group) { put_together(params, eps, group); },
         [&](int64_t begin, int64_t end, float* scratch) { apply(params, scratch, begin, end); });
   }
-  return {FeatureMaps::in_dtype(out, dtype), statistics};
+  return {as_dtype(out, dtype), statistics};
 }
 
 // The sums of a group's channels over the chunks of its image, in their order: to channel_sums
@@ -170,15 +170,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
   const ScalarType dtype = maps.dtype();
   if (grad_in.scalar_type() != dtype) maps.widen();
   const Tensor& x = maps.tensor();
-  const Tensor grad = FeatureMaps::in_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
+  const Tensor grad = as_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor statistics = maps.statistics(statistics_in);
   const int64_t channels = maps.channels();
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = empty_alike(x);
   advise_large_pages(grad_x);
   Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
+  if (grad_x.numel() == 0) return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
 
   GroupNormSiluBackwardParams params{};
   params.shape = shape_of(maps);
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
     }
     results[c / channels][c % channels] = static_cast<float>(total);
   }
-  return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
+  return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) {

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "common/cuda_launch.h"
+#include "common/tensor_memory.h"
 #include "group_norm_silu/arguments.h"
 #include "group_norm_silu/kernel.cuh"
 #include "group_norm_silu/kernel_backward.cuh"
@@ -44,8 +45,8 @@ void with_plan(const FeatureMaps& maps, bool is_aligned, const char* op, const F
 }
 
 Tensor pairs(const FeatureMaps& maps, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(maps.tensor(), {maps.images(), rows, columns, 2},
-                                  ScalarType::Float);
+  return empty_contiguous({maps.images(), rows, columns, 2}, ScalarType::Float,
+                          device_of(maps.tensor()));
 }
 float2* data(Tensor& pairs) { return static_cast<float2*>(pairs.mutable_data_ptr()); }
 
@@ -57,15 +58,20 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
   FeatureMaps maps(x_in, num_groups, op);
   float_element(dtype, op, "the result");
   if (dtype != maps.dtype()) maps.widen();
-  const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor& x = maps.tensor();
-  Tensor out = torch::stable::empty_like(x);
+  const ScalarType element = x.scalar_type();
+  // As they are where both are of x's type: a model in 16 bits needs no casts.
+  const bool narrow = weight_in.scalar_type() == element && bias_in.scalar_type() == element;
+  const ScalarType parameters = narrow ? element : ScalarType::Float;
+  const Tensor weight = maps.vector(weight_in, "weight", parameters);
+  const Tensor bias = maps.vector(bias_in, "bias", parameters);
+  Tensor out = empty_alike(x);
   if (out.numel() == 0) {
-    return {FeatureMaps::in_dtype(out, dtype),
+    return {as_dtype(out, dtype),
             torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float)};
   }
   Tensor statistics =
-      torch::stable::new_empty(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
+      empty_contiguous({maps.images(), maps.groups(), 2}, ScalarType::Float, device_of(x));
   with_plan(maps, aligned({&x, &out}), op, [&]<class T, int kVector>(const GroupNormPlan& plan) {
     GroupNormSiluCudaParams params{};
     params.plan = plan_for_moments(plan);
@@ -76,8 +82,9 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     Tensor parts = pairs(maps, maps.groups(),
                          int64_t(params.plan.chunks) * plan.group_channels / params.part_channels);
     params.x = x.const_data_ptr();
-    params.weight = weight.const_data_ptr<float>();
-    params.bias = bias.const_data_ptr<float>();
+    params.weight = weight.const_data_ptr();
+    params.bias = bias.const_data_ptr();
+    params.narrow = narrow;
     params.parts = data(parts);
     params.statistics = statistics.mutable_data_ptr<float>();
     params.out = out.mutable_data_ptr();
@@ -90,7 +97,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     launch(&group_norm_moments_kernel<T, kVector>, params.plan);
     launch(&group_norm_silu_apply_kernel<T, kVector>, params.result_plan);
   });
-  return {FeatureMaps::in_dtype(out, dtype), statistics};
+  return {as_dtype(out, dtype), statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
@@ -102,14 +109,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
   const ScalarType dtype = maps.dtype();
   if (grad_in.scalar_type() != dtype) maps.widen();
   const Tensor& x = maps.tensor();
-  const Tensor grad = FeatureMaps::in_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
+  const Tensor grad = as_dtype(maps.like(grad_in, "grad_out"), x.scalar_type());
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor statistics = maps.statistics(statistics_in);
   const int64_t channels = maps.channels();
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = empty_alike(x);
   Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
+  if (grad_x.numel() == 0) return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
   with_plan(
       maps, aligned({&x, &grad, &grad_x}), op,
       [&]<class T, int kVector>(const GroupNormPlan& maps_plan) {
@@ -142,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
         launch(&group_norm_silu_backward_weight_kernel, weight_blocks, kGroupNormCombineThreads);
         launch(&group_norm_silu_backward_apply_kernel<T, kVector>, blocks, plan.threads());
       });
-  return {FeatureMaps::in_dtype(grad_x, dtype), grad_weight, grad_bias};
+  return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
 }
 
 FLEXVAR_LAUNCHERS(m) {

@@ -24,7 +24,8 @@ struct GroupNormSiluCudaParams {
   // Channels that a part of the moments is of: a group's, unless several blocks share it.
   int part_channels;
   const void* x;
-  const float *weight, *bias;  // [channels]
+  const void *weight, *bias;  // [channels], both as x if `narrow`, else float32
+  bool narrow;
   // [images, groups, chunks, group_channels / part_channels]: mean, squared differences from it
   float2* parts;
   float* statistics;  // [images, groups, 2]: mean, reciprocal deviation
@@ -273,6 +274,14 @@ __device__ __forceinline__ int group_statistics(const GroupNormSiluCudaParams& p
 
 // --- The result ----------------------------------------------------------------------------------
 
+// A channel's weight or bias.
+template <class T>
+__device__ __forceinline__ float group_norm_parameter(const void* values, bool narrow,
+                                                      int64_t channel) {
+  return narrow ? to_float(static_cast<const T*>(values)[channel])
+                : static_cast<const float*>(values)[channel];
+}
+
 template <class T, int kVector>
 __global__ void __launch_bounds__(kGroupNormThreads, 2)
     group_norm_silu_apply_kernel(GroupNormSiluCudaParams params) {
@@ -299,8 +308,9 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
   if (place.inside) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      weight[j] = params.weight[channel_of(plan, place, j)];
-      bias[j] = params.bias[channel_of(plan, place, j)];
+      const int64_t channel = channel_of(plan, place, j);
+      weight[j] = group_norm_parameter<T>(params.weight, params.narrow, channel);
+      bias[j] = group_norm_parameter<T>(params.bias, params.narrow, channel);
     }
   }
   ptx::griddepcontrol_wait();

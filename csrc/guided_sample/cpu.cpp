@@ -17,8 +17,8 @@ Tensor guided_sample_cpu(const Tensor& logits, int64_t top_k, double top_p, cons
   const int64_t rows = logits.size(0) * length;
   Tensor tokens = empty_cpu({logits.size(0), length}, ScalarType::Long);
   if (rows == 0) return tokens;
-  const Tensor x = contiguous_cpu(logits);
-  const Tensor seed = contiguous_cpu(seeds), id = contiguous_cpu(image_ids);
+  const Tensor x = as_contiguous(logits);
+  const Tensor seed = as_contiguous(seeds), id = as_contiguous(image_ids);
   const GuidedSampleParams params{x.const_data_ptr(),
                                   float_element(x.scalar_type(), "guided_sample", "logits"),
                                   seed.const_data_ptr<int64_t>(),

@@ -2,6 +2,7 @@
 
 #include "common/cuda_launch.h"
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "guided_sample/kernel.cuh"
 #include "guided_sample/launch.h"
 
@@ -15,7 +16,7 @@ void launch(const Tensor& logits, int64_t rows, GuidedSampleCudaParams<T> params
             cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
   const unsigned blocks = grid_size(rows, kOp);
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, kOp);
   // Few threads where rows fill the device: they wait less for each other.
   if (rows > 2 * multiprocessors && params.vocabulary <= 256 * 4 * kSamplePieces) {
     launch_kernel(kOp, stream, guided_sample_kernel<T, 256>, blocks, 256, 0, params);
@@ -30,10 +31,10 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
   const CudaScope scope(logits);
   const int64_t length = logits.size(1), vocabulary = logits.size(2);
   const int64_t rows = logits.size(0) * length;
-  Tensor tokens = torch::stable::new_empty(logits, {logits.size(0), length}, ScalarType::Long);
+  Tensor tokens = empty_contiguous({logits.size(0), length}, ScalarType::Long, device_of(logits));
   if (rows == 0) return tokens;
-  const Tensor x = torch::stable::contiguous(logits);
-  const Tensor seed = torch::stable::contiguous(seeds), id = torch::stable::contiguous(image_ids);
+  const Tensor x = as_contiguous(logits);
+  const Tensor seed = as_contiguous(seeds), id = as_contiguous(image_ids);
   const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
   const auto run = [&]<class T>(T) {
     launch<T>(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 
 namespace flexvar {
 
@@ -16,9 +17,7 @@ class ImageVectors {
     STD_TORCH_CHECK((given.size(0) == 1 || given.size(0) == x.size(0)) && given.size(1) == 1 &&
                         given.size(2) == x.size(2),
                     op, ": ", name, " must have shape [B or 1, 1, C]");
-    if (given.scalar_type() != ScalarType::Float) {
-      tensor_ = torch::stable::to(given, ScalarType::Float);
-    }
+    tensor_ = as_dtype(given, ScalarType::Float);
     if (tensor_.stride(2) != 1) tensor_ = torch::stable::contiguous(tensor_);
   }
   const float* data() const { return tensor_.const_data_ptr<float>(); }
@@ -44,7 +43,7 @@ inline Tensor like_tokens(const Tensor& given, const Tensor& x, const char* op, 
   for (int64_t i = 0; i < 3; ++i) {
     STD_TORCH_CHECK(given.size(i) == x.size(i), op, ": ", name, " must have the shape of x");
   }
-  return given.is_contiguous() ? given : torch::stable::contiguous(given);
+  return as_contiguous(given);
 }
 
 }  // namespace flexvar

@@ -44,7 +44,7 @@ Tensor layer_norm_modulate_cpu(const Tensor& x_in, const Tensor& scale_in, const
                                double eps, ScalarType dtype) {
   const char* op = "layer_norm_modulate";
   check_tokens(x_in, op);
-  const Tensor x = contiguous_cpu(x_in);
+  const Tensor x = as_contiguous(x_in);
   const ImageVectors scale(scale_in, x, op, "scale"), shift(shift_in, x, op, "shift");
   Tensor out = empty_cpu({x.size(0), x.size(1), x.size(2)}, dtype);
   LayerNormModulateParams params{};
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cpu(
     const Tensor& shift_in, double eps, ScalarType dtype) {
   const char* op = "residual_layer_norm_modulate";
   check_tokens(x_in, op);
-  const Tensor x = contiguous_cpu(x_in);
+  const Tensor x = as_contiguous(x_in);
   const Tensor branch = like_tokens(branch_in, x, op, "branch");
   const ImageVectors gate(gate_in, x, op, "gate"), scale(scale_in, x, op, "scale"),
       shift(shift_in, x, op, "shift");
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cpu(const Tensor
                                                                     double eps) {
   const char* op = "layer_norm_modulate_backward";
   check_tokens(x_in, op);
-  const Tensor x = contiguous_cpu(x_in);
+  const Tensor x = as_contiguous(x_in);
   const Tensor grad = like_tokens(grad_in, x, op, "grad_out");
   const ImageVectors scale(scale_in, x, op, "scale");
   const int64_t columns = x.size(2), rows = x.size(0) * x.size(1), groups = scale.count();

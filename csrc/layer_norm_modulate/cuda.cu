@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "common/cuda_launch.h"
+#include "common/tensor_memory.h"
 #include "layer_norm_modulate/arguments.h"
 #include "layer_norm_modulate/kernel.cuh"
 
@@ -74,9 +75,9 @@ Tensor layer_norm_modulate_cuda(const Tensor& x_in, const Tensor& scale_in, cons
   check_columns(x_in, op);
   float_element(dtype, op, "the result");
   const CudaScope scope(x_in);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   const ImageVectors scale(scale_in, x, op, "scale"), shift(shift_in, x, op, "shift");
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  Tensor out = empty_contiguous({x.size(0), x.size(1), x.size(2)}, dtype, device_of(x));
   if (out.numel() == 0) return out;
   launch_forward(forward_params(x, scale, shift, out, eps, op),
                  aligned({&x, &out}, {&scale, &shift}), scope.stream(), op);
@@ -91,12 +92,12 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cuda(
   check_columns(x_in, op);
   float_element(dtype, op, "the result");
   const CudaScope scope(x_in);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   const Tensor branch = like_tokens(branch_in, x, op, "branch");
   const ImageVectors gate(gate_in, x, op, "gate"), scale(scale_in, x, op, "scale"),
       shift(shift_in, x, op, "shift");
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype);
+  Tensor y = empty_contiguous({x.size(0), x.size(1), x.size(2)}, x.scalar_type(), device_of(x));
+  Tensor out = empty_contiguous({x.size(0), x.size(1), x.size(2)}, dtype, device_of(x));
   if (out.numel() == 0) return {y, out};
   LayerNormModulateCudaParams params = forward_params(x, scale, shift, out, eps, op);
   params.branch = branch.const_data_ptr();
@@ -116,11 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cuda(const Tenso
   check_tokens(x_in, op);
   check_columns(x_in, op);
   const CudaScope scope(x_in);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   const Tensor grad = like_tokens(grad_in, x, op, "grad_out");
   const ImageVectors scale(scale_in, x, op, "scale");
   const int64_t columns = x.size(2), rows = x.size(0) * x.size(1), groups = scale.count();
-  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), columns});
+  Tensor grad_x = empty_contiguous({x.size(0), x.size(1), columns}, x.scalar_type(), device_of(x));
   Tensor grad_scale = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
   Tensor grad_shift = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
   if (grad_x.numel() == 0) return {grad_x, grad_scale, grad_shift};
@@ -129,7 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cuda(const Tenso
   params.groups = groups;
   params.rows_per_group = rows / groups;
   params.parts = (params.rows_per_group + kNormRowsPerSum - 1) / kNormRowsPerSum;
-  Tensor sums = torch::stable::new_empty(x, {2, groups * params.parts, columns}, ScalarType::Float);
+  Tensor sums =
+      empty_contiguous({2, groups * params.parts, columns}, ScalarType::Float, device_of(x));
   params.grad_out = grad.const_data_ptr();
   params.x = x.const_data_ptr();
   params.scale = pointer_to(scale);

@@ -63,7 +63,7 @@ Tensor run(const Tensor& t, int64_t height, int64_t width, const std::string& mo
   for (const int64_t side : {in_height, in_width, height, width}) check_side(side, op, "a side");
   Tensor out = empty_cpu({t.size(0), t.size(1), height, width}, t.scalar_type());
   if (out.numel() == 0) return out;
-  const Tensor in = contiguous_cpu(t);
+  const Tensor in = as_contiguous(t);
   const auto launch = [&](auto real) {
     using Table = ResampleTable<decltype(real)>;
     if (adjoint) {

@@ -4,6 +4,7 @@
 
 #include "common/cuda_launch.h"
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "resample/arguments.h"
 #include "resample/kernel.cuh"
 
@@ -40,9 +41,10 @@ Tensor run(const Tensor& t, int64_t height, int64_t width, const std::string& mo
   const int64_t in_height = t.size(2), in_width = t.size(3);
   for (const int64_t side : {in_height, in_width, height, width}) check_side(side, op, "a side");
   const CudaScope scope(t);
-  Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(1), height, width});
+  Tensor out =
+      empty_contiguous({t.size(0), t.size(1), height, width}, t.scalar_type(), device_of(t));
   if (out.numel() == 0) return out;
-  const Tensor in = torch::stable::contiguous(t);
+  const Tensor in = as_contiguous(t);
   const auto axis = [&]<class Real>(Real, int64_t from, int64_t to) {
     return TapAxis<Real>{adjoint ? make_resample_axis<Real>(mode, to, from)
                                  : make_resample_axis<Real>(mode, from, to),

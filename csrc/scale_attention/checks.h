@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "scale_attention/plan.h"
 
 namespace flexvar {
@@ -115,7 +116,7 @@ inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
-  return !t || t->is_contiguous() ? t : torch::stable::contiguous(*t);
+  return t ? as_contiguous(*t) : t;
 }
 
 // The part of q (0) or k (1) of inverse_lengths: what they are multiplied by to have length 1. Null

@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cpu(
   const Tensor q_rows = with_contiguous_rows(q_in), k_rows = with_contiguous_rows(k_in),
                v = with_contiguous_rows(v_in), out = with_contiguous_rows(out_in),
                grad_out = with_contiguous_rows(grad_out_in),
-               logsumexp = contiguous_cpu(logsumexp_in),
-               inverse_lengths = contiguous_cpu(inverse_lengths_in);
+               logsumexp = as_contiguous(logsumexp_in),
+               inverse_lengths = as_contiguous(inverse_lengths_in);
   const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
   void *q_inverse_lengths = inverse_lengths_of(inverse_lengths, 0),
        *k_inverse_lengths = inverse_lengths_of(inverse_lengths, 1);

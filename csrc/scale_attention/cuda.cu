@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cuda_launch.h"
+#include "common/tensor_memory.h"
 #include "scale_attention/checks.h"
 #include "scale_attention/kernel.cuh"
 
@@ -24,7 +25,8 @@ Tensor with_copyable_rows(const Tensor& t) {
                        rows.stride(0) % 8 == 0 && rows.stride(1) % 8 == 0 &&
                        rows.stride(2) % 8 == 0;
   if (aligned) return rows;
-  Tensor copy = torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  Tensor copy =
+      empty_contiguous({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), device_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -90,11 +92,12 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, cons
   check_attention(q_in, k_in, v_in, scale_lengths, q_scale_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
-  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor out =
+      empty_contiguous({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type(), device_of(q_in));
   Tensor logsumexp =
-      torch::stable::new_empty(q_in, {batch, heads, tokens}, attention_arithmetic(q_in));
-  Tensor inverse_lengths = torch::stable::new_empty(
-      q_in, {q_scale_in ? 2 : 0, batch, heads, tokens}, attention_arithmetic(q_in));
+      empty_contiguous({batch, heads, tokens}, attention_arithmetic(q_in), device_of(q_in));
+  Tensor inverse_lengths = empty_contiguous({q_scale_in ? 2 : 0, batch, heads, tokens},
+                                            attention_arithmetic(q_in), device_of(q_in));
   if (batch * tokens * heads == 0) return {out, logsumexp, inverse_lengths};
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
@@ -128,22 +131,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
                            q_scale_in, inverse_lengths_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
-  Tensor grad_q = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
-  Tensor grad_k = torch::stable::empty_like(grad_q), grad_v = torch::stable::empty_like(grad_q);
+  Tensor grad_q =
+      empty_contiguous({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type(), device_of(q_in));
+  Tensor grad_k = empty_alike(grad_q), grad_v = empty_alike(grad_q);
   Tensor grad_q_scale =
-      torch::stable::new_empty(q_in, {q_scale_in ? heads : 0}, attention_arithmetic(q_in));
+      empty_contiguous({q_scale_in ? heads : 0}, attention_arithmetic(q_in), device_of(q_in));
   if (batch * tokens * heads == 0) {
     return {grad_q, grad_k, grad_v, torch::stable::fill_(grad_q_scale, 0)};
   }
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in), out = with_copyable_rows(out_in),
-               grad_out = with_copyable_rows(grad_out_in),
-               logsumexp = torch::stable::contiguous(logsumexp_in),
-               inverse_lengths = torch::stable::contiguous(inverse_lengths_in);
+               grad_out = with_copyable_rows(grad_out_in), logsumexp = as_contiguous(logsumexp_in),
+               inverse_lengths = as_contiguous(inverse_lengths_in);
   const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
-  const Tensor delta = torch::stable::empty_like(logsumexp);
+  const Tensor delta = empty_alike(logsumexp);
   std::optional<Tensor> grad_q_scale_parts;
-  if (q_scale) grad_q_scale_parts = torch::stable::empty_like(logsumexp);
+  if (q_scale) grad_q_scale_parts = empty_alike(logsumexp);
   const AttentionBackwardCuda params{view_of(q),
                                      view_of(k),
                                      view_of(v),
@@ -190,7 +193,8 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
   check_attention_step(q_in, k_in, v_in, kv_length, logit_bound_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   const CudaScope scope(q_in);
-  Tensor out = torch::stable::new_empty(q_in, {batch, tokens, heads, q_in.size(3)});
+  Tensor out =
+      empty_contiguous({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type(), device_of(q_in));
   if (batch * tokens * heads == 0) return out;
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
@@ -204,14 +208,14 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
     const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
     const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
     const int64_t blocks =
-        Kernels::kForwardBlocks * int64_t{device_attribute(cudaDevAttrMultiProcessorCount, q, kOp)};
+        Kernels::kForwardBlocks * int64_t{device_attribute(cudaDevAttrMultiProcessorCount, kOp)};
     const int64_t keys = keys_per_part(count, kv_length, Kernels::kForwardColumns, blocks);
     const int64_t parts = (kv_length + keys - 1) / keys, rows = batch * heads * tokens;
     std::optional<Tensor> part_sums, part_softmax;
     if (parts > 1) {
       const ScalarType arithmetic = attention_arithmetic(q);
-      part_sums = torch::stable::new_empty(q, {parts, rows, kDim}, arithmetic);
-      part_softmax = torch::stable::new_empty(q, {parts, rows, 2}, arithmetic);
+      part_sums = empty_contiguous({parts, rows, kDim}, arithmetic, device_of(q));
+      part_softmax = empty_contiguous({parts, rows, 2}, arithmetic, device_of(q));
       params.keys_per_part = static_cast<int>(keys);
       params.part_sums = part_sums->mutable_data_ptr();
       params.parts = part_softmax->mutable_data_ptr();

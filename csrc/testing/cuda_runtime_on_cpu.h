@@ -21,7 +21,14 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidValue ? "invalid argument" : "an error that is not emulated";
 }
 
+// Every device that is opened is another one.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = flexvar::emulation::device_ordinal();
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  flexvar::emulation::count_question();
   const flexvar::emulation::Options& device = flexvar::emulation::device_options();
   *value = attribute == cudaDevAttrMultiProcessorCount ? device.multiprocessors
                                                        : static_cast<int>(device.shared_memory);
@@ -30,6 +37,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  flexvar::emulation::count_question();
   const bool fits = flexvar::emulation::allow_dynamic_shared(reinterpret_cast<const void*>(kernel),
                                                              static_cast<size_t>(bytes));
   return fits ? cudaSuccess : cudaErrorInvalidValue;
@@ -38,10 +46,14 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 // Blocks of more than a warp are taken by code for a device with products of warpgroups.
 struct cudaFuncAttributes {
   int maxThreadsPerBlock = 0;
+  int maxDynamicSharedSizeBytes = 0;
 };
 template <class... Parameters>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  flexvar::emulation::count_question();
   attributes->maxThreadsPerBlock = flexvar::emulation::device_options().warpgroups ? 1024 : 32;
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(
+      flexvar::emulation::allowed_dynamic_shared(reinterpret_cast<const void*>(kernel)));
   return cudaSuccess;
 }
 

@@ -15,6 +15,7 @@ constexpr size_t kSharedWithoutLeave = 48 * 1024;
 
 Options device;
 bool is_open = false;
+int opened = 0, questions = 0;
 std::map<const void*, size_t> allowed_shared;  // by kernel
 void* current_stream = nullptr;
 uintptr_t scopes = 0;
@@ -61,6 +62,7 @@ class Device {
     free_all();
     allowed_shared.clear();
     tensors = 0;
+    ++opened;
     device = options_;
     host_allocator_ = c10::GetCPUAllocator();
     c10::SetCPUAllocator(&arena_allocator);
@@ -105,6 +107,8 @@ const Options& device_options() {
   return device;
 }
 
+int device_ordinal() { return opened; }
+
 DeviceScope::DeviceScope() : stream_(pointer(++scopes)) {
   device_options();
   current_stream = stream_;
@@ -123,17 +127,23 @@ bool allow_dynamic_shared(const void* kernel, size_t bytes) {
   return true;
 }
 
+size_t allowed_dynamic_shared(const void* kernel) {
+  const auto found = allowed_shared.find(kernel);
+  return found == allowed_shared.end() ? kSharedWithoutLeave : found->second;
+}
+
+void count_question() { ++questions; }
+
 Options begin_device_launch(const char* op, const void* kernel, size_t shared_bytes) {
   Options options = device_options();
-  const auto found = allowed_shared.find(kernel);
-  const size_t allowed = found == allowed_shared.end() ? kSharedWithoutLeave : found->second;
+  const size_t allowed = allowed_dynamic_shared(kernel);
   if (shared_bytes > allowed) {
     throw KernelError(std::string(op) + ": launch: " + std::to_string(shared_bytes) +
                       " bytes of dynamic shared memory, the kernel may have " +
                       std::to_string(allowed) + " (allow_shared_memory)");
   }
   // Without leave static and dynamic shared memory have this much together.
-  if (found == allowed_shared.end()) options.shared_memory = kSharedWithoutLeave;
+  if (!allowed_shared.contains(kernel)) options.shared_memory = kSharedWithoutLeave;
   adopt_host_writes(options.poison);
   return options;
 }
@@ -149,6 +159,7 @@ EMULATED_BINDINGS(device, module) {
       .def("__enter__", &Device::open)
       .def("__exit__", [](Device& device, const py::args&) { device.close(); });
   module.def("restrict_to", &restrict_to);
+  module.def("questions", [] { return questions; });
   module.def("count_unwritten", [](uintptr_t data, size_t bytes) {
     adopt_host_writes(device.poison);
     return count_unwritten(pointer(data), bytes);

@@ -7,6 +7,7 @@
 
 #include "common/cuda_launch.h"
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "resample/arguments.h"
 #include "vq_lookup/kernel.cuh"
 
@@ -137,13 +138,13 @@ bool in_fours(const float* rows, int64_t dim) {
 Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, int64_t num_latents,
                const Tensor& codebook, bool normalize, const char* op) {
   const CudaScope scope(codebook);
-  Tensor indices = torch::stable::new_empty(codebook, {num_latents}, ScalarType::Long);
+  Tensor indices = empty_contiguous({num_latents}, ScalarType::Long, device_of(codebook));
   if (num_latents == 0) return indices;
   const int64_t largest = int64_t(1) << 31;
   STD_TORCH_CHECK(codebook.size(0) < largest && codebook.size(1) < largest, op,
                   ": codebook must have fewer than 2^31 rows and columns");
-  const Tensor codes = torch::stable::contiguous(codebook);
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, codebook, op);
+  const Tensor codes = as_contiguous(codebook);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, op);
   VqPrepareParams prepare{};
   const int64_t dim = codes.size(1);
   const auto* code_values = codes.const_data_ptr<float>();
@@ -167,7 +168,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   }
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);
-  Tensor memory = torch::stable::new_empty(codes, {sizes.used()}, ScalarType::Byte);
+  Tensor memory = empty_contiguous({sizes.used()}, ScalarType::Byte, device_of(codes));
   Layout layout(static_cast<unsigned char*>(memory.mutable_data_ptr()));
   prepare.workspace = lay_out(prepare.problem, layout);
   resolve.workspace = prepare.workspace;
@@ -216,7 +217,7 @@ Tensor vq_lookup_cuda(const Tensor& latents, const Tensor& codebook, bool normal
   check_rank(latents, 2, op, "latents");
   check_dtype(latents, ScalarType::Float, op, "latents");
   check_codebook(latents, codebook, op);
-  const Tensor rows = torch::stable::contiguous(latents);
+  const Tensor rows = as_contiguous(latents);
   VqLatentSource source{};
   source.latents = rows.const_data_ptr<float>();
   return look_up(source, {}, rows.size(0), codebook, normalize, op);
@@ -233,7 +234,7 @@ Tensor vq_lookup_multiscale_cuda(const Tensor& latent, const Tensor& codebook,
                   ": heights and widths must pair up");
   check_side(latent.size(2), op, "latent's height");
   check_side(latent.size(3), op, "latent's width");
-  const Tensor images = torch::stable::contiguous(latent);
+  const Tensor images = as_contiguous(latent);
   VqLatentSource source{};
   source.latents = images.const_data_ptr<float>();
   source.mode = parse_resample_mode(mode, antialias, op);

@@ -53,9 +53,11 @@ class Casts:
 
     def of(self, name: str, parameter: Tensor) -> Tensor:
         """``parameter``, one of the layer's that is called ``name`` here, in autocast's dtype if autocast is on."""
-        device = parameter.device.type
+        if self._reads_float32 and parameter.is_cpu:
+            return parameter
+        device = "cuda" if parameter.is_cuda else parameter.device.type  # a device's string is slow to make
         if (
-            (self._reads_float32 and device == "cpu") or not torch.is_autocast_enabled(device)
+            not torch.is_autocast_enabled(device)
             or torch.is_grad_enabled() or torch.compiler.is_compiling() or parameter.is_inference()
             or parameter.dtype == torch.float64  # which autocast, too, leaves as it is
         ):  # fmt: skip

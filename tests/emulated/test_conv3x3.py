@@ -32,9 +32,15 @@ def arguments(shape, resize: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def run(launch, tensors: dict[str, Tensor], resize: str, multiprocessors: int = 1, **options) -> Tensor:
-    x, weight, bias, residual = (tensors.get(name) for name in ("x", "weight", "bias", "residual"))
-    (out,) = launch("conv3x3", x, weight, bias, resize, residual, multiprocessors=multiprocessors, **options)
+    x, weight, bias, residual, packed = (tensors.get(name) for name in ("x", "weight", "bias", "residual", "packed"))
+    (out,) = launch("conv3x3", x, weight, bias, resize, residual, packed, multiprocessors=multiprocessors, **options)
     return out
+
+
+def pack(launch, tensors: dict[str, Tensor], resize: str, **options) -> Tensor:
+    weight, bias = tensors["weight"], tensors.get("bias")
+    (packed,) = launch("conv3x3_pack", weight, bias, resize, tensors["x"].dtype, **options)
+    return packed
 
 
 def exact(x: Tensor, weight: Tensor, resize: str, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -117,6 +123,24 @@ def test_inputs_that_lie_otherwise(launch_in_every_order, resize):
 
 
 @pytest.mark.parametrize("resize", RESIZES)
+def test_strides_of_single_rows_do_not_matter(launch_in_every_order, resize):
+    """Nor do those of a single image; those of pixels that are a part of others do."""
+    tensors = arguments((1, 16, 24, 4, 6), resize, torch.bfloat16)
+    channels_last = tensors["x"].contiguous(memory_format=torch.channels_last)
+    single_image = channels_last.as_strided(channels_last.shape, (3, *channels_last.stride()[1:]))
+    part = torch.cat([channels_last] * 2, dim=3).contiguous(memory_format=torch.channels_last)[..., :6]
+    expected = run(launch_in_every_order, tensors, resize)
+    for x in (channels_last, single_image, part):
+        assert torch.equal(run(launch_in_every_order, {**tensors, "x": x}, resize), expected)
+    if resize != "down":
+        column = tensors | {
+            "x": channels_last[..., :1],
+            "residual": tensors["residual"][..., : 2 if resize == "up" else 1],
+        }
+        assert_exact(run(launch_in_every_order, column, resize), column, resize)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
 def test_float32_weight_and_bias(launch_in_every_order, resize):
     """Taps are summed before they are rounded; the bias is not rounded at all."""
     tensors = arguments((1, 24, 40, 4, 3), resize, torch.bfloat16)
@@ -172,6 +196,31 @@ def test_warpgroups_in_every_order(launch_in_every_order, resize):
     check(launch_in_every_order, (1, 136, 40, 4, 9), resize, torch.bfloat16, multiprocessors=MANY)
     check(launch_in_every_order, (1, 72, 65, 4, 9), resize, torch.bfloat16, left_out=["residual"])
     check(launch_in_every_order, (1, 32, 40, 4, 9), resize, torch.bfloat16, misalignment=1)
+
+
+@pytest.mark.parametrize("warpgroups", [False, True])
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [((3, 5), torch.float16), ((40, 72), torch.bfloat16), ((72, 136), torch.float16)]
+)
+def test_a_packed_weight_suits_every_tile(launch_in_every_order, launch_once, channels, dtype, resize, warpgroups):
+    launch = partial(launch_once, warpgroups=warpgroups)
+    tensors = arguments((2, *channels, 6, 5), resize, dtype)
+    tensors["weight"] = tensors["weight"].float()
+    packed = pack(launch_in_every_order, tensors, resize, warpgroups=warpgroups)
+    unread = {"weight": torch.full_like(tensors["weight"], float("nan")), "bias": torch.zeros_like(tensors["bias"])}
+    for multiprocessors in (1, 4, MANY):
+        expected = run(launch, tensors, resize, multiprocessors)
+        assert_exact(expected, tensors, resize)
+        assert torch.equal(run(launch, {**tensors, **unread, "packed": packed}, resize, multiprocessors), expected)
+
+
+def test_a_weight_packed_otherwise_is_refused(launch_once):
+    tensors = arguments((1, 40, 40, 4, 4), "none", torch.bfloat16)
+    packed = pack(launch_once, tensors, "none")
+    for wrong in (packed[:-8], packed.half(), pack(launch_once, tensors, "up"), packed.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="packed"):
+            run(launch_once, {**tensors, "packed": wrong}, "none")
 
 
 @pytest.mark.parametrize("warpgroups", [False, True])

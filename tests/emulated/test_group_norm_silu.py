@@ -96,6 +96,19 @@ def test_result_in_another_dtype(launch_in_every_order, dtype):
     assert_close(out, exact)
 
 
+# Where both are of x's dtype they are read as they are, otherwise in float32.
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_weight_and_bias_of_any_dtype(launch_in_every_order, channels_last, bias_dtype, weight_dtype):
+    weight, bias = draw(24, seed=3).to(weight_dtype), draw(24, seed=4).to(bias_dtype)
+    for dtype in DTYPES:
+        x = maps((2, 24, 4, 4), dtype, channels_last)[0]
+        out, _ = launch_in_every_order("group_norm_silu", x, 8, weight, bias, EPS, True, dtype)
+        expected, _ = launch_in_every_order("group_norm_silu", x, 8, weight.float(), bias.float(), EPS, True, dtype)
+        assert torch.equal(out, expected)
+
+
 def normalised(launch, x, groups, silu):
     """With a weight and a bias drawn for its channels."""
     vectors = (draw(x.shape[1], seed=3), draw(x.shape[1], seed=4))

@@ -31,8 +31,16 @@ HALF = torch.ones(1, 8, 4, 4, dtype=torch.half)
 WEIGHT = torch.ones(8, 8, 3, 3, dtype=torch.half)
 WIDE = torch.ones(1, 1, 20000)
 REFUSED = [
-    ("conv3x3", (HALF.float(), WEIGHT.float(), None, "none", None), "x must have dtype float16 or bfloat16 on CUDA"),
-    ("conv3x3", (HALF, WEIGHT, torch.ones(8).double(), "none", None), "bias must have the dtype of x, or float32"),
+    (
+        "conv3x3",
+        (HALF.float(), WEIGHT.float(), None, "none", None, None),
+        "x must have dtype float16 or bfloat16 on CUDA",
+    ),
+    (
+        "conv3x3",
+        (HALF, WEIGHT, torch.ones(8).double(), "none", None, None),
+        "bias must have the dtype of x, or float32",
+    ),
     ("layer_norm_modulate", (WIDE, WIDE, WIDE, 1e-6, torch.float32), "x must have at most 4096 channels, got 20000"),
     (
         "append_qkv",
@@ -49,3 +57,18 @@ def test_refused(launch_once, op, arguments, message):
     with pytest.raises(RuntimeError) as error:
         launch_once(op, *arguments)
     assert message in str(error.value)
+
+
+def test_cuda_is_asked_once_for_each_kernel_and_device(emulated):
+    """Devices differ: here in what decides between kernels, and in the shared memory that a kernel has leave for."""
+    x, weight = torch.ones(1, 32, 4, 4, dtype=torch.half), torch.ones(40, 32, 3, 3, dtype=torch.half)
+    conv3x3 = torch.ops.flexvar_emulated.conv3x3
+    asked = []
+    for warpgroups in (True, False, True):
+        with emulated.Device(emulated.Options(warpgroups=warpgroups)):
+            for _ in range(2):
+                before = emulated.questions()
+                conv3x3(x.clone(), weight.clone(), None, "none", None, None)
+                asked.append(emulated.questions() - before)
+    # The multiprocessors and the kernel that tells; with warpgroups the same kernel's leave.
+    assert asked == [3, 0, 2, 0, 3, 0]

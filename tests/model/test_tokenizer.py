@@ -139,6 +139,19 @@ def test_casts_follow_the_weights(small: MultiScaleTokenizer) -> None:
         assert not torch.equal(tokenizer.decode(codes), small.decode(codes))
 
 
+@pytest.mark.cuda
+@torch.no_grad()
+def test_packed_weights_follow_the_weights(small: MultiScaleTokenizer) -> None:
+    tokenizer = copy.deepcopy(small).to("cuda", torch.bfloat16)
+    codes = torch.randn(1, 8, 3, 2, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+    before = tokenizer.decode(codes)
+    assert torch.equal(tokenizer.decode(codes), before)
+    for parameter in tokenizer.parameters():
+        parameter.mul_(1.25)
+    assert torch.equal(tokenizer.decode(codes), copy.deepcopy(tokenizer).decode(codes))
+    assert not torch.equal(tokenizer.decode(codes), before)
+
+
 def test_bad_input(small: MultiScaleTokenizer) -> None:
     schedule = ScaleSchedule([1, 2])
     refused = [

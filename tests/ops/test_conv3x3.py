@@ -48,7 +48,7 @@ def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 def call_op(tensors: dict[str, Tensor], resize: str) -> Tensor:
     return torch.ops.flexvar.conv3x3(
-        tensors["x"], tensors["weight"], tensors.get("bias"), resize, tensors.get("residual")
+        tensors["x"], tensors["weight"], tensors.get("bias"), resize, tensors.get("residual"), None
     )
 
 
@@ -75,6 +75,23 @@ def test_as_accurate_as_torch(device, shape, resize, dtype):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_every_combination(device, left_out, resize, dtype):
     assert_accurate(without(arguments((2, 20, 18, 6, 5), resize, dtype, device), *left_out), resize)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_packed_weight_changes_no_bit(device, dtype, resize):
+    """In any batch, which other tiles suit. Where there is nothing to pack it is None."""
+    for channels, out_channels in ((64, 64), (72, 130), (3, 5)):
+        for batch in (1, 40):
+            tensors = arguments((batch, channels, out_channels, 9, 20), resize, dtype, device)
+            packed = flexvar_ext.conv3x3_pack(tensors["weight"], tensors["bias"], resize=resize, dtype=dtype)
+            runs_on_cuda = device.type == "cuda" and flexvar_ext.conv3x3_is_native(
+                tensors["x"], resize=resize, out_channels=out_channels
+            )
+            assert (packed is not None) == runs_on_cuda
+            out = flexvar_ext.conv3x3(**tensors, resize=resize, packed=packed)
+            assert torch.equal(out, flexvar_ext.conv3x3(**tensors, resize=resize))
 
 
 @needs_kernel
@@ -261,7 +278,7 @@ def test_opcheck_on_cuda(left_out, resize):
     given = without(arguments((2, 3, 4, 5, 6), resize, torch.bfloat16, "cuda"), *left_out)
     torch.library.opcheck(
         torch.ops.flexvar.conv3x3.default,
-        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual")),
+        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual"), None),
     )
 
 
@@ -396,7 +413,7 @@ def test_opcheck(left_out, resize):
     given = without(arguments((2, 3, 4, 5, 6), resize), *left_out)
     torch.library.opcheck(
         torch.ops.flexvar.conv3x3.default,
-        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual")),
+        (given["x"], given["weight"], given.get("bias"), resize, given.get("residual"), None),
     )
 
 
@@ -438,6 +455,12 @@ X, WEIGHT = torch.zeros(2, 3, 4, 6), torch.zeros(5, 3, 3, 3)
         ({"x": X[:, :, :1], "resize": "down"}, ValueError, "x must have at least 2 x 2 pixels"),
         ({"x": X[:, :, :0]}, ValueError, "x must have at least 1 x 1 pixels"),
         ({"bias": torch.zeros(5, device="meta")}, ValueError, "all tensors must be on one device"),
+        (
+            {"packed": torch.zeros(9).half()},
+            ValueError,
+            "packed must be .* torch.float32 on cpu, got torch.float16",
+        ),
+        ({"packed": [0.0]}, ValueError, "packed must be what conv3x3_pack made .* got list"),
     ],
 )
 def test_bad_input(changed, error, message):
@@ -462,4 +485,4 @@ def test_bad_input(changed, error, message):
 )
 def test_bad_arguments_do_not_reach_the_kernel(call):
     with pytest.raises(RuntimeError, match="conv3x3: "):
-        torch.ops.flexvar.conv3x3(*call)
+        torch.ops.flexvar.conv3x3(*call, None)

@@ -46,6 +46,35 @@ def test_a_forward_mode_derivative_is_refused(name: str) -> None:
         torch.func.jvp(ops[name], (x,), (x,))
 
 
+@pytest.mark.parametrize("name", [*OPS, "resample2d"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_keeps_gradients(name: str) -> None:
+    """Within it tensors do not tell that they need one, so a call must not skip autograd."""
+    ops = {**OPS, "resample2d": lambda x: flexvar_ext.resample2d(x.view(1, 8, 3, 2), (4, 4), mode="area")}
+    x = randn(2, 48)
+    (together,) = torch.autograd.grad(torch.func.vmap(ops[name])(x).square().sum(), x)
+    (apart,) = torch.autograd.grad(torch.stack([ops[name](row) for row in x]).square().sum(), x)
+    torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("name", [*OPS, "resample2d"])
+def test_what_needs_no_gradient_is_the_same(name: str) -> None:
+    ops = {**OPS, "resample2d": lambda x: flexvar_ext.resample2d(x.view(1, 8, 3, 2), (4, 4), mode="area")}
+    x = randn(48)
+    out = ops[name](x)
+    assert out.requires_grad
+    with torch.no_grad():
+        alone = ops[name](x)
+    with torch.inference_mode():
+        inferred = ops[name](x)
+    assert not alone.requires_grad
+    assert not alone.is_inference()
+    assert inferred.is_inference()
+    assert torch.equal(alone, out)
+    assert torch.equal(inferred, out)
+    assert not ops[name](x.detach()).requires_grad
+
+
 def test_a_generation_step_refuses_a_forward_mode_derivative() -> None:
     k_cache, v_cache = torch.zeros(2, 1, 4, 2, 32)
     for function, shape in (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import flexvar_ext
 from flexvar._backend import check_backend, ops
-from flexvar._kept import Casts
+from flexvar._kept import Casts, Kept
 
 
 class Conv3x3(nn.Conv2d):
@@ -22,14 +22,26 @@ class Conv3x3(nn.Conv2d):
         self.resize = resize
         self.backend = check_backend(backend)
         self._casts = Casts(backend)
+        self._packed: Kept[Tensor | None] = Kept()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self.weight, cast(Tensor, self.bias)
         is_native = flexvar_ext.conv3x3_is_native(input, resize=self.resize, out_channels=self.out_channels)
         if self.backend == "reference" or not is_native:
             weight, bias = self._casts.of("weight", weight), self._casts.of("bias", bias)
-        out: Tensor = ops(self.backend).conv3x3(input, weight, bias, resize=self.resize, residual=residual)
-        return out
+            out: Tensor = ops(self.backend).conv3x3(input, weight, bias, resize=self.resize, residual=residual)
+            return out
+        packed = self._pack(flexvar_ext.reference.result_dtype(input)) if input.is_cuda else None
+        return flexvar_ext.conv3x3(input, weight, bias, resize=self.resize, residual=residual, packed=packed)
+
+    def _pack(self, dtype: torch.dtype) -> Tensor | None:
+        """Kept, since the CUDA kernel would pack the weight anew at every call; None where gradients are recorded."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        weight, bias = self.weight, cast(Tensor, self.bias)
+        return self._packed.get(
+            dtype, [weight, bias], lambda: flexvar_ext.conv3x3_pack(weight, bias, resize=self.resize, dtype=dtype)
+        )
 
 
 class Conv1x1(nn.Conv2d):
