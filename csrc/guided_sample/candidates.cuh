@@ -59,11 +59,13 @@ __device__ inline float find_pivot(const PivotSample<T>& sample, int32_t rank) {
 }
 
 // What a lane found in its part of the row: a mark for each logit above the pivot, from the highest
-// bit on, and where these are among the warp's candidates.
+// bit on.
 struct LaneCandidates {
   uint32_t marks[2];
-  int32_t before, own;
 
+  __device__ int32_t count() const { return __popc(marks[0]) + __popc(marks[1]); }
+  // How many the lanes up to this one have. All lanes of the warp call this.
+  __device__ int32_t until() const { return warp_inclusive_sum(count()); }
   // The place in the lane's part of the row of its `which`-th candidate.
   __device__ int32_t place_of(int32_t which) const {
     const int32_t in_first = __popc(marks[0]);
@@ -102,21 +104,18 @@ __device__ inline void mark_above(const T* part, int32_t pieces, float pivot,
 // The candidates of this lane's part of the row, `pieces` pieces from `part` on.
 template <class T>
 __device__ inline LaneCandidates find_candidates(const T* part, int32_t pieces, float pivot) {
-  LaneCandidates mine{{0, 0}, 0, 0};
+  LaneCandidates mine{{0, 0}};
   if (pieces == kSamplePieces) {
     mark_above<true>(part, pieces, pivot, mine.marks);
   } else {
     mark_above<false>(part, pieces, pivot, mine.marks);
   }
-  mine.own = __popc(mine.marks[0]) + __popc(mine.marks[1]);
-  mine.before = warp_inclusive_sum(mine.own) - mine.own;
   return mine;
 }
 
 // Writes the indices of this lane's candidates to `places`, the part of the row beginning at
 // `begin`.
 __device__ inline void list_indices(const LaneCandidates& mine, int32_t begin, uint16_t* places) {
-  places += mine.before;
 #pragma unroll
   for (int word = 0; word < 2; ++word) {
     uint32_t marks = mine.marks[word];
@@ -322,6 +321,57 @@ __device__ inline void clear_bins(SampleStorage& shared) {
 // The result of draw_from_candidates besides a token or -2 (none of this thread).
 constexpr int32_t kUnsuited = -3, kUnsuitedAndReplaced = -4;
 
+// The last part of draw_from_candidates: the draw from those up to the cut. The warp has `count`;
+// every 32nd of these has its weight here.
+template <int kThreads, int kRounds, class T>
+__device__ inline int32_t draw_kept(const GuidedSampleCudaParams<T>& params,
+                                    const LaneCandidates& mine, const uint32_t (&weights)[kRounds],
+                                    int32_t count, float maximum, SampleStorage& shared) {
+  const int thread = ptx::computed_here(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int32_t list = warp * kRounds * 32;
+  const int32_t cut_end = shared.cut_end;
+  const float cut = shared.cut_logit;
+  const int64_t target = scaled_draw(shared.number, shared.kept_mass);
+  const auto is_kept = [&](float logit, int32_t i) {
+    return logit > cut || (logit == cut && list + i <= cut_end);
+  };
+  int64_t own_mass = 0;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int32_t i = r * 32 + lane;
+    if (i < count && is_kept(shared.candidates[list + i], i)) own_mass += weights[r];
+  }
+  const Tally kept = warp_sum(
+      Tally{static_cast<uint32_t>(own_mass) & 1023, static_cast<uint32_t>(own_mass >> 10)});
+  if (lane == 0) shared.tallies[warp] = kept;
+  clear_bins<kThreads>(shared);
+  ptx::cp_async_wait();
+  __syncthreads();
+  if (cut_end < 0) return kUnsuitedAndReplaced;
+  int64_t left = target - warp_sum(lane < warp ? shared.tallies[lane] : Tally{0, 0}).mass();
+  if (left < 0 || left >= kept.mass()) return -2;  // another warp's
+
+  int32_t found = 0;
+#pragma unroll 1
+  for (int32_t i = lane;; i += 32) {
+    uint32_t weight = 0;
+    if (i < count) {
+      const float logit = shared.candidates[list + i];
+      if (is_kept(logit, i)) weight = token_weight(logit, maximum);
+    }
+    const Tally until = warp_inclusive_sum(Tally{weight & 1023, weight >> 10});
+    const int reached = first_lane(until.mass() > left);
+    if (reached >= 0) {
+      found = i - lane + reached;
+      break;
+    }
+    left -= from_lane(until, 31).mass();
+  }
+  const int32_t which = found - (mine.until() - mine.count());
+  return which >= 0 && which < mine.count() ? thread * params.pieces * 4 + mine.place_of(which)
+                                            : -2;
+}
+
 // Draws the token of a resident row, if it can from candidates: returned by one thread, -2 by the
 // others. All of them return kUnsuited where it cannot, with the resident row still there.
 // Otherwise `begin_next` has run once that was no longer needed, `choose_next_pivot` beside what
@@ -339,10 +389,10 @@ __device__ inline int32_t draw_from_candidates(const GuidedSampleCudaParams<T>& 
   const int32_t pieces = params.pieces, list = warp * kPlaces, begin = thread * pieces * 4;
   const float pivot = shared.pivot;
   const LaneCandidates mine = find_candidates(resident + begin, pieces, pivot);
-  const int32_t count = __shfl_sync(0xffffffffu, mine.before + mine.own, 31);
+  const int32_t until = mine.until(), count = __shfl_sync(0xffffffffu, until, 31);
   float maximum = -INFINITY;
   // Beyond the warp's places the row is not drawn from candidates.
-  if (count <= kPlaces) list_indices(mine, begin, shared.next + list);
+  if (count <= kPlaces) list_indices(mine, begin, shared.next + list + until - mine.count());
   __syncwarp();
 #pragma unroll 4
   for (int32_t i = lane; i < (count <= kPlaces ? count : 0); i += 32) {
@@ -412,46 +462,7 @@ __device__ inline int32_t draw_from_candidates(const GuidedSampleCudaParams<T>& 
     choose_next_pivot();
   }
   __syncthreads();
-  const int32_t cut_end = shared.cut_end;
-  const float cut = shared.cut_logit;
-  const int64_t target = scaled_draw(shared.number, shared.kept_mass);
-  const auto is_kept = [&](float logit, int32_t i) {
-    return logit > cut || (logit == cut && list + i <= cut_end);
-  };
-  int64_t own_mass = 0;
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int32_t i = r * 32 + lane;
-    if (i < count && is_kept(shared.candidates[list + i], i)) own_mass += weights[r];
-  }
-  const Tally kept = warp_sum(
-      Tally{static_cast<uint32_t>(own_mass) & 1023, static_cast<uint32_t>(own_mass >> 10)});
-  if (lane == 0) shared.tallies[warp] = kept;
-  clear_bins<kThreads>(shared);
-  ptx::cp_async_wait();
-  __syncthreads();
-  if (cut_end < 0) return kUnsuitedAndReplaced;
-  int64_t left = target - warp_sum(lane < warp ? shared.tallies[lane] : Tally{0, 0}).mass();
-  if (left < 0 || left >= kept.mass()) return -2;  // another warp's
-
-  int32_t found = 0;
-#pragma unroll 1
-  for (int32_t i = lane;; i += 32) {
-    uint32_t weight = 0;
-    if (i < count) {
-      const float logit = shared.candidates[list + i];
-      if (is_kept(logit, i)) weight = token_weight(logit, maximum);
-    }
-    const Tally until = warp_inclusive_sum(Tally{weight & 1023, weight >> 10});
-    const int reached = first_lane(until.mass() > left);
-    if (reached >= 0) {
-      found = i - lane + reached;
-      break;
-    }
-    left -= from_lane(until, 31).mass();
-  }
-  const bool is_mine = found >= mine.before && found < mine.before + mine.own;
-  return is_mine ? begin + mine.place_of(found - mine.before) : -2;
+  return draw_kept<kThreads>(params, mine, weights, count, maximum, shared);
 }
 
 }  // namespace flexvar

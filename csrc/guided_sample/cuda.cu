@@ -12,37 +12,57 @@ namespace {
 
 constexpr const char* kOp = "guided_sample";
 
+// How a kernel of so many threads is launched.
+struct Plan {
+  int threads;
+  int32_t pieces;
+  int64_t shared_bytes;
+  int64_t blocks;  // that a multiprocessor holds at once: each copies a row ahead
+};
+
+template <class T>
+Plan make_plan(int64_t vocabulary, int threads, int64_t shared_memory) {
+  Plan plan{threads, guided_sample_pieces(vocabulary, threads), 0, 0};
+  plan.shared_bytes = guided_sample_shared_bytes<T>(plan.pieces, threads);
+  if (plan.shared_bytes > shared_memory) {
+    plan.pieces = 0;
+    plan.shared_bytes = guided_sample_shared_bytes<T>(0, threads);
+  }
+  // The system has 1 KB of shared memory for itself and 1 KB for every block.
+  plan.blocks =
+      std::clamp<int64_t>((shared_memory + 1024) / (plan.shared_bytes + 1024), 1, 1024 / threads);
+  return plan;
+}
+
 template <class T, int kThreads>
-void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, int64_t multiprocessors,
+void launch(const Plan& plan, GuidedSampleCudaParams<T> params, int64_t multiprocessors,
             cudaStream_t stream) {
   const bool cuts = params.top_k > 0 || (params.top_p > 0 && params.top_p < 1);
   const auto kernel =
       cuts ? guided_sample_kernel<T, kThreads, true> : guided_sample_kernel<T, kThreads, false>;
-  const int64_t shared_memory =
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp);
-  params.pieces = guided_sample_pieces(params.vocabulary, kThreads);
-  if (guided_sample_shared_bytes<T>(params.pieces, kThreads) > shared_memory) params.pieces = 0;
-  if (params.pieces == 0) params.pivot_rank = 0;
-  const int64_t bytes = guided_sample_shared_bytes<T>(params.pieces, kThreads);
-  // As many blocks as a multiprocessor takes at once: each loads a row ahead. The system has 1 KB
-  // of shared memory for itself and for every block.
-  const int64_t resident =
-      std::clamp<int64_t>((shared_memory + 1024) / (bytes + 1024), 1, 1024 / kThreads);
-  const int64_t blocks = std::min<int64_t>(params.rows, multiprocessors * resident);
-  allow_shared_memory(kernel, bytes, kOp);
+  params.pieces = plan.pieces;
+  if (plan.pieces == 0) params.pivot_rank = 0;
+  const int64_t blocks = std::min<int64_t>(params.rows, multiprocessors * plan.blocks);
+  allow_shared_memory(kernel, plan.shared_bytes, kOp);
   launch_kernel(kOp, stream, kernel, static_cast<unsigned>(blocks), kThreads,
-                static_cast<size_t>(bytes), params);
+                static_cast<size_t>(plan.shared_bytes), params);
 }
 
 template <class T>
 void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, logits, kOp);
-  // Few threads where rows fill the device: they wait less for each other.
-  if (params.rows > 2 * multiprocessors && guided_sample_pieces(params.vocabulary, 256) > 0) {
-    launch<T, 256>(logits, params, multiprocessors, stream);
+  const int64_t shared_memory =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits, kOp);
+  const Plan few = make_plan<T>(params.vocabulary, 256, shared_memory);
+  const Plan many = make_plan<T>(params.vocabulary, 512, shared_memory);
+  // Few threads where rows fill the device and as many threads fit, in more blocks: they wait less
+  // for each other.
+  const bool fits = few.pieces > 0 && few.blocks * few.threads >= many.blocks * many.threads;
+  if (params.rows > 2 * multiprocessors && fits) {
+    launch<T, 256>(few, params, multiprocessors, stream);
   } else {
-    launch<T, 512>(logits, params, multiprocessors, stream);
+    launch<T, 512>(many, params, multiprocessors, stream);
   }
 }
 

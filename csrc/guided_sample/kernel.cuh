@@ -17,9 +17,20 @@ int64_t guided_sample_shared_bytes(int32_t pieces, int threads) {
   return static_cast<int64_t>(sizeof(SampleStorage) + sizeof(T) * 4 * pieces * threads);
 }
 
+// Blocks of 256 threads that a multiprocessor shall hold: shared memory of 64 or 100 KB has room
+// for one or two, and these may use more registers.
+constexpr int small_blocks() {
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+  return 2;
+#else
+  return 4;
+#endif
+}
+
 // kCuts: whether top-k or top-p cut tokens off.
 template <class T, int kThreads, bool kCuts>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : 2)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
   constexpr int kWarps = kThreads / 32;
   auto& shared = *dynamic_shared<SampleStorage>();
