@@ -447,6 +447,22 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #endif
 }
 
+// --- Registers ---------------------------------------------------------------------------------
+
+// x, as if it were not known before: what follows from it is computed here and not kept in
+// registers from before a loop.
+__device__ __forceinline__ int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// --- Floats ------------------------------------------------------------------------------------
+
+// The bits of a - b, rounded to nearest. The sign bit says whether a < b: a NaN has none.
+__device__ __forceinline__ uint32_t difference_bits(float a, float b) {
+  return __float_as_uint(__fsub_rn(a, b));  // every NaN is 0x7fffffff
+}
+
 // --- Approximations ----------------------------------------------------------------------------
 
 // 2^x to 2 ulp; -inf gives 0.

@@ -37,27 +37,35 @@ FLEXVAR_HOST_DEVICE float fused_multiply_add(float a, float b, float c) {
 #endif
 }
 
+// The upper `count` (0 to 31) bits of x, as a number.
+FLEXVAR_HOST_DEVICE uint32_t upper_bits(uint32_t x, uint32_t count) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_l(x, 0, count);
+#else
+  return x >> 1 >> (31u - count);
+#endif
+}
+
 // floor(2^30 * 2^t) with t = log2(e) * (logit - maximum) rounded to multiples of 2^-18, and 2^t to
-// within 3e-6 of itself: 2^30 at most, and 0 below 2^-30 of the most likely token's. maximum
-// is finite. A sum over 2^33 tokens fits into 63 bits.
+// within 3e-6 of itself: 2^30 at most, and 0 below 2^-30 of the most likely token's, or of NaN.
+// maximum is finite. A sum over 2^33 tokens fits into 63 bits.
 FLEXVAR_HOST_DEVICE uint32_t token_weight(float logit, float maximum) {
   const float kLog2E = 0x1.715476p0f;
-  // t + 64 is at most 64; in [32, 64) the spacing of floats is the 2^-18 we want, and the bits
-  // above 32's count t + 32 in that unit. What is below -31 weighs nothing.
-  float shifted = fused_multiply_add(logit - maximum, kLog2E, 64.0f);
-  shifted = shifted > 33.0f ? shifted : 33.0f;
-  const uint32_t t = __builtin_bit_cast(uint32_t, shifted) - 0x42000000u;
-  const uint32_t whole = t >> 18, fraction = t & 0x3ffffu;
+  // t + 63 is at most 63; in [32, 64) the spacing of floats is the 2^-18 we want, and the bits
+  // below 32's leading one count t + 31 in that unit. What is below -31 weighs nothing.
+  float shifted = fused_multiply_add(logit - maximum, kLog2E, 63.0f);
+  shifted = shifted > 32.0f ? shifted : 32.0f;
+  const uint32_t t = __builtin_bit_cast(uint32_t, shifted);
   // 2^(g - 1) for g in [1, 2): from 1 to less than 2 for every one of the 2^18 fractions, so that
   // its mantissa, with the leading 1, is the result in units of 2^-23.
-  const float g = __builtin_bit_cast(float, 0x3f800000u | fraction << 5);
+  const float g = __builtin_bit_cast(float, 0x3f800000u | (t << 5 & 0x7fffe0u));
   float power = 0x1.b7f730p-7f;
   power = fused_multiply_add(power, g, -0x1.7fd96ap-10f);
   power = fused_multiply_add(power, g, 0x1.5226b4p-3f);
   power = fused_multiply_add(power, g, 0x1.41077ep-2f);
   power = fused_multiply_add(power, g, 0x1.04d2a4p-1f);
-  const uint32_t significand = (__builtin_bit_cast(uint32_t, power) & 0x7fffffu) | 0x800000u;
-  return (significand << 7) >> (32u - whole);
+  // The last bit of the exponent of [1, 2) is set, so it serves as the leading 1.
+  return upper_bits(__builtin_bit_cast(uint32_t, power) << 8, t >> 18 & 31);
 }
 
 // Tokens are ordered by key (descending), then index. Kept are those with less than `limit` mass

@@ -1,4 +1,5 @@
-// A row that is read from memory again and again: its thresholds are found by bisection.
+// A row that is read again and again, from shared or global memory: its thresholds are found by
+// bisection.
 #pragma once
 
 #include "guided_sample/row.cuh"
@@ -97,12 +98,12 @@ __device__ inline Reached find_reached(const RowLogits<T>& row, float floor, flo
   return {logit_of_key(low), above};
 }
 
-// Draws the row's token: left with one thread; the others' stays as it is. `maximum`: the largest
-// logit, finite.
+// Draws the row's token with shared.number: returned by one thread, -2 by the others. `maximum`:
+// the largest logit, finite.
 template <int kThreads, class T>
-__device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params,
-                                     const RowLogits<T>& row, float maximum, int32_t& token,
-                                     SampleStorage& shared) {
+__device__ inline int32_t draw_between_thresholds(const GuidedSampleCudaParams<T>& params,
+                                                  const RowLogits<T>& row, float maximum,
+                                                  SampleStorage& shared) {
   constexpr int kWarps = kThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto weight = [&](float logit) { return int64_t{token_weight(logit, maximum)}; };
@@ -153,7 +154,7 @@ __device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params,
     }
   }
   __syncthreads();
-  if (warp != shared.warp) return;
+  if (warp != shared.warp) return -2;
   int64_t left = shared.target;
   int32_t left_ties = shared.ties;
 #pragma unroll 1
@@ -165,12 +166,30 @@ __device__ inline void draw_from_row(const GuidedSampleCudaParams<T>& params,
     left_ties -= __popc(equal);
     const int64_t until = warp_inclusive_sum(kept ? weight(logit) : 0);
     const int found = first_lane(until > left);
-    if (found >= 0) {
-      if (lane == found) token = start + lane;
-      return;
-    }
+    if (found >= 0) return lane == found ? start + lane : -2;
     left -= __shfl_sync(0xffffffffu, until, 31);
   }
+  return -2;
+}
+
+// The same from the row's logits, wherever they lie; -1 if none of them is above -inf. All threads
+// have read the logits when the block passes its next barrier.
+template <int kThreads, class T>
+__device__ inline int32_t draw_by_bisection(const GuidedSampleCudaParams<T>& params,
+                                            uint32_t row_index, const T* logits,
+                                            SampleStorage& shared) {
+  if (threadIdx.x == 0) shared.number = row_number(params, ptx::computed_here(row_index));
+  const int32_t n = params.vocabulary;
+  const int32_t each = (n + kThreads - 1) / kThreads * 32;
+  const int32_t begin = min(n, each * static_cast<int32_t>(threadIdx.x / 32));
+  RowLogits<T> row{logits, n, begin, min(n, begin + each), false};
+  float maximum = -INFINITY;
+  row.for_each([&](float logit) { maximum = fmaxf(maximum, logit); });
+  maximum = block_largest<kThreads / 32>(maximum, shared);
+  if (maximum == -INFINITY) return threadIdx.x == 0 ? -1 : -2;
+  row.infinite = maximum == INFINITY;
+  if (row.infinite) maximum = 0;  // see key_beside_infinity
+  return draw_between_thresholds<kThreads>(params, row, maximum, shared);
 }
 
 }  // namespace flexvar

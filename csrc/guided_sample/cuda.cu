@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "common/cuda_launch.h"
 #include "common/tensor_checks.h"
 #include "common/tensor_memory.h"
@@ -11,17 +13,56 @@ namespace {
 
 constexpr const char* kOp = "guided_sample";
 
+// How a kernel of so many threads is launched.
+struct Plan {
+  int threads;
+  int32_t pieces;
+  int64_t shared_bytes;
+  int64_t blocks;  // that a multiprocessor holds at once: each copies a row ahead
+};
+
 template <class T>
-void launch(const Tensor& logits, int64_t rows, GuidedSampleCudaParams<T> params,
+Plan make_plan(int64_t vocabulary, int threads, int64_t shared_memory) {
+  Plan plan{threads, guided_sample_pieces(vocabulary, threads), 0, 0};
+  plan.shared_bytes = guided_sample_shared_bytes<T>(plan.pieces, threads);
+  if (plan.shared_bytes > shared_memory) {
+    plan.pieces = 0;
+    plan.shared_bytes = guided_sample_shared_bytes<T>(0, threads);
+  }
+  // The system has 1 KB of shared memory for itself and 1 KB for every block.
+  plan.blocks =
+      std::clamp<int64_t>((shared_memory + 1024) / (plan.shared_bytes + 1024), 1, 1024 / threads);
+  return plan;
+}
+
+template <class T, int kThreads>
+void launch(const Plan& plan, GuidedSampleCudaParams<T> params, int64_t multiprocessors,
             cudaStream_t stream) {
+  const bool cuts = params.top_k > 0 || (params.top_p > 0 && params.top_p < 1);
+  const auto kernel =
+      cuts ? guided_sample_kernel<T, kThreads, true> : guided_sample_kernel<T, kThreads, false>;
+  params.pieces = plan.pieces;
+  if (plan.pieces == 0) params.pivot_rank = 0;
+  const int64_t blocks = std::min<int64_t>(params.rows, multiprocessors * plan.blocks);
+  allow_shared_memory(kernel, plan.shared_bytes, kOp);
+  launch_kernel(kOp, stream, kernel, static_cast<unsigned>(blocks), kThreads,
+                static_cast<size_t>(plan.shared_bytes), params);
+}
+
+template <class T>
+void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
-  const unsigned blocks = grid_size(rows, kOp);
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, kOp);
-  // Few threads where rows fill the device: they wait less for each other.
-  if (rows > 2 * multiprocessors && params.vocabulary <= 256 * 4 * kSamplePieces) {
-    launch_kernel(kOp, stream, guided_sample_kernel<T, 256>, blocks, 256, 0, params);
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, kOp);
+  const int64_t shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp);
+  const Plan few = make_plan<T>(params.vocabulary, 256, shared_memory);
+  const Plan many = make_plan<T>(params.vocabulary, 512, shared_memory);
+  // Few threads where rows fill the device and as many threads fit, in more blocks: they wait less
+  // for each other.
+  const bool fits = few.pieces > 0 && few.blocks * few.threads >= many.blocks * many.threads;
+  if (params.rows > 2 * multiprocessors && fits) {
+    launch<T, 256>(few, params, multiprocessors, stream);
   } else {
-    launch_kernel(kOp, stream, guided_sample_kernel<T, 512>, blocks, 512, 0, params);
+    launch<T, 512>(many, params, multiprocessors, stream);
   }
 }
 
@@ -37,12 +78,12 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
   const Tensor seed = as_contiguous(seeds), id = as_contiguous(image_ids);
   const auto kept = static_cast<int32_t>(top_k < vocabulary ? top_k : 0);
   const auto run = [&]<class T>(T) {
-    launch<T>(
-        x, rows,
-        {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
-         tokens.mutable_data_ptr<int64_t>(), step, top_p, static_cast<uint32_t>(length),
-         static_cast<int32_t>(vocabulary), kept, guided_sample_pivot_rank(vocabulary, kept, top_p)},
-        scope.stream());
+    launch<T>(x,
+              {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
+               tokens.mutable_data_ptr<int64_t>(), step, top_p, grid_size(rows, kOp),
+               static_cast<uint32_t>(length), static_cast<int32_t>(vocabulary), kept,
+               guided_sample_pivot_rank(vocabulary, kept, top_p), 0},
+              scope.stream());
   };
   if (x.scalar_type() == ScalarType::Half) {
     run(__half{});

@@ -1,40 +1,93 @@
-// guided_sample on CUDA: one block samples one row. It reads it from memory once, into registers,
-// and draws from the candidates that reach a pivot. Rows that this does not suit (longer than the
-// registers hold, nothing to cut, too many candidates or a crowded bin) are bisected in memory.
+// guided_sample on CUDA: a block samples rows one after the other. It copies each into shared
+// memory, the next one while it still draws from what it has kept of the one before, and draws from
+// all tokens or from the candidates above a pivot. Rows that neither suits (many tokens to
+// keep, infinities, a sample that misleads) are bisected, and so are those that are too long for
+// shared memory.
 #pragma once
 
+#include "guided_sample/all_tokens.cuh"
 #include "guided_sample/bisection.cuh"
 #include "guided_sample/candidates.cuh"
 
 namespace flexvar {
 
-template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+// Bytes of dynamic shared memory.
+template <class T>
+int64_t guided_sample_shared_bytes(int32_t pieces, int threads) {
+  return static_cast<int64_t>(sizeof(SampleStorage) + sizeof(T) * 4 * pieces * threads);
+}
+
+// Blocks of 256 threads that a multiprocessor shall hold: shared memory of 64 or 100 KB has room
+// for one or two, and these may use more registers.
+constexpr int small_blocks() {
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+  return 2;
+#else
+  return 4;
+#endif
+}
+
+// kCuts: whether top-k or top-p cut tokens off.
+template <class T, int kThreads, bool kCuts>
+__global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : 2)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
   constexpr int kWarps = kThreads / 32;
-  auto& shared = shared_storage<SampleStorage>();
+  auto& shared = *dynamic_shared<SampleStorage>();
+  T* const resident = reinterpret_cast<T*>(&shared + 1);
   const int32_t n = params.vocabulary;
-  const uint32_t row = blockIdx.x;
-  float maximum = -INFINITY;
-  int32_t token = -2;  // none of this thread
-  if (params.pivot_rank == 0 || n > kThreads * 4 * kSamplePieces ||
-      !draw_from_candidates<kThreads>(params, row, maximum, token, shared)) {
-    __syncthreads();
-    if (threadIdx.x == 0) shared.number = row_number(params, row);
-    const int32_t each = (n + kThreads - 1) / kThreads * 32;
-    const int32_t begin = min(n, each * static_cast<int32_t>(threadIdx.x / 32));
-    RowLogits<T> logits{params.logits + int64_t{row} * n, n, begin, min(n, begin + each), false};
-    logits.for_each([&](float logit) { maximum = fmaxf(maximum, logit); });
-    maximum = block_largest<kWarps>(maximum, shared);
-    if (maximum > -INFINITY) {
-      logits.infinite = maximum == INFINITY;
-      if (logits.infinite) maximum = 0;  // see key_beside_infinity
-      draw_from_row<kThreads>(params, logits, maximum, token, shared);
-    } else if (threadIdx.x == 0) {
-      token = -1;
-    }
+  // What one warp does alone falls to different ones at different times, because a warp's place in
+  // its block decides which scheduler it has. A row's pivot is never left to the warp that cuts.
+  const auto cutting_warp = [](uint32_t row) { return static_cast<int>(row * 0x9e3779b9u >> 30); };
+  const auto is_in_pivot_warp = [&](uint32_t row) {
+    return ptx::computed_here(threadIdx.x) / 32 == kWarps / 2 + cutting_warp(row);
+  };
+  const auto logits_of = [&](uint32_t row) { return params.logits + int64_t{row} * n; };
+
+  const auto begin_row = [&](uint32_t row) {
+    if (row < params.rows && params.pieces > 0) copy_row<kThreads>(resident, logits_of(row), n);
+  };
+  const auto choose_pivot = [&](uint32_t row) {
+    if (!kCuts || params.pivot_rank == 0 || row >= params.rows || !is_in_pivot_warp(row)) return;
+    const float pivot = find_pivot(load_pivot_sample(logits_of(row), n), params.pivot_rank);
+    if (threadIdx.x % 32 == 0) shared.pivot = pivot;
+  };
+
+  clear_bins<kThreads>(shared);
+  const int32_t resident_size = params.pieces * 4 * kThreads;
+  for (auto i = n + static_cast<int32_t>(threadIdx.x); i < resident_size; i += kThreads) {
+    resident[i] = from_float<T>(-INFINITY);
   }
-  if (token >= -1) params.tokens[row] = token;
+  bool is_there = false;
+#pragma unroll 1
+  for (uint32_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+    if (!is_there) {
+      begin_row(row);
+      choose_pivot(row);
+      ptx::cp_async_wait();
+      __syncthreads();
+    }
+    const auto begin_next = [&] { begin_row(row + gridDim.x); };
+    int32_t token = kUnsuited;
+    if constexpr (!kCuts) {
+      if (params.pieces > 0) {
+        token = draw_from_all<kThreads>(params, row, resident, begin_next, shared);
+      }
+    } else if (params.pivot_rank > 0) {
+      token = draw_from_candidates<kThreads>(
+          params, row, resident, cutting_warp(row), begin_next,
+          [&] { choose_pivot(row + gridDim.x); }, shared);
+    }
+    is_there = token != kUnsuited;
+    if (token <= kUnsuited) {
+      const bool is_resident = params.pieces > 0 && !is_there;
+      __syncthreads();
+      token = draw_by_bisection<kThreads>(
+          params, row, is_resident ? static_cast<const T*>(resident) : logits_of(row), shared);
+      __syncthreads();
+    }
+    if (token >= -1) params.tokens[row] = token;
+  }
 }
 
 }  // namespace flexvar

@@ -1,4 +1,4 @@
-// What both ways of sampling a row on CUDA share: arguments, a block's memory, sums over a warp.
+// What all ways of sampling a row on CUDA share: arguments, a block's memory, sums over a warp.
 #pragma once
 
 #include <cmath>
@@ -9,10 +9,11 @@
 namespace flexvar {
 
 constexpr int kSampleMostWarps = 16;
-constexpr int kSamplePieces = 9;   // of four logits: what a thread can hold of a row
+constexpr int kSamplePieces = 9;   // of four logits: the most of a row that falls to a thread
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
-constexpr int kPivotSlack = 5;     // how many more of these may reach it
+constexpr int kPivotSlack = 5;     // how many more of these may be above it
 constexpr int kMaxCandidates = 1792;
+constexpr int kCandidatePlaces = 2048;  // shared out among the warps evenly
 constexpr int kSampleBins = 512, kBinsPerLane = kSampleBins / 32;
 // Tokens that are further below the largest logit weigh nothing.
 constexpr float kSampleReach = 22;
@@ -25,15 +26,24 @@ struct GuidedSampleCudaParams {
   int64_t* tokens;           // [B * l]
   int64_t step;
   double top_p;        // 0: off
+  uint32_t rows;       // B * l
   uint32_t length;     // l
   int32_t vocabulary;  // V
   int32_t top_k;       // 0 (off) to V - 1
   int32_t pivot_rank;  // see guided_sample_pivot_rank
+  int32_t pieces;      // of four logits for each thread, odd; 0: the row stays in global memory
 };
 
-// The pivot's place in the sample of a row, from the largest: such that at least top_k logits reach
-// it, but for one row in a hundred. 0: no pivot, because all logits matter or candidates would be
-// too many.
+// The pieces of a row that fall to each of a block's threads. Odd, so that threads that read their
+// pieces side by side find them in different banks of shared memory. 0: the row is too long.
+inline int32_t guided_sample_pieces(int64_t vocabulary, int threads) {
+  const int64_t pieces = (vocabulary + 4 * threads - 1) / (4 * threads) | 1;
+  return pieces <= kSamplePieces ? static_cast<int32_t>(pieces) : 0;
+}
+
+// The pivot's place in the sample of a row, from the largest: such that at least top_k logits are
+// above it, but for one row in a hundred. 0: no pivot, because all logits matter or candidates
+// would be too many.
 inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p) {
   const bool nucleus = top_p > 0 && top_p < 1;
   if ((top_k == 0 && !nucleus) || vocabulary < 2 * kPivotSample) return 0;
@@ -80,22 +90,19 @@ struct Measure {
   float least, greatest;
 };
 
-struct SampleStorage {
-  // A lane's bins are apart from the next one's: four words behind them keep both in other banks.
-  alignas(16) uint32_t bins_count_and_low[32][kBinsPerLane + 4];
-  alignas(16) uint32_t bins_high[32][kBinsPerLane + 4];
-  int32_t heads[kSampleBins];                    // of lists of the candidates in a bin; -1: none
-  int16_t next[kMaxCandidates];                  // the next in the same list
-  alignas(16) float candidates[kMaxCandidates];  // in order of indices
-  uint32_t weights[kMaxCandidates];
-  int32_t before[kSampleMostWarps * kSamplePieces];  // candidates in front of 128 logits
+struct alignas(16) SampleStorage {
+  // A lane's bins are apart from the next one's: two behind them keep both in other banks.
+  alignas(16) Tally bins[32][kBinsPerLane + 2];
+  alignas(16) int32_t heads[kSampleBins];  // of lists of the candidates in a bin; -1: none
+  float candidates[kCandidatePlaces];  // in order of indices, every warp's from a place of its own
+  uint16_t next[kCandidatePlaces];     // the next in the same list; until then a candidate's index
   int32_t counts[kSampleMostWarps];
   float largest[kSampleMostWarps];
   Tally tallies[kSampleMostWarps];
   Measure measures[kSampleMostWarps];
   int64_t sums[kSampleMostWarps];
   uint64_t number;  // random
-  int64_t target;
+  int64_t target, kept_mass;
   float pivot, cut_logit;
   int32_t cut_end, ties, warp;
 };

@@ -41,37 +41,85 @@ def test_rows_at_any_address(launch_in_every_order, dtype, misalignment):
     check(launch_in_every_order, random_logits(1037, dtype), 100, 0.9, misalignment=misalignment)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 100], ids=["many-rows", "few-rows"])
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("top_k", [1, 30, 900])
+@pytest.mark.parametrize("top_k", [0, 1, 30, 900])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_candidates_of_a_large_vocabulary(launch_once, dtype, top_k, top_p):
-    logits = 3 * torch.randn(2, 8, 8912, generator=torch.Generator().manual_seed(top_k))
-    check(launch_once, logits.to(dtype), top_k, top_p)
+def test_candidates_of_a_large_vocabulary(launch_once, dtype, top_k, top_p, multiprocessors):
+    logits = 3 * torch.randn(2, 4, 8912, generator=torch.Generator().manual_seed(top_k))
+    check(launch_once, logits.to(dtype), top_k, top_p, multiprocessors=multiprocessors)
 
 
 def misleading_rows():
     """Rows of which the sample of every 17th logit tells nothing, and rows with crowds at the threshold."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 6, 8912, generator=generator)
+    noise = torch.randn(2, 9, 8912, generator=generator)
     sampled = torch.zeros(8912, dtype=torch.bool)
     sampled[torch.arange(512) * 8912 // 512] = True
-    noise[:, 0] = torch.where(sampled, noise[:, 0] + 10, noise[:, 0])  # too few reach the pivot
+    noise[:, 0] = torch.where(sampled, noise[:, 0] + 10, noise[:, 0])  # too few are above the pivot
     noise[:, 1] = torch.where(sampled, noise[:, 1] - 10, noise[:, 1])  # too many
     noise[:, 2] = noise[:, 2].round()  # hundreds of ties
     noise[:, 3] = 5 + 1e-6 * noise[:, 3]  # a few neighbouring floats
     noise[:, 4] = torch.where(noise[:, 4] > 2.5, noise[:, 4], -torch.inf)  # fewer than top_k are finite
     noise[:, 5, 7::1000] = torch.inf
+    noise[:, 6] = (8 * noise[:, 6]).round() / 8  # bins of more than 32 candidates: one value many times
+    noise[:, 7, 5000] = 1000  # all other candidates in few bins
+    noise[:, 8] = noise[:, 8].sort(descending=True).values  # one warp has all candidates
     return noise
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (200, 0.3), (0, 0.8)])
-def test_misleading_rows(launch_once, top_k, top_p):
-    check(launch_once, misleading_rows(), top_k, top_p)
+@pytest.mark.parametrize("multiprocessors", [1, 100], ids=["many-rows", "few-rows"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (200, 0.3), (0, 0.8), (0, 0.0), (5000, 0.9)])
+def test_misleading_rows(launch_once, top_k, top_p, multiprocessors):
+    check(launch_once, misleading_rows(), top_k, top_p, multiprocessors=multiprocessors)
 
 
-def test_candidates_in_every_order(launch_in_every_order):
-    logits = torch.cat([misleading_rows()[:, :3, :1500], 2 * torch.randn(2, 1, 1500)], 1).contiguous()
-    check(launch_in_every_order, logits, 100, 0.9)
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("values", [2, 9, 40])
+def test_crowded_bins(launch_once, values, top_p):
+    """Candidates of a few values each, which one logit far above them puts into one bin: ties at every threshold."""
+    generator = torch.Generator().manual_seed(values)
+    logits = -100 * torch.ones(2, 3, 1500)
+    logits[..., ::15] = torch.randint(0, values, (2, 3, 100), generator=generator) / 64
+    logits[..., 0] = 10
+    for top_k in 20, 60, 90:
+        check(launch_once, logits, top_k, top_p)
+        check(launch_once, logits - 8 * (logits == 10), top_k, top_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [9215, 9216, 9217, 18432, 18433])
+def test_rows_as_long_as_shared_memory_holds(launch_once, vocabulary, dtype):
+    """A block of 256 threads holds 9,216 logits, one of 512 threads 18,432."""
+    logits = random_logits(vocabulary, dtype)
+    for top_k, top_p in [(300, 0.9), (0, 0.0)]:
+        check(launch_once, logits, top_k, top_p, multiprocessors=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("top_k", "top_p"), [(300, 0.9), (0, 0.0)])
+def test_devices_of_little_shared_memory(launch_once, top_k, top_p, dtype):
+    check(launch_once, random_logits(8912, dtype), top_k, top_p, shared_memory=1 << 15)
+
+
+@pytest.mark.parametrize("misalignment", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_alone(launch_in_every_order, dtype, misalignment):
+    """Neither top-k nor top-p; several rows for a block, with NaN and infinities in some."""
+    logits = random_logits(1037, dtype)
+    logits[0, 2, 5::100] = torch.inf
+    logits[1, 2] = -torch.inf
+    check(launch_in_every_order, logits, 0, 0.0, misalignment=misalignment, multiprocessors=1)
+
+
+@pytest.mark.parametrize("misalignment", [0, 1])
+def test_candidates_in_every_order(launch_in_every_order, misalignment):
+    """Three rows to a block, some of which are bisected before and some after the next one is on its way."""
+    logits = 2 * torch.randn(2, 6, 1500, generator=torch.Generator().manual_seed(0))
+    logits[:, 1, 7] = torch.inf
+    logits[:, 3, 7] = 1000  # all other candidates in few bins
+    logits[:, 4] = (8 * logits[:, 4]).round() / 8
+    check(launch_in_every_order, logits, 100, 0.9, misalignment=misalignment, multiprocessors=1)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +134,7 @@ def test_degenerate_rows(launch_in_every_order, row):
         assert torch.equal(tokens, expected)
 
 
-def test_rows_longer_than_registers_hold(launch_once):
+def test_rows_longer_than_shared_memory_holds(launch_once):
     logits = random_logits(20000, torch.float16)
     check(launch_once, logits, 900, 0.9)
 
