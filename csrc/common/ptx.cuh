@@ -426,11 +426,6 @@ __device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
 #endif
 }
 
-// --- Integers ----------------------------------------------------------------------------------
-
-// One instruction on sm_90 and sm_100, two elsewhere.
-__device__ __forceinline__ int max_of_three(int a, int b, int c) { return __vimax3_s32(a, b, c); }
-
 // --- Kernels that overlap (launch_overlapping) -------------------------------------------------
 
 // Waits until the kernel before has ended and what it wrote is visible: every thread calls this

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/cuda_launch.h"
+#include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "common/tensor_memory.h"
 #include "guided_sample/kernel.cuh"
@@ -43,7 +44,12 @@ void launch(const Plan& plan, GuidedSampleCudaParams<T> params, int64_t multipro
       cuts ? guided_sample_kernel<T, kThreads, true> : guided_sample_kernel<T, kThreads, false>;
   params.pieces = plan.pieces;
   if (plan.pieces == 0) params.pivot_rank = 0;
-  const int64_t blocks = std::min<int64_t>(params.rows, multiprocessors * plan.blocks);
+  // Blocks have few rows each: what one of them takes longer for, bisected rows, others make up
+  // for.
+  constexpr int64_t kRowsPerBlock = 4;
+  const int64_t blocks = std::min<int64_t>(
+      params.rows,
+      std::max(multiprocessors * plan.blocks, divide_up(int64_t{params.rows}, kRowsPerBlock)));
   allow_shared_memory(kernel, plan.shared_bytes, kOp);
   launch_kernel(kOp, stream, kernel, static_cast<unsigned>(blocks), kThreads,
                 static_cast<size_t>(plan.shared_bytes), params);

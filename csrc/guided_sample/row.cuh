@@ -42,7 +42,7 @@ inline int32_t guided_sample_pieces(int64_t vocabulary, int threads) {
 }
 
 // The pivot's place in the sample of a row, from the largest: such that at least top_k logits are
-// above it, but for one row in a hundred. 0: no pivot, because all logits matter or candidates
+// above it, but for one row in a thousand. 0: no pivot, because all logits matter or candidates
 // would be too many.
 inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p) {
   const bool nucleus = top_p > 0 && top_p < 1;
@@ -53,7 +53,7 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, doubl
   }
   const double share = static_cast<double>(top_k) / size;
   const double deviation = std::sqrt(kPivotSample * share * (1 - share));
-  const double rank = kPivotSample * share + 2.5 * deviation + 2;
+  const double rank = kPivotSample * share + 3 * deviation + 2;
   const double most = (rank + kPivotSlack + 2.5 * deviation) / kPivotSample * size;
   return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
 }

@@ -285,6 +285,40 @@ __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
   }
 }
 
+// tile_accumulate, and then tile_scores of the next columns in the place of the weights: products
+// of a warpgroup follow each other without a wait in between.
+template <class T, int kTiles, int kDimTiles, int kRows, int kColumns, int kDim>
+__device__ __forceinline__ void tile_accumulate_and_score(
+    float (&sums)[kDimTiles][4], float (&weights)[kTiles][4],
+    const HalfTile<T, kColumns, kDim>& columns, const HalfTile<T, kRows, kDim>& rows,
+    const HalfTile<T, kColumns, kDim>& next_columns, int warp_row) {
+  if constexpr (kColumns == 64 && kDim == 64) {
+    if (ptx::has_warpgroup_products()) {
+      uint32_t left[4][4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) pack_left<T>(left[n], weights, n);
+      ptx::hold_registers(sums);
+      ptx::hold_registers(left);
+      ptx::warpgroup_begin();
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
+      }
+      ptx::warpgroup_multiply<T, false>(weights, rows.rows[0], next_columns.rows[0], 0);
+#pragma unroll
+      for (int d = 16; d < 64; d += 16) {
+        ptx::warpgroup_multiply<T, true>(weights, rows.rows[0], next_columns.rows[0], d);
+      }
+      ptx::warpgroup_end();
+      ptx::hold_registers(sums);
+      ptx::hold_registers(weights);
+      return;
+    }
+  }
+  tile_accumulate(sums, weights, columns);
+  tile_scores(weights, rows, next_columns, warp_row);
+}
+
 // Rows `row` + g and `row` + g + 8 of a tile times this have length 1. The squares are the diagonal
 // of the rows' products with themselves.
 template <class T, int kRows, int kDim>
@@ -430,12 +464,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   const int64_t head = head_of_block(list);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
-  RowCopies<T, kDim> keys(
-      head_of<T>(params.k, head, params.heads) + key_range.begin * params.k.token_stride,
-      params.k.token_stride);
-  RowCopies<T, kDim> values(
-      head_of<T>(params.v, head, params.heads) + key_range.begin * params.v.token_stride,
-      params.v.token_stride);
   const bool normalized = params.q_scale != nullptr;
   const float scale = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
                       q_scale_of<float>(params.q_scale, head, params.heads);
@@ -443,37 +471,40 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
 
   copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
                   tile.query_begin, tile.query_end);
+  RowCopies<T, kDim> keys(
+      head_of<T>(params.k, head, params.heads) + key_range.begin * params.k.token_stride,
+      params.k.token_stride);
   int rest = key_range.end - key_range.begin;  // keys from the tile at hand on
   keys.start(shared.keys[0], rest);
-  values.start(shared.values[0], rest);
-
-  float* q_inverse_lengths = head_part<float>(params.q_inverse_lengths, head, params.query_count);
-  float* k_inverse_lengths = head_part<float>(params.k_inverse_lengths, head, params.query_count);
   const SoftmaxStart<float> softmax = start_softmax<T>(params, head);
+  wait_for_tile();
+  RowCopies<T, kDim> values(
+      head_of<T>(params.v, head, params.heads) + key_range.begin * params.v.token_stride,
+      params.v.token_stride);
+  values.start(shared.values[0], rest);
+  if (rest > kColumns) keys.start(shared.keys[1], rest - kColumns);
+  float weights[kTiles][4];
+  tile_scores(weights, shared.queries, shared.keys[0], warp_row);
+  if (normalized) {
+    float inverse[2];
+    inverse_row_lengths(inverse, shared.queries, warp_row);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      factor[half] *= inverse[half];
+      const int row = tile.query_begin + warp_row + g + 8 * half;
+      if (t == 0 && row < tile.query_end) {
+        head_part<float>(params.q_inverse_lengths, head, params.query_count)[row] = inverse[half];
+      }
+    }
+  }
   float maximum[2] = {softmax.maximum, softmax.maximum};  // of scores in base 2
   float sum[2] = {0, 0};                                  // this lane's part
   float out[kDim / 8][4] = {};
   int stage = 0;
-  for (; rest > 0; rest -= kColumns, stage ^= 1) {
-    wait_for_tile();
-    if (rest > kColumns) {
-      keys.start(shared.keys[stage ^ 1], rest - kColumns);
-      values.start(shared.values[stage ^ 1], rest - kColumns);
-    }
-    float weights[kTiles][4];
-    tile_scores(weights, shared.queries, shared.keys[stage], warp_row);
+  for (;; stage ^= 1, rest -= kColumns) {
     if (normalized) {
       float inverse[2];
       const int begin = key_range.end - rest;
-      if (begin == key_range.begin) {
-        inverse_row_lengths(inverse, shared.queries, warp_row);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          factor[half] *= inverse[half];
-          const int row = tile.query_begin + warp_row + g + 8 * half;
-          if (t == 0 && row < tile.query_end) q_inverse_lengths[row] = inverse[half];
-        }
-      }
       // Each warp measures 16 keys; those that are queries of this block, too, are no other's.
       if (warp_row < kColumns) {
         inverse_row_lengths(inverse, shared.keys[stage], warp_row);
@@ -482,7 +513,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
           const int row = warp_row + g + 8 * half, token = begin + row;
           if (t == 0) shared.inverse_lengths[row] = inverse[half];
           if (t == 0 && token >= tile.query_begin && token < tile.query_end) {
-            k_inverse_lengths[token] = inverse[half];
+            head_part<float>(params.k_inverse_lengths, head, params.query_count)[token] =
+                inverse[half];
           }
         }
       }
@@ -507,8 +539,14 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
     } else {
       weigh.template operator()<true>();
     }
-    tile_accumulate(out, weights, shared.values[stage]);
+    wait_for_tile();  // its values, and the next one's keys
+    if (rest <= kColumns) break;
+    values.start(shared.values[stage ^ 1], rest - kColumns);
+    if (rest > 2 * kColumns) keys.start(shared.keys[stage], rest - 2 * kColumns);
+    tile_accumulate_and_score(out, weights, shared.values[stage], shared.queries,
+                              shared.keys[stage ^ 1], warp_row);
   }
+  tile_accumulate(out, weights, shared.values[stage]);
 
   T* const out_rows =
       static_cast<T*>(params.out) +

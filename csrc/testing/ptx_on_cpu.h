@@ -152,7 +152,6 @@ inline void barrier_arrive(int id, int threads, Location where = Location::curre
 inline uint32_t warp_sum(uint32_t x, Location where = Location::current()) {
   return __reduce_add_sync(0xffffffffu, x, where);
 }
-inline int max_of_three(int a, int b, int c) { return std::max({a, b, c}); }
 inline void griddepcontrol_wait() { emulation::wait_for_earlier_launches(); }
 inline void griddepcontrol_launch_dependents() {}
 inline int computed_here(int x) { return x; }

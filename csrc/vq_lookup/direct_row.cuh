@@ -107,7 +107,7 @@ __device__ __forceinline__ void vq_store_half(__half* line, const VqQuarterRow<k
 
 // What a code's scores begin with, from what vq_normalize gives.
 __device__ __forceinline__ float vq_start(float squares, bool exists) {
-  return exists && !isnan(squares) ? kVqScoreOffset - 0.5f * squares : kVqAbsentScore;
+  return exists && !isnan(squares) ? -0.5f * squares : kVqAbsentScore;
 }
 
 // Component i of a lane is lane % 8 + 8 i of the row, normalised, as the CPU has it.

@@ -12,7 +12,7 @@ namespace flexvar {
 //   fp32: dim + 2 roundings of a term, u = 2^-24; underflow.
 //   fp16: inputs round with u = 2^-11, so a product is off by 2u + u², and where they are
 //     subnormal by 2^-25 absolutely; a matrix product of 16 terms adds them to the sum truncated at
-//     2^-22 of the largest at worst, and that holds kVqScoreOffset.
+//     2^-22 of the largest at worst.
 //   Direct: inputs are normalised in fp32 with 2^-24 times dim / 8 + 8 at most (half of the sum of
 //     squares' dim / 4 + 2, rsqrtf's 4, two products), and the score begins with -1/2, not -|e|²/2.
 struct VqErrorBound {
@@ -31,8 +31,7 @@ inline VqErrorBound vq_error_bound(const VqProblem& problem) {
   const double sum = (problem.tensor_dim + 16) * 0x1p-22 + packing;
   const double normalizing = problem.direct ? 1.01 * (dim / 4 + 16) * 0x1p-24 : 0.0;
   const double start = problem.direct ? 0x1p-22 : 0.0;
-  return {1.001 * (2 * u + u * u) + sum + normalizing,
-          1.01 * dim * 0x1p-24 + sum * static_cast<double>(kVqScoreOffset) + start};
+  return {1.001 * (2 * u + u * u) + sum + normalizing, 1.01 * dim * 0x1p-24 + start};
 }
 
 // |cosine - (exact score + 1/2)| of few latents, with u = 2^-24: dim / 4 + 2 for either of

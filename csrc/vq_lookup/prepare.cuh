@@ -147,9 +147,8 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
     return;
   }
   workspace.half_norms[n] = valid ? 0.5 * squares : static_cast<double>(INFINITY);
-  const double offset = tensor_dim > 0 ? static_cast<double>(kVqScoreOffset) : 0.0;
   float* start = workspace.start_of(n);
-  start[0] = start[2] = valid ? static_cast<float>(offset - 0.5 * squares) : kVqAbsentScore;
+  start[0] = start[2] = valid ? static_cast<float>(-0.5 * squares) : kVqAbsentScore;
   if (valid && !problem.normalize) {
     // Norms are not negative, so their bits order as integers; one step up for the rounding.
     const int bits = __float_as_int(static_cast<float>(sqrt(squares))) + 1;

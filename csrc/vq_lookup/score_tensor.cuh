@@ -23,12 +23,6 @@ struct VqTensorStorage {
   alignas(16) float starts[2][kVqStageCodes / 2][4];
 };
 
-// The largest of three scores of the tensor cores. These are positive or kVqAbsentScore, so their
-// bits order as integers do.
-__device__ __forceinline__ float vq_max(float a, float b, float c) {
-  return __int_as_float(ptx::max_of_three(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
-}
-
 // Puts a group's maximum, marked with its chunk, among the three largest.
 __device__ __forceinline__ void vq_insert(VqTop& top, float maximum, int chunk) {
   constexpr uint32_t mask = (1u << kVqChunkBits) - 1;
@@ -93,8 +87,8 @@ __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& sh
       ptx::mma_m16n8k16<__half>(scores, rows[m][0], codes[0], starts);
 #pragma unroll
       for (int k = 1; k < kSteps; ++k) ptx::mma_m16n8k16<__half>(scores, rows[m][k], codes[k]);
-      maxima[m][0] = vq_max(maxima[m][0], scores[0], scores[1]);
-      maxima[m][1] = vq_max(maxima[m][1], scores[2], scores[3]);
+      maxima[m][0] = fmaxf(maxima[m][0], fmaxf(scores[0], scores[1]));
+      maxima[m][1] = fmaxf(maxima[m][1], fmaxf(scores[2], scores[3]));
     }
   }
 }

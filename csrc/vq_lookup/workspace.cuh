@@ -40,8 +40,6 @@ constexpr int kVqMaxStages = (1 << kVqChunkBits) / kVqChunksPerStage;
 // Below every score of a finite code whose row takes part, and below every group's maximum.
 constexpr float kVqAbsentScore = -1e30f;
 constexpr float kVqNoGroup = -3e38f;
-// Added to the scores of the tensor cores, which are of unit rows, so that they are positive.
-constexpr float kVqScoreOffset = 1.75f;
 // At least the length of a row that has been normalised.
 constexpr double kVqUnitNorm = 1.0 + 0x1p-20;
 constexpr double kVqLargestMagnitude = 1e28;
@@ -61,7 +59,7 @@ struct VqWorkspace {
                        // if direct
   float* latents;      // [N][padded_dim]: likewise
   double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite; not if direct
-  // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2 and perhaps kVqScoreOffset, of
+  // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2, of
   // two codes, twice, as matrix products have it; kVqAbsentScore where padded or not finite.
   float* starts;
   double* latent_norms;  // [N]: |x|, or kVqUnitNorm if direct; NaN for a row that holds a NaN or an
