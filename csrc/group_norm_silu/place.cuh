@@ -11,7 +11,7 @@ namespace flexvar {
 constexpr int kGroupNormThreads = 256;
 // Of an image, as long as threads have items enough. The forward's moments are put together by
 // every block that writes the result: the fewer of them the better.
-constexpr int kGroupNormMomentsBlocks = 256, kGroupNormBlocks = 512;
+constexpr int kGroupNormMomentsBlocks = 64, kGroupNormBlocks = 512;
 // Vectors of a block, 128 bytes: of an image's moments each block then has few groups' to put
 // together.
 constexpr int kGroupNormColumns = 8;

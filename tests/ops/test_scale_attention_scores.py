@@ -62,8 +62,8 @@ def test_large_logits(device):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("logit", [50.0, 1000.7, 30011.0])
 def test_many_equal_keys_weigh_the_same(device, logit, dtype):
-    """However many blocks of keys the sums go through, and however large the logits: to the last digit, which weights that
-    are rounded to 16 bits may take."""
+    """However many blocks of keys the sums go through, however large the logits: weights rounded to 16 bits may take
+    the last digit."""
     keys = 4096
     q = torch.zeros(1, 3, 2, 32, device=device, dtype=dtype)
     q[..., 0] = logit**0.5

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from threading import Lock, RLock
-from typing import ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -135,34 +135,35 @@ class _Kind(Generic[Recording]):
     in_use: bool = False
 
 
-_Fingerprint: TypeAlias = tuple[list[int], list[bool], list[int]]
-
-
 class _Kinds(OrderedDict[Hashable, _Kind[Recording]]):
-    """Kinds of one sort, the last used last, all of which read the same weights."""
+    """Kinds of one sort, the last used last, all of which read the same weights.
+
+    A GPU waits for the look at hundreds of weights before every generation, so its loops are C's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._weights: list[Tensor] = []
-        self._fingerprint: _Fingerprint | None = None
+        self._counted: list[Tensor] = []  # all but tensors made in inference mode, which count no versions
+        self._places: list[int] = []
+        self._versions: list[int] = []
 
     def drop_those_of_other_weights(self, modules: Iterable[nn.Module]) -> None:
         """Empties itself when a weight has changed since the first kind came."""
-        if self and self._fingerprint == _fingerprint(self._weights):
+        if self and self._places == _places(self._weights) and self._versions == _versions(self._counted):
             return
         self.clear()
         self._weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        self._fingerprint = _fingerprint(self._weights)
+        self._counted = [weight for weight in self._weights if not weight.is_inference()]
+        self._places, self._versions = _places(self._weights), _versions(self._counted)
 
 
-def _fingerprint(weights: list[Tensor]) -> _Fingerprint:
-    """Changes with the values, as far as torch tells: tensors made in inference mode count no versions.
+def _places(weights: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, weights))
 
-    A GPU waits for this look at hundreds of weights before every generation, so the loops are C's.
-    """
-    uncounted = list(map(Tensor.is_inference, weights))
-    counted = [weight for weight, is_not in zip(weights, uncounted, strict=True) if not is_not]
-    return list(map(Tensor.data_ptr, weights)), uncounted, list(map(attrgetter("_version"), counted))
+
+def _versions(weights: list[Tensor]) -> list[int]:
+    return list(map(attrgetter("_version"), weights))
 
 
 class GraphCache:
