@@ -21,7 +21,7 @@ constexpr int kTensorCoreRows = 64;
 // Blocks a multiprocessor that a kernel asks room for. Where products take fragments from registers
 // 4 would make the compiler spill some.
 __host__ __device__ constexpr int forward_blocks(int dim) {
-  return dim <= 32 ? 4 : dim > 64 ? 2 : ptx::has_warpgroup_products() ? 4 : 3;
+  return dim > 64 ? 2 : dim == 64 && ptx::has_warpgroup_products() ? 4 : 3;
 }
 
 // Rows of kDim elements. 8 rows of an 8 x 8 matrix lie in different banks: rows of 64 are swizzled,
