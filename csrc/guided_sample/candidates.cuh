@@ -161,8 +161,8 @@ struct CandidateCut {
 // kPlaces-th place.
 template <int kWarps>
 struct CandidateLists {
-  static constexpr int kPlaces = kCandidatePlaces / kWarps;
-  const SampleStorage& shared;
+  static constexpr int kPlaces = kCandidatePlaces<kWarps>;
+  const CandidateStorage<kWarps>& shared;
   float maximum, scale;
 
   // use(logit, place, whether there is one), by all lanes together, in order of places.
@@ -237,7 +237,7 @@ template <int kWarps>
 __device__ inline CandidateCut cut_candidates(const LaneBins& bins,
                                               const CandidateLists<kWarps>& lists, int64_t limit,
                                               Quantity quantity) {
-  const SampleStorage& shared = lists.shared;
+  const CandidateStorage<kWarps>& shared = lists.shared;
   const int lane = threadIdx.x % 32;
   const int row = first_lane(amount(bins.before + bins.own, quantity) >= limit);
   const bool used = row >= 0 && lane < kBinsPerLane;
@@ -326,7 +326,8 @@ constexpr int32_t kUnsuited = -3, kUnsuitedAndReplaced = -4;
 template <int kThreads, int kRounds, class T>
 __device__ inline int32_t draw_kept(const GuidedSampleCudaParams<T>& params,
                                     const LaneCandidates& mine, const uint32_t (&weights)[kRounds],
-                                    int32_t count, float maximum, SampleStorage& shared) {
+                                    int32_t count, float maximum,
+                                    CandidateStorage<kThreads / 32>& shared) {
   const int thread = ptx::computed_here(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int32_t list = warp * kRounds * 32;
   const int32_t cut_end = shared.cut_end;
@@ -382,8 +383,8 @@ __device__ inline int32_t draw_from_candidates(const GuidedSampleCudaParams<T>& 
                                                uint32_t row, const T* resident, int cutting_warp,
                                                BeginNext begin_next,
                                                ChooseNextPivot choose_next_pivot,
-                                               SampleStorage& shared) {
-  constexpr int kWarps = kThreads / 32, kPlaces = kCandidatePlaces / kWarps;
+                                               CandidateStorage<kThreads / 32>& shared) {
+  constexpr int kWarps = kThreads / 32, kPlaces = kCandidatePlaces<kWarps>;
   constexpr int kRounds = kPlaces / 32;
   const int thread = ptx::computed_here(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int32_t pieces = params.pieces, list = warp * kPlaces, begin = thread * pieces * 4;

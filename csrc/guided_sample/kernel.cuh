@@ -14,7 +14,9 @@ namespace flexvar {
 // Bytes of dynamic shared memory.
 template <class T>
 int64_t guided_sample_shared_bytes(int32_t pieces, int threads) {
-  return static_cast<int64_t>(sizeof(SampleStorage) + sizeof(T) * 4 * pieces * threads);
+  const size_t storage =
+      threads == 256 ? sizeof(CandidateStorage<8>) : sizeof(CandidateStorage<16>);
+  return static_cast<int64_t>(storage + sizeof(T) * 4 * pieces * threads);
 }
 
 // Blocks of 256 threads that a multiprocessor shall hold: shared memory of 64 or 100 KB has room
@@ -30,10 +32,10 @@ constexpr int small_blocks() {
 
 // kCuts: whether top-k or top-p cut tokens off.
 template <class T, int kThreads, bool kCuts>
-__global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : 2)
+__global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : small_blocks() / 2)
     guided_sample_kernel(GuidedSampleCudaParams<T> params) {
   constexpr int kWarps = kThreads / 32;
-  auto& shared = *dynamic_shared<SampleStorage>();
+  auto& shared = *dynamic_shared<CandidateStorage<kWarps>>();
   T* const resident = reinterpret_cast<T*>(&shared + 1);
   const int32_t n = params.vocabulary;
   // What one warp does alone falls to different ones at different times, because a warp's place in

@@ -13,7 +13,10 @@ constexpr int kSamplePieces = 9;   // of four logits: the most of a row that fal
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
 constexpr int kPivotSlack = 5;     // how many more of these may be above it
 constexpr int kMaxCandidates = 1792;
-constexpr int kCandidatePlaces = 2048;  // shared out among the warps evenly
+// For each warp's candidates. A row may fill 14 of 16 warps, which then have about 100 each, give
+// or take 10.
+template <int kWarps>
+constexpr int kCandidatePlaces = kWarps <= 8 ? 256 : 160;
 constexpr int kSampleBins = 512, kBinsPerLane = kSampleBins / 32;
 // Tokens that are further below the largest logit weigh nothing.
 constexpr float kSampleReach = 22;
@@ -94,8 +97,6 @@ struct alignas(16) SampleStorage {
   // A lane's bins are apart from the next one's: two behind them keep both in other banks.
   alignas(16) Tally bins[32][kBinsPerLane + 2];
   alignas(16) int32_t heads[kSampleBins];  // of lists of the candidates in a bin; -1: none
-  float candidates[kCandidatePlaces];  // in order of indices, every warp's from a place of its own
-  uint16_t next[kCandidatePlaces];     // the next in the same list; until then a candidate's index
   int32_t counts[kSampleMostWarps];
   float largest[kSampleMostWarps];
   Tally tallies[kSampleMostWarps];
@@ -105,6 +106,13 @@ struct alignas(16) SampleStorage {
   int64_t target, kept_mass;
   float pivot, cut_logit;
   int32_t cut_end, ties, warp;
+};
+
+template <int kWarps>
+struct CandidateStorage : SampleStorage {
+  static constexpr int kPlaces = kCandidatePlaces<kWarps>;  // of a warp
+  float candidates[kWarps * kPlaces];  // in order of indices, every warp's from a place of its own
+  uint16_t next[kWarps * kPlaces];     // the next in the same list; until then a candidate's index
 };
 
 template <class Number>
