@@ -10,8 +10,9 @@ from flexvar import ScaleSchedule
 # 132 multiprocessors at 1.755 GHz with 16 special functions and 128 float32 instructions a cycle.
 BYTES_A_SECOND = 4.3e12
 PRODUCTS_A_SECOND = 790e12  # floating-point operations of matrix products
-EXPONENTIALS_A_SECOND = 132 * 16 * 1.755e9
-INSTRUCTIONS_A_SECOND = 132 * 128 * 1.755e9
+MULTIPROCESSORS = 132
+EXPONENTIALS_A_SECOND = MULTIPROCESSORS * 16 * 1.755e9
+INSTRUCTIONS_A_SECOND = MULTIPROCESSORS * 128 * 1.755e9
 
 # What a prediction takes for granted. Hopper's tensor cores reach their full rate through wgmma alone.
 SHARE_OF_COPY = 0.85
@@ -68,13 +69,14 @@ class Work:
 def vq_lookup(latents: int, codes: int, dim: int) -> Work:
     """Half-precision scores of every pair; of each, 2.5 instructions to keep the best two."""
     padded = -(-dim // 16) * 16
+    few = -(-latents // 64) * -(-codes // 128) <= 8 * MULTIPROCESSORS  # two kernels for three
     return Work(
         "vq_lookup",
         f"{latents:,} × {codes:,} × {dim}",
         bytes=4 * dim * (latents + codes) + 2 * 2 * padded * codes + 8 * latents,
         products=2 * latents * codes * padded,
         instructions=2.5 * latents * codes,
-        overlapping_launches=2,
+        overlapping_launches=1 if few else 2,
     )
 
 
@@ -127,18 +129,15 @@ def attention_backward(batch: int, heads: int, dim: int, tokens: int, pairs: int
 
 
 def guided_sample(dtype: str, size: int) -> Work:
-    """Top-k 900 and top-p 0.95 of 16,384 rows; instructions of a warp counted in the code for sm_90a.
-
-    Of a row: 9 for every 32 logits, which are loaded, compared for the largest and twice with the pivot; for every 32
-    of about 1,220 candidates 38 to weigh and count them and 14 to draw; and about 3,600 whatever their number:
-    addresses, the pivot, scans, the members of two bins, barriers.
+    """Top-k 900 and top-p 0.95 of 16,384 rows, about 8,300 instructions of a warp for each, counted in the code for
+    sm_90a: the pivot, a mark for every logit above it, 1,300 candidates weighed and counted, the cut and the draw.
     """
-    rows, vocabulary, candidates = 16384, 8912, 1220
+    rows, vocabulary = 16384, 8912
     return Work(
         "guided_sample",
         f"{rows:,} × {vocabulary:,}, {dtype}, top-k 900, top-p 0.95",
         bytes=rows * vocabulary * size,
-        instructions=rows * (9 * vocabulary + (38 + 14) * candidates + 32 * 3600),
+        instructions=rows * 32 * 8300,
     )
 
 
@@ -180,7 +179,7 @@ def works() -> list[Work]:
         attention_backward(64, 16, 64, tokens, pairs),
         attention_backward(64, 16, 64, tokens, pairs, normalized=True),
         attention(f"step: batch 128, 256 queries, {tokens} keys", 128, 16, 64, 256, tokens, 256 * tokens),
-        attention_step_in_parts(16, 64, 256, tokens, 2),
+        attention_step_in_parts(16, 64, 256, tokens, 4),
         Work("append_qkv", "batch 128, 256 tokens, 16 heads of 64, bfloat16", bytes=2 * 3 * 128 * 256 * 1024 * 2),
         Work("layer_norm_modulate", width_1024, bytes=channels * (4 + 2)),
         Work("layer_norm_modulate_backward", width_1024, bytes=channels * (4 + 2 + 4), launches=3),

@@ -34,11 +34,9 @@ class Layout {
 VqWorkspace lay_out(const VqProblem& problem, Layout& layout) {
   const int64_t codes = problem.padded_codes(), rows = problem.num_latents;
   VqWorkspace workspace{};
-  if (!problem.direct) {
-    workspace.codes = layout.take<float>(codes * problem.padded_dim);
-    workspace.latents = layout.take<float>(rows * problem.padded_dim);
-    workspace.half_norms = layout.take<double>(codes);
-  }
+  workspace.codes = layout.take<float>(codes * problem.padded_dim);
+  workspace.latents = layout.take<float>(rows * problem.padded_dim);
+  workspace.half_norms = layout.take<double>(codes);
   workspace.starts = layout.take<float>(codes * 2);
   workspace.latent_norms = layout.take<double>(rows);
   workspace.max_code_norm = layout.take<float>(1);
@@ -70,18 +68,6 @@ void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const ch
   const auto kernel =
       params.source.num_scales > 0 ? vq_prepare_kernel<true> : vq_prepare_kernel<false>;
   launch_kernel(op, stream, kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
-}
-
-void launch_prepare(const VqProblem& problem, const VqPrepareDirectParams& params,
-                    cudaStream_t stream, const char* op) {
-  const int64_t rows = problem.padded_codes() + problem.num_latents;
-  with_steps(problem, [&](auto steps) {
-    if constexpr (steps > 0) {
-      launch_kernel(op, stream, vq_prepare_direct_kernel<steps>,
-                    grid_size(divide_up(rows, kVqPrepareDirectRows), op), kVqPrepareDirectThreads,
-                    0, params);
-    }
-  });
 }
 
 template <int kSteps>
@@ -153,19 +139,17 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
                              codes.size(0) < largest / 4;
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
                                    can_be_direct, multiprocessors);
+  if (prepare.problem.few) {
+    look_up_few(prepare.problem,
+                {source.latents, static_cast<int>(num_latents), prepare.problem.dim},
+                {code_values, static_cast<int>(codes.size(0)), prepare.problem.dim}, codes,
+                indices.mutable_data_ptr<int64_t>(), scope.stream(), op);
+    return indices;
+  }
   VqResolveParams resolve{};
   resolve.problem = prepare.problem;
   resolve.bound = vq_error_bound(prepare.problem);
   resolve.indices = indices.mutable_data_ptr<int64_t>();
-  if (prepare.problem.direct) {
-    resolve.latents = {source.latents, static_cast<int>(num_latents), prepare.problem.dim};
-    resolve.codes = {code_values, static_cast<int>(codes.size(0)), prepare.problem.dim};
-  }
-  if (prepare.problem.few) {
-    look_up_few(prepare.problem, resolve.latents, resolve.codes, codes, resolve.indices,
-                scope.stream(), op);
-    return indices;
-  }
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);
   Tensor memory = empty_contiguous({sizes.used()}, ScalarType::Byte, device_of(codes));
@@ -179,12 +163,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
     check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()),
                op, "cudaMemsetAsync");
   }
-  if (prepare.problem.direct) {
-    launch_prepare(prepare.problem,
-                   {prepare.workspace, resolve.latents, resolve.codes,
-                    static_cast<int>(prepare.problem.padded_codes())},
-                   scope.stream(), op);
-  } else if (scales.empty()) {
+  if (scales.empty()) {
     prepare.latent_rows = num_latents;
     launch_prepare(prepare, scope.stream(), op);
   }

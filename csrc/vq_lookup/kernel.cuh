@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "vq_lookup/prepare.cuh"
-#include "vq_lookup/prepare_direct.cuh"
 #include "vq_lookup/resolve.cuh"
 #include "vq_lookup/resolve_few.cuh"
 #include "vq_lookup/score_few.cuh"
@@ -43,8 +42,8 @@ inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim,
     return problem.row_tiles * problem.stages;
   };
   int64_t pairs = set_tiles(kVqFewRows);
-  problem.direct = can_be_direct && problem.tensor_dim > 0;
-  problem.few = problem.direct && pairs <= kVqFewPairsOfSmallTiles * multiprocessors;
+  problem.few =
+      can_be_direct && problem.tensor_dim > 0 && pairs <= kVqFewPairsOfSmallTiles * multiprocessors;
   if (problem.few) {
     const int64_t blocks = static_cast<int64_t>(multiprocessors) * kVqFewBlocks;
     problem.run = divide_up(problem.stages, std::max<int64_t>(blocks / problem.row_tiles, 1));

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "vq_lookup/direct_row.cuh"
 #include "vq_lookup/error_bound.cuh"
 #include "vq_lookup/exact_row.cuh"
 #include "vq_lookup/workspace.cuh"
@@ -17,8 +16,7 @@ struct VqResolveParams {
   VqProblem problem;
   VqWorkspace workspace;
   VqErrorBound bound;
-  VqDirectRows latents, codes;  // if problem.direct
-  int64_t* indices;             // [N]
+  int64_t* indices;  // [N]
 };
 
 __device__ __forceinline__ void vq_load(float (&x)[4], const float* from) {
@@ -147,15 +145,8 @@ class VqDotProducts<0> {
 };
 
 // In double precision, in the order of the CPU's sum. Eight lanes share the row and the code.
-template <int kSteps>
 __device__ __forceinline__ double vq_exact_score(const VqResolveParams& params, int64_t row,
                                                  int code) {
-  if constexpr (kSteps > 0) {
-    if (params.problem.direct) {
-      const VqExactRow<kSteps> latent(params.latents, static_cast<int>(row));
-      return latent.score(VqExactRow<kSteps>(params.codes, code));
-    }
-  }
   const int dim = params.problem.padded_dim, first = static_cast<int>(threadIdx.x % kVqLanesPerRow);
   const float* latent = params.workspace.latents + row * dim;
   const float* other = params.workspace.codes + static_cast<int64_t>(code) * dim;
@@ -182,7 +173,7 @@ struct VqNearest {
 // Half a warp has a row. kSteps: those of vq_score_tensor_kernel, or 0 behind
 // vq_score_float_kernel.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 6 : 4)
+__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
     vq_resolve_kernel(VqResolveParams params) {
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;
@@ -271,7 +262,7 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 6 : 4)
               const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : candidates;
               const int source = (__ffs(static_cast<int>(own)) - 1) & 15;
               const int other = __shfl_sync(0xffffffffu, code, source, 16);
-              const double exact = vq_exact_score<kSteps>(params, row, other);
+              const double exact = vq_exact_score(params, row, other);
               if (candidates != 0) nearest.take(exact, other);
               candidates = rest & (rest - 1);
             }

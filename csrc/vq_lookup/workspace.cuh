@@ -7,10 +7,11 @@
 //            bound of the row's maximum (nearly always one group), and where more than one code
 //            does, those in double precision
 //
-// direct: codes and latents are matrices that can be read in fours and have few components. They
-// are normalised in fp32, which the error bound allows for, and exactly only where resolve needs
-// it. few: the score kernel itself normalises the latents and codes that it compares, and writes
-// the maxima of all groups; a kernel of its own resolves these.
+// Few latents: the score kernel itself normalises the latents and codes that it compares, in fp32,
+// which the error bound allows for, and writes the maxima of all groups; a kernel of its own
+// resolves these, with rows as they are in the arguments, which must be readable in fours. For many
+// latents that was slower: each of them is compared exactly with codes that it would normalise
+// anew.
 //
 // The nearest code is in one of these groups, so the result depends neither on the score kernel nor
 // on how its work is split, and equals the CPU's.
@@ -55,15 +56,13 @@ static_assert(kVqMaxStages < 256);
 __device__ __forceinline__ VqTop vq_no_top() { return {{kVqNoGroup, kVqNoGroup, kVqNoGroup}, 0}; }
 
 struct VqWorkspace {
-  float* codes;        // [V padded][padded_dim]: as compared; zero where padded or not finite; not
-                       // if direct
+  float* codes;        // [V padded][padded_dim]: as compared; zero where padded or not finite
   float* latents;      // [N][padded_dim]: likewise
-  double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite; not if direct
-  // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2, of
-  // two codes, twice, as matrix products have it; kVqAbsentScore where padded or not finite.
+  double* half_norms;  // [V padded]: |e|²/2; infinity where padded or not finite
+  // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2 of two codes, twice, as matrix
+  // products have it; kVqAbsentScore where padded or not finite.
   float* starts;
-  double* latent_norms;  // [N]: |x|, or kVqUnitNorm if direct; NaN for a row that holds a NaN or an
-                         // infinity
+  double* latent_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
   float* max_code_norm;  // [1]: at least the largest |e|, unless normalised
   __half* codes_half;    // [V padded][tensor_dim]: for the tensor cores, else null
   __half* latents_half;  // [N][tensor_dim]: likewise
@@ -81,8 +80,7 @@ struct VqProblem {
   int padded_dim;  // a multiple of 8
   int tensor_dim;  // a multiple of 16; 0: scores in fp32
   bool normalize;
-  bool direct;     // rows are read from the arguments wherever they are needed; tensor_dim > 0
-  bool few;        // latents: two kernels; direct
+  bool few;        // latents: two kernels; tensor_dim > 0
   int64_t stages;  // of codes
   int tile_rows;   // rows that a block of a score kernel has at a time
   int64_t row_tiles;
