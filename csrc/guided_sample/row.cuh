@@ -12,11 +12,11 @@ constexpr int kSampleMostWarps = 16;
 constexpr int kSamplePieces = 9;   // of four logits: the most of a row that falls to a thread
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
 constexpr int kPivotSlack = 5;     // how many more of these may be above it
-constexpr int kMaxCandidates = 1792;
-// For each warp's candidates. A row may fill 14 of 16 warps, which then have about 100 each, give
-// or take 10.
+constexpr int kMaxCandidates = 2016;
+// For each warp's candidates. A row may fill 14 of 16 warps, which then have about 100 each, and
+// one of them in a few hundred rows more than 160. For more of 8 warps' there is no shared memory.
 template <int kWarps>
-constexpr int kCandidatePlaces = kWarps <= 8 ? 256 : 160;
+constexpr int kCandidatePlaces = kWarps <= 8 ? 256 : 192;
 constexpr int kSampleBins = 512, kBinsPerLane = kSampleBins / 32;
 // Tokens that are further below the largest logit weigh nothing.
 constexpr float kSampleReach = 22;
@@ -45,7 +45,7 @@ inline int32_t guided_sample_pieces(int64_t vocabulary, int threads) {
 }
 
 // The pivot's place in the sample of a row, from the largest: such that at least top_k logits are
-// above it, but for one row in a thousand. 0: no pivot, because all logits matter or candidates
+// above it, but for one row in thousands. 0: no pivot, because all logits matter or candidates
 // would be too many.
 inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p) {
   const bool nucleus = top_p > 0 && top_p < 1;
@@ -56,7 +56,7 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, doubl
   }
   const double share = static_cast<double>(top_k) / size;
   const double deviation = std::sqrt(kPivotSample * share * (1 - share));
-  const double rank = kPivotSample * share + 3 * deviation + 2;
+  const double rank = kPivotSample * share + 3.5 * deviation + 2;
   const double most = (rank + kPivotSlack + 2.5 * deviation) / kPivotSample * size;
   return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
 }
