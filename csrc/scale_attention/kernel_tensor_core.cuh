@@ -195,16 +195,33 @@ __device__ __forceinline__ void tile_scores_by_warps(float (&scores)[kTiles][4],
     }
   }
 }
+// Begin a warpgroup's products, for which somebody waits later.
 template <class T>
-__device__ __forceinline__ void tile_scores_by_warpgroup(float (&scores)[8][4],
-                                                         const HalfTile<T, 64, 64>& rows,
-                                                         const HalfTile<T, 64, 64>& columns) {
-  ptx::warpgroup_begin();
+__device__ __forceinline__ void begin_tile_scores(float (&scores)[8][4],
+                                                  const HalfTile<T, 64, 64>& rows,
+                                                  const HalfTile<T, 64, 64>& columns) {
   ptx::warpgroup_multiply<T, false>(scores, rows.rows[0], columns.rows[0], 0);
 #pragma unroll
   for (int d = 16; d < 64; d += 16) {
     ptx::warpgroup_multiply<T, true>(scores, rows.rows[0], columns.rows[0], d);
   }
+}
+template <class T>
+__device__ __forceinline__ void begin_tile_accumulate(float (&sums)[8][4],
+                                                      const uint32_t (&left)[4][4],
+                                                      const HalfTile<T, 64, 64>& columns) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void tile_scores_by_warpgroup(float (&scores)[8][4],
+                                                         const HalfTile<T, 64, 64>& rows,
+                                                         const HalfTile<T, 64, 64>& columns) {
+  ptx::warpgroup_begin();
+  begin_tile_scores(scores, rows, columns);
   ptx::warpgroup_end();
   ptx::hold_registers(scores);
 }
@@ -263,10 +280,7 @@ __device__ __forceinline__ void tile_accumulate_by_warpgroup(float (&sums)[8][4]
   ptx::hold_registers(sums);
   ptx::hold_registers(left);
   ptx::warpgroup_begin();
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
-  }
+  begin_tile_accumulate(sums, left, columns);
   ptx::warpgroup_end();
   ptx::hold_registers(sums);
 }
@@ -300,15 +314,8 @@ __device__ __forceinline__ void tile_accumulate_and_score(
       ptx::hold_registers(sums);
       ptx::hold_registers(left);
       ptx::warpgroup_begin();
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
-      }
-      ptx::warpgroup_multiply<T, false>(weights, rows.rows[0], next_columns.rows[0], 0);
-#pragma unroll
-      for (int d = 16; d < 64; d += 16) {
-        ptx::warpgroup_multiply<T, true>(weights, rows.rows[0], next_columns.rows[0], d);
-      }
+      begin_tile_accumulate(sums, left, columns);
+      begin_tile_scores(weights, rows, next_columns);
       ptx::warpgroup_end();
       ptx::hold_registers(sums);
       ptx::hold_registers(weights);
