@@ -86,8 +86,12 @@ def conv3x3_pack(
     Returns: [K] of ``dtype``, in a layout that belongs to this GPU; None where the kernel does not run.
     Raises: TypeError and ValueError naming the argument, the rule and the value got.
     """
-    pixels = weight.new_empty((1, weight.shape[1] if weight.ndim == 4 else 1, 2, 2), dtype=dtype)
-    _check(pixels, weight, bias, resize, None)
+    op = "conv3x3_pack"
+    check_tensor(op, "weight", weight, "[N, C, 3, 3]", WITH_FLOAT64)
+    if dtype not in WITH_FLOAT64:
+        raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
+    pixels = weight.new_empty((1, weight.shape[1], 2, 2), dtype=dtype)
+    _check(pixels, weight, bias, resize, None, op)
     is_native = conv3x3_is_native(pixels, resize=resize, out_channels=weight.shape[0])
     if not weight.is_cuda or not is_native or is_differentiated(weight, bias):
         return None
@@ -138,8 +142,9 @@ def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: 
     return residual is None or (residual.dtype == dtype and residual.shape == _result_shape(x, weight, resize))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None) -> None:
-    op = "conv3x3"
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual: Tensor | None, op: str = "conv3x3"
+) -> None:
     check_tensor(op, "x", x, "[B, C, H, W]", WITH_FLOAT64)
     check_tensor(op, "weight", weight, "[N, C, 3, 3]", WITH_FLOAT64)
     given = {"x": x, "weight": weight}
@@ -173,8 +178,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, resize: str, residual
 def _check_packed(packed: Tensor, x: Tensor) -> None:
     dtype = reference.result_dtype(x)
     if not alike((packed,), 1, (dtype,), beside=x):
-        made = f"{packed.dtype} on {packed.device}" if isinstance(packed, Tensor) else type(packed).__name__
-        raise ValueError(f"conv3x3: packed must be what conv3x3_pack made for {dtype} on {x.device}, got {made}")
+        is_tensor = isinstance(packed, Tensor)
+        made = f"{packed.ndim} dimensions of {packed.dtype} on {packed.device}" if is_tensor else type(packed).__name__
+        error = ValueError if is_tensor and packed.dtype == dtype else TypeError
+        raise error(f"conv3x3: packed must be what conv3x3_pack made for {dtype} on {x.device}, got {made}")
 
 
 def _result_shape(x: Tensor, weight: Tensor, resize: str) -> tuple[int, int, int, int]:

@@ -195,7 +195,7 @@ __device__ __forceinline__ void tile_scores_by_warps(float (&scores)[kTiles][4],
     }
   }
 }
-// Begin a warpgroup's products, for which somebody waits later.
+// Begins tile_scores; somebody waits for it later.
 template <class T>
 __device__ __forceinline__ void begin_tile_scores(float (&scores)[8][4],
                                                   const HalfTile<T, 64, 64>& rows,
@@ -206,16 +206,6 @@ __device__ __forceinline__ void begin_tile_scores(float (&scores)[8][4],
     ptx::warpgroup_multiply<T, true>(scores, rows.rows[0], columns.rows[0], d);
   }
 }
-template <class T>
-__device__ __forceinline__ void begin_tile_accumulate(float (&sums)[8][4],
-                                                      const uint32_t (&left)[4][4],
-                                                      const HalfTile<T, 64, 64>& columns) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
-  }
-}
-
 template <class T>
 __device__ __forceinline__ void tile_scores_by_warpgroup(float (&scores)[8][4],
                                                          const HalfTile<T, 64, 64>& rows,
@@ -270,17 +260,23 @@ __device__ __forceinline__ void tile_accumulate_by_warps(
     }
   }
 }
-template <class T>
+// `begin_more` may begin products behind these, which are waited for, too.
+template <class T, class BeginMore>
 __device__ __forceinline__ void tile_accumulate_by_warpgroup(float (&sums)[8][4],
                                                              const float (&weights)[8][4],
-                                                             const HalfTile<T, 64, 64>& columns) {
+                                                             const HalfTile<T, 64, 64>& columns,
+                                                             const BeginMore& begin_more) {
   uint32_t left[4][4];
 #pragma unroll
   for (int n = 0; n < 4; ++n) pack_left<T>(left[n], weights, n);
   ptx::hold_registers(sums);
   ptx::hold_registers(left);
   ptx::warpgroup_begin();
-  begin_tile_accumulate(sums, left, columns);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
+  }
+  begin_more();
   ptx::warpgroup_end();
   ptx::hold_registers(sums);
 }
@@ -290,7 +286,7 @@ __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
                                                 const HalfTile<T, kColumns, kDim>& columns) {
   if constexpr (kColumns == 64 && kDim == 64) {
     if (ptx::has_warpgroup_products()) {
-      tile_accumulate_by_warpgroup(sums, weights, columns);
+      tile_accumulate_by_warpgroup(sums, weights, columns, [] {});
     } else {
       tile_accumulate_by_warps(sums, weights, columns);
     }
@@ -308,16 +304,8 @@ __device__ __forceinline__ void tile_accumulate_and_score(
     const HalfTile<T, kColumns, kDim>& next_columns, int warp_row) {
   if constexpr (kColumns == 64 && kDim == 64) {
     if (ptx::has_warpgroup_products()) {
-      uint32_t left[4][4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) pack_left<T>(left[n], weights, n);
-      ptx::hold_registers(sums);
-      ptx::hold_registers(left);
-      ptx::warpgroup_begin();
-      begin_tile_accumulate(sums, left, columns);
-      begin_tile_scores(weights, rows, next_columns);
-      ptx::warpgroup_end();
-      ptx::hold_registers(sums);
+      tile_accumulate_by_warpgroup(sums, weights, columns,
+                                   [&] { begin_tile_scores(weights, rows, next_columns); });
       ptx::hold_registers(weights);
       return;
     }

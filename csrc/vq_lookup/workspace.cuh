@@ -9,9 +9,8 @@
 //
 // Few latents: the score kernel itself normalises the latents and codes that it compares, in fp32,
 // which the error bound allows for, and writes the maxima of all groups; a kernel of its own
-// resolves these, with rows as they are in the arguments, which must be readable in fours. For many
-// latents that was slower: each of them is compared exactly with codes that it would normalise
-// anew.
+// resolves these, with rows as they are in the arguments, which must be readable in fours. Many
+// latents took longer that way.
 //
 // The nearest code is in one of these groups, so the result depends neither on the score kernel nor
 // on how its work is split, and equals the CPU's.

@@ -490,3 +490,13 @@ def test_gate_residual_and_norm_behind_a_linear_layer(autocast: torch.dtype | No
     tolerance = 1e-5 if autocast is None else 3e-2
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_autocast_leaves_float64_as_it_is() -> None:
+    model = make("reference", depth=2).double().eval()
+    schedule = ScaleSchedule([1, 2])
+    inputs = random_inputs(schedule, 1).double()
+    with torch.no_grad():
+        expected = model(torch.tensor([3]), inputs, schedule)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(torch.tensor([3]), inputs, schedule), expected)

@@ -457,15 +457,32 @@ X, WEIGHT = torch.zeros(2, 3, 4, 6), torch.zeros(5, 3, 3, 3)
         ({"bias": torch.zeros(5, device="meta")}, ValueError, "all tensors must be on one device"),
         (
             {"packed": torch.zeros(9).half()},
-            ValueError,
-            "packed must be .* torch.float32 on cpu, got torch.float16",
+            TypeError,
+            "packed must be .* torch.float32 on cpu, got 1 dimensions of torch.float16",
         ),
-        ({"packed": [0.0]}, ValueError, "packed must be what conv3x3_pack made .* got list"),
+        ({"packed": torch.zeros(3, 3)}, ValueError, "packed must be .* got 2 dimensions of torch.float32 on cpu"),
+        ({"packed": [0.0]}, TypeError, "packed must be what conv3x3_pack made .* got list"),
     ],
 )
 def test_bad_input(changed, error, message):
     with pytest.raises(error, match="conv3x3: " + message):
         flexvar_ext.conv3x3(**{"x": X, "weight": WEIGHT, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"weight": [1.0]}, TypeError, "weight must be a torch.Tensor, got list"),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight must have shape \[N, C, 3, 3\], got \(3, 3, 3\)"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must have dtype torch.float32 or float32, got torch.float16"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[N\] with N = 5, got \(4,\)"),
+        ({"resize": "double"}, ValueError, "resize must be one of none, down, up, got 'double'"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float32, float16, bfloat16 or float64, got torch.int8"),
+    ],
+)
+def test_bad_input_to_pack(changed, error, message):
+    with pytest.raises(error, match="conv3x3_pack: " + message):
+        flexvar_ext.conv3x3_pack(**{"weight": WEIGHT, "dtype": torch.float32, **changed})
 
 
 @needs_kernel

@@ -14,6 +14,7 @@ from flexvar._kept import Casts, Kept
 from flexvar.schedule import ScaleSchedule
 from flexvar.transformer.config import TransformerConfig
 from flexvar.transformer.kv_cache import KVCache
+from flexvar_ext.reference import result_dtype
 
 _MAX_LOG_SCALE = math.log(100)  # bound of the learned log scale of normalised queries
 
@@ -58,9 +59,7 @@ class Modulation(NamedTuple):
 
 def activate(condition: Tensor) -> Tensor:
     """SiLU of class embeddings, which all AdaLN layers read: cast once where autocast would cast it for each."""
-    activated = F.silu(condition)
-    device = condition.device.type
-    return activated.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else activated
+    return F.silu(condition).to(result_dtype(condition))
 
 
 class _Activated(nn.Identity):
