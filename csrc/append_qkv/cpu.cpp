@@ -20,7 +20,9 @@ Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int6
   Tensor q = empty_cpu({batch, tokens, heads, dim}, k_cache.scalar_type());
   if (q.numel() == 0) return q;
   for (Tensor* cache : {&k_cache, &v_cache}) {  // a new one, perhaps
-    if (position == 0 && cache->is_contiguous()) advise_large_pages(*cache);
+    if (position == 0 && cache->is_contiguous()) {
+      advise_large_pages(cache->mutable_data_ptr(), cache->numel() * cache->element_size());
+    }
   }
   const Tensor qkv = as_contiguous(qkv_in);
   std::optional<Tensor> q_scale;

@@ -50,12 +50,17 @@ struct Runs {
   int64_t count = 1, stride = 0;
 };
 
+// What a product does beside every entry of the depth.
+struct Nothing {
+  void step() {}
+};
+
 // c (+)= a b for kRows rows and kColumns vectors. Every sum is one chain of fused (where the CPU
 // has them) multiply-adds in the order of k, whatever tile it is in.
-template <typename A, typename T, int kRows, int kColumns>
+template <typename A, typename T, int kRows, int kColumns, typename Beside>
 static inline void multiply_registers(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
                                       int64_t c_row, int64_t depth, bool accumulate,
-                                      const Runs& runs) {
+                                      const Runs& runs, Beside& beside) {
   const A* first = a.data;
   Vector<T> sum[kRows][kColumns] = {};
   for (int64_t run = 0; run < runs.count; ++run, first += runs.stride) {
@@ -70,6 +75,7 @@ static inline void multiply_registers(const Matrix<const A>& a, const T* b, int6
 #pragma GCC unroll 4
         for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
       }
+      beside.step();
       entry += a.column;
       b += b_row;
     }
@@ -84,43 +90,38 @@ static inline void multiply_registers(const Matrix<const A>& a, const T* b, int6
   }
 }
 
-template <typename A, typename T, int kColumns>
+template <typename A, typename T, int kColumns, typename Beside>
 static void multiply_columns(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
                              int64_t c_row, int64_t rows, int64_t depth, bool accumulate,
-                             const Runs& runs) {
+                             const Runs& runs, Beside& beside) {
   const A* left = a.data;
   for (; rows >= kRegisterRows; rows -= kRegisterRows) {
     multiply_registers<A, T, kRegisterRows, kColumns>({left, a.row, a.column}, b, b_row, c, c_row,
-                                                      depth, accumulate, runs);
+                                                      depth, accumulate, runs, beside);
     left += kRegisterRows * a.row;
     c += kRegisterRows * c_row;
   }
   const Matrix<const A> rest{left, a.row, a.column};
   switch (rows) {
     case 5:
-      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs);
+      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
     case 4:
-      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs);
+      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
     case 3:
-      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs);
+      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
     case 2:
-      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs);
+      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
     case 1:
-      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs);
+      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
   }
 }
 
 // c (+)= a b: a is rows x depth, b depth x (vectors * lanes) and c rows x (vectors * lanes), the
 // latter two with contiguous rows.
-template <typename T, typename A = T>
+template <typename T, typename A = T, typename Beside = Nothing>
 static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const Matrix<T>& c,
                      int64_t rows, int64_t vectors, int64_t depth, bool accumulate,
-                     const Runs& runs = {}) {
+                     const Runs& runs = {}, Beside&& beside = {}) {
   const T* right = b.data;
   T* sums = c.data;
   while (vectors > 0) {
@@ -128,17 +129,17 @@ static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const M
     switch (columns) {
 #if FLEXVAR_VECTOR_BYTES == 64
       case 4:
-        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
+        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
         break;
       case 3:
-        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
+        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
         break;
 #endif
       case 2:
-        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
+        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
         break;
       default:
-        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs);
+        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
     }
     right += columns * kLanes<T>;
     sums += columns * kLanes<T>;

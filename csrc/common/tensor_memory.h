@@ -5,6 +5,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
@@ -12,6 +13,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
+
+#include "common/kept_blocks.h"
 
 namespace flexvar {
 
@@ -25,15 +29,41 @@ inline DevicePlace device_of(const torch::stable::Tensor& t) {
   return place;
 }
 
-// Uninitialised. On CUDA it is memory of torch's allocator for the device's current stream.
+// The bytes of contiguous numbers, or 0 where they do not fit into memory.
+inline size_t bytes_of(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype) {
+  size_t bytes = aoti_torch_dtype_element_size(dtype);
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return 0;
+  }
+  return bytes <= PTRDIFF_MAX ? bytes : 0;
+}
+
+// Uninitialised; the strides leave no holes. On a CPU large ones are kept blocks, on CUDA it is
+// memory of torch's allocator for the device's current stream.
 inline torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                            torch::headeronly::IntHeaderOnlyArrayRef strides,
                                            torch::headeronly::ScalarType dtype, DevicePlace place) {
+  constexpr size_t kFewestBytesKept = 1 << 20;
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const auto rank = static_cast<int64_t>(sizes.size());
   AtenTensorHandle handle;
-  const AOTITorchError error = aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), place.type,
-      place.index, &handle);
+  AOTITorchError error = AOTI_TORCH_FAILURE;
+  if (place.type == aoti_torch_device_type_cpu() && bytes_of(sizes, type) >= kFewestBytesKept) {
+    const auto block = KeptBlocks::of_process().take(bytes_of(sizes, type));
+    if (block.memory != nullptr) {
+      const auto give_back = [](void* memory, void* bytes) {
+        KeptBlocks::of_process().give({memory, reinterpret_cast<size_t>(bytes)});
+      };
+      constexpr int32_t kNoIndex = -1;
+      error = torch_from_blob(block.memory, rank, sizes.data(), strides.data(), 0, type, place.type,
+                              kNoIndex, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back,
+                              reinterpret_cast<void*>(block.bytes));
+      if (error != AOTI_TORCH_SUCCESS) KeptBlocks::of_process().give(block);
+    }
+  } else {
+    error = aoti_torch_empty_strided(rank, sizes.data(), strides.data(), type, place.type,
+                                     place.index, &handle);
+  }
   if (error != AOTI_TORCH_SUCCESS) {
     int64_t elements = 1;
     for (const int64_t size : sizes) elements *= size;
@@ -42,15 +72,16 @@ inline torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArray
   return torch::stable::Tensor(handle);
 }
 
-template <size_t rank>
-torch::stable::Tensor empty_contiguous(const int64_t (&sizes)[rank],
-                                       torch::headeronly::ScalarType dtype, DevicePlace place) {
-  int64_t strides[rank], stride = 1;
-  for (size_t i = rank; i-- > 0;) {
+inline torch::stable::Tensor empty_contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                              torch::headeronly::ScalarType dtype,
+                                              DevicePlace place) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided({sizes, rank}, {strides, rank}, dtype, place);
+  return empty_strided(sizes, strides, dtype, place);
 }
 
 // [B, C, H, W] that lies in memory as [B, H, W, C].

@@ -195,7 +195,6 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
     params.residual = residual->const_data_ptr();
   }
   Tensor out = shape.empty_result(x);
-  advise_large_pages(out);
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.out = out.mutable_data_ptr();

@@ -65,35 +65,51 @@ void run_on_tiles(const LinearParams& params) {
 }
 #endif
 
-void run(const LinearParams& params) {
-#ifdef FLEXVAR_X86
-  if (selected_cpu_isa() == CpuIsa::amx) return run_on_tiles(params);
-#endif
+void multiply_rows(const LinearParams& params, const LinearRows& rows) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t work = params.rows * params.columns * params.depth / kWorkPerTask;
+  const int64_t work = rows.count * params.columns * params.depth / kWorkPerTask;
   const int64_t panels = divide_up(params.columns, kLinearColumns);
   // Few panels are shared out by rows.
   const int64_t tasks = std::clamp<int64_t>(work, 1, 2 * threads);
-  const int64_t row_blocks = std::max(divide_up(params.rows, kLinearRows),
-                                      std::min(divide_up(tasks, panels), params.rows));
-  const int64_t rows = divide_up(params.rows, row_blocks);
+  const int64_t row_blocks = std::clamp<int64_t>(divide_up(tasks, panels), 1, rows.count);
+  const int64_t block_rows = divide_up(rows.count, row_blocks);
   const int64_t blocks = row_blocks * panels;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
 
-  Scratch<char> scratch(runs * kLinearScratchBytes);
+  constexpr int64_t scratch_size = kLinearScratchBytes / sizeof(float);
+  Scratch<float> scratch(runs * scratch_size);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
       // All rows meet a panel of the weight before the next: it is read from memory once.
       for (int64_t b = blocks * run / runs; b < blocks * (run + 1) / runs; ++b) {
-        const int64_t row = b % row_blocks * rows, column = b / row_blocks * kLinearColumns;
-        kernel(params,
-               {row, std::min(row + rows, params.rows), column,
+        const int64_t row = b % row_blocks * block_rows, column = b / row_blocks * kLinearColumns;
+        kernel(params, rows,
+               {row, std::min(row + block_rows, rows.count), column,
                 std::min(column + kLinearColumns, params.columns)},
-               scratch.data() + run * kLinearScratchBytes);
+               scratch.data() + run * scratch_size);
       }
     }
   });
+}
+
+void run(const LinearParams& params) {
+#ifdef FLEXVAR_X86
+  if (selected_cpu_isa() == CpuIsa::amx) return run_on_tiles(params);
+#endif
+  const int64_t chunks = divide_up(params.rows, kLinearRows);
+  const int64_t most_rows = divide_up(params.rows, chunks);
+  Scratch<float> entries(most_rows * linear_packed_size(params));
+  for (int64_t first = 0; first < params.rows; first += most_rows) {
+    const LinearRows rows{first, std::min(most_rows, params.rows - first), entries.data()};
+    const auto pack = FLEXVAR_SELECT_CPU_KERNEL(linear_pack);
+    // Fewer numbers are packed sooner than another thread wakes up.
+    const int64_t grain = std::max<int64_t>(1, 65536 / params.depth);
+    torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+      pack(params, rows, begin, end);
+    });
+    multiply_rows(params, rows);
+  }
 }
 
 Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,
@@ -144,8 +160,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
         kOp, ": residual must have the shape of the result");
     params.residual = residual->const_data_ptr();
   }
-  Tensor out = torch::stable::new_empty(residual ? *residual : x, shape);
-  advise_large_pages(out);
+  Tensor out = empty_cpu(shape, residual ? residual->scalar_type() : x.scalar_type());
   params.out_element = element_of(out, "residual");
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();

@@ -5,8 +5,6 @@
 
 namespace flexvar::FLEXVAR_ISA {
 
-static_assert(kLinearGroup == kRegisterRows);
-
 static void finish_group(const LinearParams& params, int64_t row, int64_t rows, int64_t column,
                          int64_t columns, const float* sums) {
   switch (params.out_element) {
@@ -29,82 +27,123 @@ static void prefetch_group(const LinearParams& params, int64_t row, int64_t rows
   }
 }
 
-// A group's elements, `count` of each row, to rows of entries.
-template <typename Entry, typename X>
-static void convert_group(const X* x, int64_t stride, int64_t rows, int64_t count, Entry* entries) {
-  constexpr int64_t of_entry = kElementsPerEntry<Entry>;
-  for (int64_t i = 0; i < rows; ++i, x += stride, entries += kLinearPanelDepth) {
-    for (int64_t k = 0; k < count; k += kFloatLanes * of_entry) {
-      store(reinterpret_cast<float*>(entries + k / of_entry),
-            load_entries<Entry>(x + k, count - k));
+template <typename X>
+static void pack_rows(const LinearParams& params, const LinearRows& rows, int64_t begin,
+                      int64_t end) {
+  using Entry = typename EntryOf<X>::Type;
+  constexpr int64_t of_entry = kElementsPerEntry<Entry>, elements = kLinearChain * of_entry;
+  const X* const x = static_cast<const X*>(params.x) + rows.first * params.depth;
+  for (int64_t i = begin; i < end; ++i) {
+    float* chain = rows.entries + i * kLinearChain;
+    for (int64_t first = 0; first < params.depth; first += elements) {
+      const X* const x_chain = x + i * params.depth + first;
+      const int64_t left = params.depth - first, count = left < elements ? left : elements;
+      for (int64_t k = 0; k < count; k += kFloatLanes * of_entry) {
+        store(chain + k / of_entry, load_entries<Entry>(x_chain + k, count - k));
+      }
+      chain += rows.count * kLinearChain;
     }
   }
 }
 
-// All rows of a block meet a panel of the weight, which stays in the L2 cache, a few at a time,
-// which stay in the L1 cache with their sums. Every sum has one order, given by the depth alone.
-template <typename X, typename W>
-static void multiply_block(const LinearParams& params, const LinearBlock& block, float* sums) {
-  using Entry = typename EntryOf<X>::Type;
-  constexpr int64_t of_entry = kElementsPerEntry<Entry>;
-  float* const panel = sums + kLinearRows * kLinearColumns;
-  Entry* const converted = reinterpret_cast<Entry*>(panel + kLinearPanelDepth * kLinearColumns);
-  const int64_t depth = params.depth, rows = block.row_end - block.row_begin;
-  const X* const x = static_cast<const X*>(params.x) + block.row_begin * depth;
-  const W* const weights = static_cast<const W*>(params.weight);
-  // Elements that are entries as they lie need no copy.
-  const bool direct = sizeof(X) * of_entry == 4 && depth % of_entry == 0;
+// Asks for the next panel's part of the weight while this one is multiplied, a few lines with every
+// entry of the depth: in one go they would wait for each other, and the products for them.
+class LinesAhead {
+ public:
+  LinesAhead(const void* weight, int64_t rows, int64_t row_bytes, int64_t stride_bytes,
+             int64_t steps)
+      : line_(static_cast<const char*>(weight)),
+        lines_in_row_((row_bytes + 63) / 64),
+        to_next_row_(stride_bytes - lines_in_row_ * 64),
+        left_in_row_(lines_in_row_),
+        left_(rows * lines_in_row_),
+        lines_in_step_((left_ + steps - 1) / steps) {}
 
-  for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
-    const int64_t left = block.column_end - column;
-    const int64_t columns = left < kPanelColumns ? left : kPanelColumns;
-    const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
-    for (int64_t begin = 0; begin < depth; begin += kLinearPanelDepth * of_entry) {
-      const int64_t rest = depth - begin;
-      const int64_t count =
-          rest < kLinearPanelDepth * of_entry ? rest : kLinearPanelDepth * of_entry;
-      const int64_t entries = (count + of_entry - 1) / of_entry;
-      pack_panel<Entry>(panel, weights + column * depth + begin, depth, columns, count,
-                        kPanelColumns * depth);
-      for (int64_t i = 0; i < rows; i += kLinearGroup) {
-        const int64_t group = rows - i < kLinearGroup ? rows - i : kLinearGroup;
-        const X* const x_group = x + i * depth + begin;
-        Matrix<const Entry> left_factor{reinterpret_cast<const Entry*>(x_group), depth / of_entry};
-        if (!direct) {
-          convert_group(x_group, depth, group, count, converted);
-          left_factor = {converted, kLinearPanelDepth};
-        }
-        float* const group_sums = sums + i * kPanelColumns;
-        if (count == rest) prefetch_group(params, block.row_begin + i, group, column, columns);
-        for (int64_t k = 0; k < entries; k += kLinearChain) {
-          const int64_t chain = entries - k < kLinearChain ? entries - k : kLinearChain;
-          multiply<float, Entry>({left_factor.data + k, left_factor.row},
-                                 {panel + k * kPanelColumns, kPanelColumns},
-                                 {group_sums, kPanelColumns}, group, vectors, chain, begin + k > 0);
-        }
-        if (count == rest) {
-          finish_group(params, block.row_begin + i, group, column, columns, group_sums);
-        }
+  inline __attribute__((always_inline)) void step() {
+    for (int64_t i = 0; i < lines_in_step_ && left_ > 0; ++i) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+      --left_;
+      if (--left_in_row_ == 0) {
+        line_ += to_next_row_;
+        left_in_row_ = lines_in_row_;
       }
     }
   }
+
+ private:
+  const char* line_;
+  int64_t lines_in_row_, to_next_row_, left_in_row_, left_, lines_in_step_;
+};
+
+// All rows meet a panel of the weight, which stays in the L1 cache, a few at a time. Every sum has
+// one order, given by the depth alone.
+template <typename X, typename W>
+static void multiply_block(const LinearParams& params, const LinearRows& rows,
+                           const LinearBlock& block, float* sums) {
+  using Entry = typename EntryOf<X>::Type;
+  constexpr int64_t of_entry = kElementsPerEntry<Entry>, elements = kLinearChain * of_entry;
+  float* const panel = sums + kLinearRows * kLinearColumns;
+  const int64_t depth = params.depth;
+  const W* const weights = static_cast<const W*>(params.weight);
+
+  for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
+    const int64_t columns_left = block.column_end - column;
+    const int64_t columns = columns_left < kPanelColumns ? columns_left : kPanelColumns;
+    const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
+    const float* chains = rows.entries;
+    for (int64_t first = 0; first < depth; first += elements) {
+      const int64_t left = depth - first, count = left < elements ? left : elements;
+      const int64_t entries = (count + of_entry - 1) / of_entry;
+      const bool is_last = count == left;
+      pack_panel<Entry>(panel, weights + column * depth + first, depth, columns, count);
+      const int64_t next_column = is_last ? column + kPanelColumns : column;
+      const int64_t next_columns = params.columns - next_column;
+      const int64_t steps =
+          (block.row_end - block.row_begin + kRegisterRows - 1) / kRegisterRows * entries;
+      const int64_t next_first = is_last ? 0 : first + elements;
+      LinesAhead ahead(weights + next_column * depth + next_first,
+                       next_columns < kPanelColumns ? next_columns : kPanelColumns,
+                       (depth - next_first < elements ? depth - next_first : elements) * sizeof(W),
+                       depth * sizeof(W), steps);
+      for (int64_t row = block.row_begin; row < block.row_end; row += kRegisterRows) {
+        const int64_t rows_left = block.row_end - row;
+        const int64_t group = rows_left < kRegisterRows ? rows_left : kRegisterRows;
+        float* const group_sums = sums + (row - block.row_begin) * kPanelColumns;
+        if (is_last) prefetch_group(params, rows.first + row, group, column, columns);
+        multiply<float, Entry>({reinterpret_cast<const Entry*>(chains + row * kLinearChain), kLinearChain},
+                               {panel, kPanelColumns}, {group_sums, kPanelColumns}, group, vectors,
+                               entries, first > 0, {}, ahead);
+        if (is_last) finish_group(params, rows.first + row, group, column, columns, group_sums);
+      }
+      chains += rows.count * kLinearChain;
+    }
+  }
 }
 
-void linear_block(const LinearParams& params, const LinearBlock& block, void* scratch) {
-  float* const sums = static_cast<float*>(scratch);
+void linear_pack(const LinearParams& params, const LinearRows& rows, int64_t begin, int64_t end) {
+  switch (params.x_element) {
+    case FloatElement::float32:
+      return pack_rows<float>(params, rows, begin, end);
+    case FloatElement::float16:
+      return pack_rows<Half>(params, rows, begin, end);
+    case FloatElement::bfloat16:
+      return pack_rows<Bfloat16>(params, rows, begin, end);
+  }
+}
+
+void linear_block(const LinearParams& params, const LinearRows& rows, const LinearBlock& block,
+                  float* scratch) {
   const bool float_weight = params.weight_element == FloatElement::float32;
   switch (params.x_element) {
     case FloatElement::float32:
-      multiply_block<float, float>(params, block, sums);
-      break;
+      return multiply_block<float, float>(params, rows, block, scratch);
     case FloatElement::float16:
-      float_weight ? multiply_block<Half, float>(params, block, sums)
-                   : multiply_block<Half, Half>(params, block, sums);
-      break;
+      return float_weight ? multiply_block<Half, float>(params, rows, block, scratch)
+                          : multiply_block<Half, Half>(params, rows, block, scratch);
     case FloatElement::bfloat16:
-      float_weight ? multiply_block<Bfloat16, float>(params, block, sums)
-                   : multiply_block<Bfloat16, Bfloat16>(params, block, sums);
-      break;
+      return float_weight ? multiply_block<Bfloat16, float>(params, rows, block, scratch)
+                          : multiply_block<Bfloat16, Bfloat16>(params, rows, block, scratch);
   }
 }
 

@@ -20,25 +20,35 @@ struct LinearParams {
   bool gelu;
 };
 
-// What one call computes: a block of the output, at most kLinearRows rows of it.
-struct LinearBlock {
-  int64_t row_begin, row_end, column_begin, column_end;
-};
+// Rows of x are packed together, at most so many, and their sums stay in the L2 cache.
 constexpr int64_t kLinearRows = 528;
 // Columns of a block begin at multiples of this: the most that a panel of the weight has.
 constexpr int64_t kLinearColumns = 64;
+// Of the depth, in 32-bit entries: what a sum adds up before the next such chain begins, and what a
+// panel holds, which then stays in the L1 cache.
+constexpr int64_t kLinearChain = 128;
 
-// Of the depth, in 32-bit entries: what a panel holds, and what a sum adds up before the next such
-// chain begins.
-constexpr int64_t kLinearPanelDepth = 1024, kLinearChain = 128;
-static_assert(kLinearPanelDepth % kLinearChain == 0);
-constexpr int64_t kLinearGroup = 6;  // rows that are multiplied together
+// What one call computes: a block of the output. Rows count from the first that is packed.
+struct LinearBlock {
+  int64_t row_begin, row_end, column_begin, column_end;
+};
+// Packed rows: entries [chains of the depth][rows][kLinearChain].
+struct LinearRows {
+  int64_t first, count;  // of params.rows
+  float* entries;
+};
+// Of every row, in 32-bit entries: enough for any number of elements in one.
+static inline int64_t linear_packed_size(const LinearParams& params) {
+  return (params.depth + kLinearChain - 1) / kLinearChain * kLinearChain;
+}
 
-// What a call needs besides: sums [kLinearRows, kLinearColumns], a panel, and a group's entries.
-constexpr int64_t kLinearScratchBytes =
-    4 * (kLinearRows * kLinearColumns + kLinearPanelDepth * (kLinearColumns + kLinearGroup));
+// What linear_block needs besides: sums [kLinearRows, kLinearColumns] and a panel.
+constexpr int64_t kLinearScratchBytes = 4 * (kLinearRows + kLinearChain) * kLinearColumns;
 
+// Packs rows [begin, end) of those.
+FLEXVAR_DECLARE_CPU_KERNEL(linear_pack, (const LinearParams& params, const LinearRows& rows,
+                                         int64_t begin, int64_t end));
 FLEXVAR_DECLARE_CPU_KERNEL(linear_block,
-                           (const LinearParams& params, const LinearBlock& block, void* scratch));
+                           (const LinearParams& params, const LinearRows& rows, const LinearBlock& block, float* scratch));
 
 }  // namespace flexvar

@@ -75,11 +75,9 @@ static inline void transpose_groups(Vector<float> (&v)[4]) {
 }
 
 // Rows of the weight, `count` elements each, to columns of the panel [entries, kPanelColumns]. In
-// place of rows behind the last one, that row again: columns that nobody reads. What lies
-// `ahead` elements behind is asked for.
+// place of rows behind the last one, that row again: columns that nobody reads.
 template <typename Entry, typename W>
-static void pack_panel(float* panel, const W* weight, int64_t stride, int64_t rows, int64_t count,
-                       int64_t ahead) {
+static void pack_panel(float* panel, const W* weight, int64_t stride, int64_t rows, int64_t count) {
   constexpr int kSquares = 4;  // side by side: a row's cache line is read at one go
   constexpr int64_t group = 4 * kElementsPerEntry<Entry>, step = kSquares * group;
   for (int64_t first = 0; first < rows; first += kFloatLanes) {
@@ -107,7 +105,6 @@ static void pack_panel(float* panel, const W* weight, int64_t stride, int64_t ro
           square[s][j] = load_groups<Entry>(rows_of_groups);
         }
       }
-      for (int i = 0; i < kFloatLanes; ++i) __builtin_prefetch(row[i] + k + ahead, 0, 2);
 #pragma GCC unroll 4
       for (int s = 0; s < kSquares; ++s) {
         transpose_groups(square[s]);
