@@ -148,11 +148,85 @@ void run_on_vectors(const Conv3x3Params& params) {
   });
 }
 
+bool suits_winograd(const Conv3x3Params& params) {
+  return params.resize == ConvResize::none && params.element == FloatElement::float32 &&
+         params.weight_element == FloatElement::float32 && params.in_channels >= 32 &&
+         params.out_channels >= 32;
+}
+
+// Blocks are the same for any number of threads and of images: where sums are not finite, a block is
+// redone by the definition, which rounds otherwise.
+void run_by_winograd(const Conv3x3Params& params) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tile_rows = divide_up(params.height, 2), tile_columns = divide_up(params.width, 2);
+  const int64_t columns = divide_evenly(tile_columns, 32);
+  const int64_t rows = divide_evenly(tile_rows, std::max<int64_t>(kWinogradTiles / columns, 1));
+  const int64_t block_rows = divide_up(tile_rows, rows);
+  const int64_t block_columns = divide_up(tile_columns, columns);
+  const int64_t steps = divide_up(params.out_channels, kConvColumns);
+  const int64_t places = params.batch * block_rows * block_columns, units = places * steps;
+  const int64_t runs = std::min(units, threads);
+  const int64_t scratch_size = winograd_scratch_size(params.in_channels);
+  Scratch<float> scratch(runs * scratch_size);
+
+  // Where a thread would transform a panel of the weight more than once, all are before.
+  const bool packs_weight = places > threads;
+  Scratch<float> panels(packs_weight ? steps * kConvColumns * params.in_channels * 16 : 0);
+  if (packs_weight) {
+    const int64_t parts = divide_up(params.in_channels, kWinogradChannels);
+    const auto pack = FLEXVAR_SELECT_CPU_KERNEL(winograd_pack);
+    torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+      for (int64_t run = first_run; run < last_run; ++run) {
+        const int64_t last = steps * parts * (run + 1) / runs;
+        for (int64_t part = steps * parts * run / runs; part < last; ++part) {
+          const int64_t begin = part % parts * kWinogradChannels;
+          pack(params, part / parts * kConvColumns, begin,
+               std::min(begin + kWinogradChannels, params.in_channels), panels.data(),
+               scratch.data() + run * scratch_size);
+        }
+      }
+    });
+  }
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(winograd_block);
+  const auto plain_kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_block);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+    for (int64_t run = first_run; run < last_run; ++run) {
+      int64_t packed = -1;
+      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
+        const int64_t place = unit / steps, position = place % (block_rows * block_columns);
+        const int64_t row = position / block_columns * rows;
+        const int64_t column = position % block_columns * columns;
+        const int64_t rows_here = std::min(rows, tile_rows - row);
+        const int64_t columns_here = std::min(columns, tile_columns - column);
+        const WinogradBlock block{place / (block_rows * block_columns),
+                                  row,
+                                  column,
+                                  rows_here * columns_here,
+                                  columns_here,
+                                  unit % steps * kConvColumns};
+        bool is_finite;
+        kernel(params, block, packs_weight ? panels.data() : nullptr, place == packed,
+               scratch.data() + run * scratch_size, is_finite);
+        packed = place;
+        if (is_finite) continue;
+        const Conv3x3Block plain{block.image,
+                                 2 * row,
+                                 2 * column,
+                                 std::min(2 * rows_here, params.height - 2 * row),
+                                 std::min(2 * columns_here, params.width - 2 * column),
+                                 block.channel};
+        Scratch<float> memory(conv3x3_scratch_size(params, plain.rows, plain.columns));
+        plain_kernel(params, plain, nullptr, false, memory.data());
+      }
+    }
+  });
+}
+
 void run(const Conv3x3Params& params) {
 #ifdef FLEXVAR_X86
   if (selected_cpu_isa() == CpuIsa::amx) return run_on_tiles(params);
 #endif
-  run_on_vectors(params);
+  suits_winograd(params) ? run_by_winograd(params) : run_on_vectors(params);
 }
 
 Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Tensor> bias_in,

@@ -3,6 +3,7 @@
 #include "common/cpu_entry.h"
 #include "conv3x3/cpu_plain.h"
 #include "conv3x3/cpu_weight.h"
+#include "conv3x3/cpu_winograd.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
@@ -215,6 +216,18 @@ void conv3x3_block(const Conv3x3Params& params, const Conv3x3Block& block, const
   with_elements(params, [&](auto x, auto weight) {
     convolve_block<decltype(x), decltype(weight)>(params, block, panels, is_packed, scratch);
   });
+}
+
+void winograd_pack(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
+                   float* panels, float* taps) {
+  const int64_t place = channel / kConvColumns * params.in_channels + begin;
+  winograd::transform_weight(params, channel, begin, end - begin,
+                             panels + place * 16 * kConvColumns, taps);
+}
+
+void winograd_block(const Conv3x3Params& params, const WinogradBlock& block, const float* panels,
+                    bool is_packed, float* scratch, bool& is_finite) {
+  is_finite = winograd::convolve(params, block, panels, is_packed, scratch);
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

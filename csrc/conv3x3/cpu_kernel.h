@@ -82,4 +82,41 @@ FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_pack, (const Conv3x3Params& params, int64_t c
 FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_block, (const Conv3x3Params& params, const Conv3x3Block& block,
                                            const float* panels, bool is_packed, float* scratch));
 
+// Winograd's way (cpu_winograd.h), for float32 maps that keep their size. What one call computes: at
+// most kWinogradTiles tiles of 2x2 pixels, for at most kConvColumns output channels from `channel`
+// on.
+struct WinogradBlock {
+  int64_t image, tile_row, tile_column, tiles, tile_columns, channel;  // tile_columns in a row
+};
+constexpr int64_t kWinogradTiles = 64;
+// Input channels that are transformed together, and what a sum adds up before the next such chain
+// begins: a quarter of an output's products, all in one chain, would err 1.6 times as much as
+// torch's convolution.
+constexpr int64_t kWinogradChannels = 128, kWinogradChain = 64;
+
+// What a call needs besides, in floats: the transformed map, sums, a panel of the transformed
+// weight and its taps. What belongs to each of the 16 products starts a little off a multiple of
+// 4 KiB: at one, all of them would take the same few lines of the L1 cache.
+constexpr int64_t kWinogradMapStride = kWinogradTiles * kWinogradChannels + kConvLanes;
+constexpr int64_t kWinogradSumsStride = kWinogradTiles * kConvColumns + kConvLanes;
+constexpr int64_t kWinogradSumsSize = 16 * kWinogradSumsStride;
+constexpr int64_t kWinogradPanelSize = 16 * kWinogradChannels * kConvColumns;
+static inline int64_t winograd_map_size(int64_t in_channels) {
+  return (in_channels + kWinogradChannels - 1) / kWinogradChannels * 16 * kWinogradMapStride;
+}
+static inline int64_t winograd_scratch_size(int64_t in_channels) {
+  return winograd_map_size(in_channels) + kWinogradSumsSize + kWinogradPanelSize +
+         9 * kWinogradChannels * kConvLanes;
+}
+
+// Packs channels [begin, end), at most kWinogradChannels, for the output channels from `channel`
+// on. Panels are [steps of kConvColumns][in_channels][16 * kConvColumns].
+FLEXVAR_DECLARE_CPU_KERNEL(winograd_pack, (const Conv3x3Params& params, int64_t channel,
+                                           int64_t begin, int64_t end, float* panels, float* taps));
+// Says whether all sums are finite: where they aren't, they may be so by the definition, or another
+// infinity.
+FLEXVAR_DECLARE_CPU_KERNEL(winograd_block,
+                           (const Conv3x3Params& params, const WinogradBlock& block,
+                            const float* panels, bool is_packed, float* scratch, bool& is_finite));
+
 }  // namespace flexvar

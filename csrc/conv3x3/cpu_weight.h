@@ -17,6 +17,10 @@ struct Conv3x3Channels {
     if (left < count) count = left;
     entries = (count + kElementsPerEntry<Entry> - 1) / kElementsPerEntry<Entry>;
   }
+  Conv3x3Channels(int64_t first, int64_t count)
+      : first(first),
+        count(count),
+        entries((count + kElementsPerEntry<Entry> - 1) / kElementsPerEntry<Entry>) {}
   // A multiple of what an entry holds.
   int64_t padded() const { return entries * kElementsPerEntry<Entry>; }
   int64_t end() const { return first + count; }
