@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	@if $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(v < (2, 10))' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(v < (2, 11))' 2>/dev/null; then \
 	  $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth; \
 	  echo "using the torch of $(PYTHON)"; \
 	else \

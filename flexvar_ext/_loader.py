@@ -38,6 +38,6 @@ def _load(library: Path) -> None:
     except OSError as error:
         raise ImportError(
             f"flexvar_ext: {library.name} does not load under torch {torch.__version__}: {error}. Likely causes: a "
-            "torch older than 2.10, or a build made for another Python or libstdc++. Rebuild with "
+            "torch older than 2.11, or a build made for another Python or libstdc++. Rebuild with "
             "`pip install --no-build-isolation --force-reinstall --no-deps .`"
         ) from error

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cpu_memory.h"
+#include "common/cpu_shares.h"
 #include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "linear/cpu_amx.h"
@@ -79,17 +80,18 @@ void multiply_rows(const LinearParams& params, const LinearRows& rows) {
   constexpr int64_t scratch_size = kLinearScratchBytes / sizeof(float);
   Scratch<float> scratch(runs * scratch_size);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t run = begin; run < end; ++run) {
+  Shares shares(blocks, runs);
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t run, int64_t) {
+    shares.take([&](int64_t begin, int64_t end) {
       // All rows meet a panel of the weight before the next: it is read from memory once.
-      for (int64_t b = blocks * run / runs; b < blocks * (run + 1) / runs; ++b) {
+      for (int64_t b = begin; b < end; ++b) {
         const int64_t row = b % row_blocks * block_rows, column = b / row_blocks * kLinearColumns;
         kernel(params, rows,
                {row, std::min(row + block_rows, rows.count), column,
                 std::min(column + kLinearColumns, params.columns)},
                scratch.data() + run * scratch_size);
       }
-    }
+    });
   });
 }
 
