@@ -139,17 +139,54 @@ def test_float32_on_tiles_is_more_accurate_than_float32(resize):
     assert error < (reference.conv3x3(**tensors, resize=resize) - exact).abs().max()
 
 
+@pytest.mark.parametrize("channels", [(6, 4), (40, 70)])  # by the definition; by Winograd's way where it keeps its size
 @pytest.mark.parametrize("resize", RESIZES)
-def test_values_that_are_not_finite_stay_where_they_are_seen(device, resize):
-    tensors = arguments((2, 6, 4, 8, 20), resize, device=device)
+def test_values_that_are_not_finite_stay_where_they_are_seen(device, resize, channels):
+    tensors = arguments((2, *channels, 8, 20), resize, device=device)
     plain = flexvar_ext.conv3x3(**tensors, resize=resize)
     for value in (float("nan"), float("inf"), 3.4e38):
         changed = tensors["x"].clone()
         changed[1, 2, 4, 10] = value
         out = flexvar_ext.conv3x3(**dict(tensors, x=changed), resize=resize)
         expected = reference.conv3x3(**dict(tensors, x=changed), resize=resize)
-        torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+        # Winograd's error is small against the largest number and tap that an output sees.
+        is_large = value == 3.4e38 and channels == (40, 70)
+        atol = 1e-7 * expected[expected.isfinite()].abs().max().item() if is_large else 1e-5
+        torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=atol)
         assert torch.equal(out[0], plain[0])
+
+
+@needs_kernel
+def test_winograd_is_the_same_in_any_batch_and_on_any_number_of_threads():
+    tensors = without(arguments((3, 130, 64, 37, 70), "none"), "residual")
+    tensors["x"][1, 5, 20, 30], tensors["x"][2] = float("inf"), float("nan")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [call_op(dict(tensors, x=image[None]), "none") for image in tensors["x"]]
+        torch.set_num_threads(3)
+        torch.testing.assert_close(call_op(tensors, "none"), torch.cat(alone), rtol=0, atol=0, equal_nan=True)
+    finally:
+        torch.set_num_threads(threads)
+    expected = reference.conv3x3(**doubled(tensors))
+    torch.testing.assert_close(torch.cat(alone).double(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
+@pytest.mark.parametrize("kind", ["positive", "mean 100", "pixels of all sizes", "channels of all sizes"])
+def test_winograd_of_values_that_are_not_alike(monkeypatch, kind, isa):
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", isa)
+    tensors = without(arguments((1, 128, 64, 20, 24), "none"), "bias", "residual")
+    x = tensors["x"]
+    tensors["x"] = {
+        "positive": x.abs(),
+        "mean 100": x + 100,
+        "pixels of all sizes": x * 10 ** randn(1, 1, 20, 24, seed=4),
+        "channels of all sizes": x * 10 ** randn(1, 128, 1, 1, seed=4),
+    }[kind]
+    if kind == "positive":
+        tensors["weight"] = tensors["weight"].abs()
+    assert_accurate(tensors, "none")
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])  # the first has torch's
