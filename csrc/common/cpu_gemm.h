@@ -104,15 +104,20 @@ static void multiply_columns(const Matrix<const A>& a, const T* b, int64_t b_row
   const Matrix<const A> rest{left, a.row, a.column};
   switch (rows) {
     case 5:
-      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
+      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs, beside);
     case 4:
-      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
+      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs, beside);
     case 3:
-      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
+      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs, beside);
     case 2:
-      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
+      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs, beside);
     case 1:
-      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate, runs, beside);
+      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
+                                                   runs, beside);
   }
 }
 
@@ -129,17 +134,21 @@ static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const M
     switch (columns) {
 #if FLEXVAR_VECTOR_BYTES == 64
       case 4:
-        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
+        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
+                                  beside);
         break;
       case 3:
-        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
+        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
+                                  beside);
         break;
 #endif
       case 2:
-        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
+        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
+                                  beside);
         break;
       default:
-        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs, beside);
+        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
+                                  beside);
     }
     right += columns * kLanes<T>;
     sums += columns * kLanes<T>;

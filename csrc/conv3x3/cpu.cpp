@@ -154,8 +154,8 @@ bool suits_winograd(const Conv3x3Params& params) {
          params.out_channels >= 32;
 }
 
-// Blocks are the same for any number of threads and of images: where sums are not finite, a block is
-// redone by the definition, which rounds otherwise.
+// Blocks are the same for any number of threads and of images: where sums are not finite, a block
+// is redone by the definition, which rounds otherwise.
 void run_by_winograd(const Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tile_rows = divide_up(params.height, 2), tile_columns = divide_up(params.width, 2);

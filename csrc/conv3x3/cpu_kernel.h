@@ -82,9 +82,9 @@ FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_pack, (const Conv3x3Params& params, int64_t c
 FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_block, (const Conv3x3Params& params, const Conv3x3Block& block,
                                            const float* panels, bool is_packed, float* scratch));
 
-// Winograd's way (cpu_winograd.h), for float32 maps that keep their size. What one call computes: at
-// most kWinogradTiles tiles of 2x2 pixels, for at most kConvColumns output channels from `channel`
-// on.
+// Winograd's way (cpu_winograd.h), for float32 maps that keep their size. What one call computes:
+// at most kWinogradTiles tiles of 2x2 pixels, for at most kConvColumns output channels from
+// `channel` on.
 struct WinogradBlock {
   int64_t image, tile_row, tile_column, tiles, tile_columns, channel;  // tile_columns in a row
 };

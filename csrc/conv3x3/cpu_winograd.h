@@ -151,8 +151,7 @@ static bool convolve(const Conv3x3Params& params, const WinogradBlock& block, co
   float* const sums = map + winograd_map_size(params.in_channels);
   float* const panel = sums + kWinogradSumsSize;
   float* const taps = panel + kWinogradPanelSize;
-  const int64_t vectors =
-      (conv3x3_channels(params, block.channel) + kFloatLanes - 1) / kFloatLanes;
+  const int64_t vectors = (conv3x3_channels(params, block.channel) + kFloatLanes - 1) / kFloatLanes;
   if (panels != nullptr) {
     panels += block.channel / kConvColumns * params.in_channels * 16 * kConvColumns;
   }

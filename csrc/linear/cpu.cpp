@@ -107,9 +107,8 @@ void run(const LinearParams& params) {
     const auto pack = FLEXVAR_SELECT_CPU_KERNEL(linear_pack);
     // Fewer numbers are packed sooner than another thread wakes up.
     const int64_t grain = std::max<int64_t>(1, 65536 / params.depth);
-    torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
-      pack(params, rows, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, rows.count, grain, [&](int64_t begin, int64_t end) { pack(params, rows, begin, end); });
     multiply_rows(params, rows);
   }
 }

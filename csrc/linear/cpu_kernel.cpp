@@ -111,9 +111,10 @@ static void multiply_block(const LinearParams& params, const LinearRows& rows,
         const int64_t group = rows_left < kRegisterRows ? rows_left : kRegisterRows;
         float* const group_sums = sums + (row - block.row_begin) * kPanelColumns;
         if (is_last) prefetch_group(params, rows.first + row, group, column, columns);
-        multiply<float, Entry>({reinterpret_cast<const Entry*>(chains + row * kLinearChain), kLinearChain},
-                               {panel, kPanelColumns}, {group_sums, kPanelColumns}, group, vectors,
-                               entries, first > 0, {}, ahead);
+        multiply<float, Entry>(
+            {reinterpret_cast<const Entry*>(chains + row * kLinearChain), kLinearChain},
+            {panel, kPanelColumns}, {group_sums, kPanelColumns}, group, vectors, entries, first > 0,
+            {}, ahead);
         if (is_last) finish_group(params, rows.first + row, group, column, columns, group_sums);
       }
       chains += rows.count * kLinearChain;

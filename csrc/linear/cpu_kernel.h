@@ -48,7 +48,7 @@ constexpr int64_t kLinearScratchBytes = 4 * (kLinearRows + kLinearChain) * kLine
 // Packs rows [begin, end) of those.
 FLEXVAR_DECLARE_CPU_KERNEL(linear_pack, (const LinearParams& params, const LinearRows& rows,
                                          int64_t begin, int64_t end));
-FLEXVAR_DECLARE_CPU_KERNEL(linear_block,
-                           (const LinearParams& params, const LinearRows& rows, const LinearBlock& block, float* scratch));
+FLEXVAR_DECLARE_CPU_KERNEL(linear_block, (const LinearParams& params, const LinearRows& rows,
+                                          const LinearBlock& block, float* scratch));
 
 }  // namespace flexvar
