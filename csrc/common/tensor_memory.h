@@ -5,7 +5,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
@@ -14,8 +13,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <vector>
-
-#include "common/kept_blocks.h"
 
 namespace flexvar {
 
@@ -29,41 +26,13 @@ inline DevicePlace device_of(const torch::stable::Tensor& t) {
   return place;
 }
 
-// The bytes of contiguous numbers, or 0 where they do not fit into memory.
-inline size_t bytes_of(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype) {
-  size_t bytes = aoti_torch_dtype_element_size(dtype);
-  for (const int64_t size : sizes) {
-    if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return 0;
-  }
-  return bytes <= PTRDIFF_MAX ? bytes : 0;
+inline int32_t dtype_code(torch::headeronly::ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
-// Uninitialised; the strides leave no holes. On a CPU large ones are kept blocks, on CUDA it is
-// memory of torch's allocator for the device's current stream.
-inline torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                                           torch::headeronly::IntHeaderOnlyArrayRef strides,
-                                           torch::headeronly::ScalarType dtype, DevicePlace place) {
-  constexpr size_t kFewestBytesKept = 1 << 20;
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  const auto rank = static_cast<int64_t>(sizes.size());
-  AtenTensorHandle handle;
-  AOTITorchError error = AOTI_TORCH_FAILURE;
-  if (place.type == aoti_torch_device_type_cpu() && bytes_of(sizes, type) >= kFewestBytesKept) {
-    const auto block = KeptBlocks::of_process().take(bytes_of(sizes, type));
-    if (block.memory != nullptr) {
-      const auto give_back = [](void* memory, void* bytes) {
-        KeptBlocks::of_process().give({memory, reinterpret_cast<size_t>(bytes)});
-      };
-      constexpr int32_t kNoIndex = -1;
-      error = torch_from_blob(block.memory, rank, sizes.data(), strides.data(), 0, type, place.type,
-                              kNoIndex, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back,
-                              reinterpret_cast<void*>(block.bytes));
-      if (error != AOTI_TORCH_SUCCESS) KeptBlocks::of_process().give(block);
-    }
-  } else {
-    error = aoti_torch_empty_strided(rank, sizes.data(), strides.data(), type, place.type,
-                                     place.index, &handle);
-  }
+// The tensor that torch made, or the error that it did not.
+inline torch::stable::Tensor made_by_torch(AOTITorchError error, AtenTensorHandle handle,
+                                           torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   if (error != AOTI_TORCH_SUCCESS) {
     int64_t elements = 1;
     for (const int64_t size : sizes) elements *= size;
@@ -72,28 +41,42 @@ inline torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArray
   return torch::stable::Tensor(handle);
 }
 
-inline torch::stable::Tensor empty_contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                                              torch::headeronly::ScalarType dtype,
-                                              DevicePlace place) {
+// Uninitialised. On CUDA it is memory of torch's allocator for the device's current stream.
+inline torch::stable::Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                           torch::headeronly::IntHeaderOnlyArrayRef strides,
+                                           torch::headeronly::ScalarType dtype, DevicePlace place) {
+  AtenTensorHandle handle{};
+  const AOTITorchError error =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_code(dtype), place.type, place.index, &handle);
+  return made_by_torch(error, handle, sizes);
+}
+
+inline std::vector<int64_t> contiguous_strides(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided(sizes, strides, dtype, place);
+  return strides;
 }
 
-// [B, C, H, W] that lies in memory as [B, H, W, C].
-inline torch::stable::Tensor empty_channels_last(const int64_t (&sizes)[4],
-                                                 torch::headeronly::ScalarType dtype,
-                                                 DevicePlace place) {
-  int64_t strides[4], stride = 1;
+// Of [B, C, H, W] that lies in memory as [B, H, W, C].
+inline std::vector<int64_t> channels_last_strides(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(4);
+  int64_t stride = 1;
   for (const int axis : {1, 3, 2, 0}) {
     strides[axis] = stride;
     stride *= std::max<int64_t>(sizes[axis], 1);
   }
-  return empty_strided({sizes, 4}, {strides, 4}, dtype, place);
+  return strides;
+}
+
+inline torch::stable::Tensor empty_contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                              torch::headeronly::ScalarType dtype,
+                                              DevicePlace place) {
+  return empty_strided(sizes, contiguous_strides(sizes), dtype, place);
 }
 
 // With the strides of t, whose elements fill their memory.

@@ -1,6 +1,7 @@
 // What the launchers of CPU and CUDA check alike, and the layout that both work in.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string>
 
@@ -16,9 +17,8 @@ struct Conv3x3Shape {
   ConvResize resize;
   int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
 
-  Tensor empty_result(const Tensor& x) const {
-    return empty_channels_last({batch, out_channels, out_height, out_width}, x.scalar_type(),
-                               device_of(x));
+  std::array<int64_t, 4> result_sizes() const {
+    return {batch, out_channels, out_height, out_width};
   }
 };
 

@@ -268,7 +268,8 @@ Tensor conv3x3_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Te
     residual = as_channels_last(*residual_in);
     params.residual = residual->const_data_ptr();
   }
-  Tensor out = shape.empty_result(x);
+  const auto sizes = shape.result_sizes();
+  Tensor out = empty_cpu(sizes, channels_last_strides(sizes), x.scalar_type());
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.out = out.mutable_data_ptr();

@@ -133,7 +133,9 @@ Tensor conv3x3_cuda(const Tensor& x_in, const Tensor& weight, std::optional<Tens
                         reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 16 == 0,
                     kConv3x3, ": packed must be what conv3x3_pack made of the weight");
   }
-  Tensor out = shape.empty_result(x_in);
+  const auto sizes = shape.result_sizes();
+  Tensor out =
+      empty_strided(sizes, channels_last_strides(sizes), x_in.scalar_type(), device_of(x_in));
   if (out.numel() == 0) return out;
   Tensor x = as_channels_last(x_in);
   std::optional<Tensor> residual;

@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
   if (dtype != maps.dtype()) maps.widen();
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor& x = maps.tensor();
-  Tensor out = empty_alike(x);
+  Tensor out = empty_cpu_alike(x);
   Tensor statistics =
       torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
   if (out.numel() > 0) {
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor statistics = maps.statistics(statistics_in);
   const int64_t channels = maps.channels();
-  Tensor grad_x = empty_alike(x);
+  Tensor grad_x = empty_cpu_alike(x);
   Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
   if (grad_x.numel() == 0) return {as_dtype(grad_x, dtype), grad_weight, grad_bias};

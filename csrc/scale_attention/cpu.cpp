@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cpu(
                            q_scale_in, inverse_lengths_in);
   const int64_t batch = q_in.size(0), tokens = q_in.size(1), heads = q_in.size(2);
   Tensor grad_q = empty_cpu({batch, tokens, heads, q_in.size(3)}, q_in.scalar_type());
-  Tensor grad_k = empty_alike(grad_q), grad_v = empty_alike(grad_q);
+  Tensor grad_k = empty_cpu_alike(grad_q), grad_v = empty_cpu_alike(grad_q);
   Tensor grad_q_scale = empty_cpu({q_scale_in ? heads : 0}, attention_arithmetic(q_in));
   if (batch * tokens * heads == 0) {
     return {grad_q, grad_k, grad_v, torch::stable::fill_(grad_q_scale, 0)};
