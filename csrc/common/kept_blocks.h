@@ -15,13 +15,14 @@
 
 namespace flexvar {
 
-// Asks for pages of 2 MiB instead of 4 KiB where the system hands them out on request.
+// Asks for pages of 2 MiB instead of 4 KiB where the system hands them out on request. Whole small
+// pages, so that nothing lies between neighbours: a large page must be asked for throughout.
 inline void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096, kFewest = 4 << 20;
   if (bytes < kFewest) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or it stays slow
 #endif
 }
@@ -68,7 +69,7 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr int kMostBlocks = 32;
+  static constexpr int kMostBlocks = 128;
 
   Block remove(int i) {
     const Block block = kept_[i];
