@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
   m.def(
       "append_qkv(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt position, Tensor? "
       "q_scale) -> Tensor");
+  m.def("kept_empty(Tensor like, SymInt[] sizes) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? gate, Tensor? "
       "residual) "

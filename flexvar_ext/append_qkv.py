@@ -96,3 +96,17 @@ def _is_same_memory(a: Tensor, b: Tensor) -> bool:
 def _(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, q_scale: Tensor | None) -> Tensor:
     batch, length, _, heads, dim = qkv.shape
     return k_cache.new_empty(batch, length, heads, dim)
+
+
+def kept_empty(sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """``torch.empty(sizes)`` for a cache: on a CPU large ones lie in memory that earlier results were done with.
+
+    The system takes a sixth of a second and more to hand out what an image's cache needs.
+    """
+    like = torch.empty(0, dtype=dtype, device=device)
+    return torch.ops.flexvar.kept_empty(like, sizes) if like.is_cpu else like.new_empty(sizes)
+
+
+@torch.library.register_fake("flexvar::kept_empty")
+def _(like: Tensor, sizes: list[int]) -> Tensor:
+    return like.new_empty(sizes)

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "append_qkv/checks.h"
 #include "append_qkv/cpu_kernel.h"
@@ -48,7 +49,15 @@ Tensor append_qkv_cpu(const Tensor& qkv_in, Tensor k_cache, Tensor v_cache, int6
   return q;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) { m.impl("append_qkv", TORCH_BOX(&append_qkv_cpu)); }
+// Memory for a cache, uninitialised: large ones in blocks of earlier caches and results.
+Tensor kept_empty_cpu(const Tensor& like, std::vector<int64_t> sizes) {
+  return empty_cpu(sizes, like.scalar_type());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) {
+  m.impl("append_qkv", TORCH_BOX(&append_qkv_cpu));
+  m.impl("kept_empty", TORCH_BOX(&kept_empty_cpu));
+}
 
 }  // namespace
 }  // namespace flexvar

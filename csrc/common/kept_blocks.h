@@ -30,7 +30,7 @@ inline void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] siz
 class KeptBlocks {
  public:
   static constexpr size_t kAlignment = 64;
-  static constexpr size_t kMostBytes = 256 << 20;  // of all that is kept
+  static constexpr size_t kMostBytes = 512 << 20;  // of all that is kept
 
   struct Block {
     void* memory = nullptr;

@@ -7,7 +7,7 @@ import torch
 
 import flexvar_ext  # noqa: F401 registers the ops
 
-CPU_ONLY = {"linear"}
+CPU_ONLY = {"linear", "kept_empty"}
 
 
 def schemas(library: str) -> dict[str, str]:

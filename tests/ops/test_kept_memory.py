@@ -61,9 +61,9 @@ place = result.data_ptr()
 del result
 assert flexvar_ext.resample2d(x, (2048, 2048), mode="nearest").data_ptr() == place
 before = megabytes()
-results = [flexvar_ext.resample2d(x, (2048, 2048), mode="nearest") for _ in range(16)]
-assert megabytes() - before > 15 * 60
-results.append(flexvar_ext.resample2d(x, (4300, 4300), mode="nearest"))  # 282 MiB: more than is kept at all
+results = [flexvar_ext.resample2d(x, (2048, 2048), mode="nearest") for _ in range(24)]
+assert megabytes() - before > 23 * 60
+results.append(flexvar_ext.resample2d(x, (6000, 6000), mode="nearest"))  # 549 MiB: more than is kept at all
 del results
 print(megabytes() - before)
 """
@@ -76,7 +76,7 @@ def test_a_result_takes_the_place_of_one_that_is_gone_and_what_is_kept_is_bounde
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    assert float(finished.stdout) <= 256 + 32, finished.stdout
+    assert float(finished.stdout) <= 512 + 32, finished.stdout
 
 
 def test_what_does_not_fit_into_memory_is_an_error():

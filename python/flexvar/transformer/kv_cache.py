@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexvar_ext.append_qkv import kept_empty
+
 
 class KVCache:
     """Keys and values of every block, allocated once for a whole schedule and written in place.
@@ -27,10 +29,12 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        backend: str = "native",
     ) -> None:
+        empty = kept_empty if backend == "native" else torch.empty
         shape = (depth, batch, max_tokens, heads, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k = empty(shape, dtype=dtype, device=device)
+        self.v = empty(shape, dtype=dtype, device=device)
         self.length = 0
 
     @property

@@ -179,6 +179,7 @@ class FlexVARTransformer(nn.Module):
                 config.head_dim,
                 dtype=cache_dtype or self.head.weight.dtype,
                 device=self.head.weight.device,
+                backend=self.backend,
             ),
             start=condition.unsqueeze(1) + self.pos_start,
             positions=self._positions.get(self.pos_1LC, schedule, self.backend),
