@@ -42,8 +42,8 @@ class KeptBlocks {
     return blocks;
   }
 
-  // The smallest kept block that is large enough and not more than twice that, or a new one, which
-  // is null where there is no memory.
+  // The smallest kept block that is large enough and not more than twice that, or a new one, for
+  // which all others are let go if need be; null where there is no memory.
   Block take(size_t bytes) {
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       int best = -1;
@@ -54,7 +54,11 @@ class KeptBlocks {
       if (best >= 0) return remove(best);
     }
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    void* const memory = std::aligned_alloc(kAlignment, bytes);
+    void* memory = std::aligned_alloc(kAlignment, bytes);
+    if (memory == nullptr) {
+      release();
+      memory = std::aligned_alloc(kAlignment, bytes);
+    }
     if (memory != nullptr) advise_large_pages(memory, bytes);
     return {memory, bytes};
   }
@@ -70,6 +74,11 @@ class KeptBlocks {
 
  private:
   static constexpr int kMostBlocks = 128;
+
+  void release() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    while (lock && count_ > 0) std::free(remove(0).memory);
+  }
 
   Block remove(int i) {
     const Block block = kept_[i];

@@ -47,6 +47,16 @@ def test_threads_do_not_share_blocks():
     assert wrong == []
 
 
+def printed_by(program: str) -> str:
+    """What a process of its own prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
 PROGRAM = """
 from pathlib import Path
 import torch, flexvar_ext
@@ -71,12 +81,25 @@ print(megabytes() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
 def test_a_result_takes_the_place_of_one_that_is_gone_and_what_is_kept_is_bounded():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert float(finished.stdout) <= 512 + 32, finished.stdout
+    assert float(printed_by(PROGRAM)) <= 512 + 32
+
+
+LIMITED = """
+import resource
+import torch, flexvar_ext
+
+x = torch.zeros(1, 4, 1024, 1024)
+results = [flexvar_ext.resample2d(x, (2048, 2048), mode="nearest") for _ in range(7)]
+del results  # 448 MiB are kept
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (100 << 20), resource.RLIM_INFINITY))
+print(tuple(flexvar_ext.resample2d(x, (4096, 4096), mode="nearest").shape))  # 256 MiB
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_kept_memory_is_let_go_where_memory_ends():
+    assert printed_by(LIMITED) == "(1, 4, 4096, 4096)"
 
 
 def test_what_does_not_fit_into_memory_is_an_error():
