@@ -74,12 +74,42 @@ void run_on_tiles(const Conv3x3Params& all) {
 
 #endif
 
+// Calls work(run, outer, inner, is_same): all pairs, the outer ones in turn, shared out to `runs`
+// runs at once; whether the pair before it in its run had the same outer one.
+template <typename Work>
+void share_out(int64_t outer_count, int64_t inner_count, int64_t runs, Work work) {
+  const int64_t units = outer_count * inner_count;
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
+    for (int64_t run = first_run; run < last_run; ++run) {
+      const int64_t first = units * run / runs, last = units * (run + 1) / runs;
+      for (int64_t unit = first; unit < last; ++unit) {
+        const bool is_same = unit > first && unit % inner_count > 0;
+        work(run, unit / inner_count, unit % inner_count, is_same);
+      }
+    }
+  });
+}
+
+// Maps of height x width, cut into blocks of rows x columns.
+struct Place {
+  int64_t image, row, column, rows, columns;
+};
+struct Cut {
+  int64_t height, width, rows, columns;
+
+  int64_t blocks() const { return divide_up(height, rows) * divide_up(width, columns); }
+  Place place(int64_t block) const {
+    const int64_t in_image = block % blocks(), blocks_in_row = divide_up(width, columns);
+    const int64_t row = in_image / blocks_in_row * rows;
+    const int64_t column = in_image % blocks_in_row * columns;
+    return {block / blocks(), row, column, std::min(rows, height - row),
+            std::min(columns, width - column)};
+  }
+};
+
 // Rows and columns of a block's pixels: as many as leave every thread some blocks, and what a block
 // sees and sums in the L2 cache.
-struct BlockSize {
-  int64_t rows, columns;
-};
-BlockSize choose_block(const Conv3x3Params& params, int64_t wanted_blocks) {
+Cut choose_blocks(const Conv3x3Params& params, int64_t wanted_blocks) {
   constexpr int64_t kMostPixels = 1024, kFewestPixels = 64, kMostFloatsSeen = 384 << 10;
   constexpr int64_t kMostColumns = 64;
   const int64_t most =
@@ -88,63 +118,45 @@ BlockSize choose_block(const Conv3x3Params& params, int64_t wanted_blocks) {
   const int64_t pixels = params.grid_height * params.grid_width;
   const int64_t aim = std::max(std::min(most, divide_up(pixels, wanted_blocks)), kFewestPixels);
   const int64_t columns = divide_evenly(params.grid_width, kMostColumns);
-  return {divide_evenly(params.grid_height, divide_up(aim, columns)), columns};
+  return {params.grid_height, params.grid_width,
+          divide_evenly(params.grid_height, divide_up(aim, columns)), columns};
 }
 
-// Threads take shares of the scratch memory, which need not hold more than taps.
-void pack_weight(const Conv3x3Params& params, const Conv3x3Product& product, float* panels,
+// Packs the weight by `kernel`, `channels` of the input at a time. Runs take shares of the scratch
+// memory, which need not hold more than taps.
+template <typename Kernel>
+void pack_weight(const Conv3x3Params& params, Kernel kernel, int64_t channels, float* panels,
                  float* scratch, int64_t scratch_size, int64_t runs) {
   const int64_t steps = divide_up(params.out_channels, kConvColumns);
-  const int64_t pack_step = conv3x3_pack_step(product);
-  const int64_t parts = divide_up(params.in_channels, pack_step), units = steps * parts;
-  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_pack);
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
-    for (int64_t run = first_run; run < last_run; ++run) {
-      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
-        const int64_t begin = unit % parts * pack_step;
-        kernel(params, unit / parts * kConvColumns, begin,
-               std::min(begin + pack_step, params.in_channels), panels,
-               scratch + run * scratch_size);
-      }
-    }
-  });
+  share_out(steps, divide_up(params.in_channels, channels), runs,
+            [&](int64_t run, int64_t step, int64_t part, bool) {
+              kernel(params, step * kConvColumns, part * channels,
+                     std::min((part + 1) * channels, params.in_channels), panels,
+                     scratch + run * scratch_size);
+            });
 }
 
 void run_on_vectors(const Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t steps = divide_up(params.out_channels, kConvColumns);
-  const BlockSize size = choose_block(params, divide_up(2 * threads, params.batch * steps));
-  const int64_t block_rows = divide_up(params.grid_height, size.rows);
-  const int64_t block_columns = divide_up(params.grid_width, size.columns);
-  const int64_t places = params.batch * block_rows * block_columns, units = places * steps;
-  const int64_t runs = std::min(units, threads);
-  const int64_t scratch_size = conv3x3_scratch_size(params, size.rows, size.columns);
+  const Cut cut = choose_blocks(params, divide_up(2 * threads, params.batch * steps));
+  const int64_t places = params.batch * cut.blocks(), runs = std::min(places * steps, threads);
+  const int64_t scratch_size = conv3x3_scratch_size(params, cut.rows, cut.columns);
   Scratch<float> scratch(runs * scratch_size);
   // Where a thread would pack a panel of the weight more than once, all are packed before.
   const bool packs_weight = places > threads;
   const Conv3x3Product product = conv3x3_product(params, 1, 1);
   const int64_t panels_size = steps * params.in_channels * conv3x3_channel_panel_size(product);
   Scratch<float> panels(packs_weight ? panels_size + kConvLanes : 0);
-  if (packs_weight) pack_weight(params, product, panels.data(), scratch.data(), scratch_size, runs);
+  if (packs_weight) {
+    pack_weight(params, FLEXVAR_SELECT_CPU_KERNEL(conv3x3_pack), conv3x3_pack_step(product),
+                panels.data(), scratch.data(), scratch_size, runs);
+  }
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_block);
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
-    for (int64_t run = first_run; run < last_run; ++run) {
-      int64_t packed = -1;
-      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
-        const int64_t place = unit / steps, position = place % (block_rows * block_columns);
-        const int64_t row = position / block_columns * size.rows;
-        const int64_t column = position % block_columns * size.columns;
-        const Conv3x3Block block{place / (block_rows * block_columns),
-                                 row,
-                                 column,
-                                 std::min(size.rows, params.grid_height - row),
-                                 std::min(size.columns, params.grid_width - column),
-                                 unit % steps * kConvColumns};
-        kernel(params, block, packs_weight ? panels.data() : nullptr, place == packed,
-               scratch.data() + run * scratch_size);
-        packed = place;
-      }
-    }
+  share_out(places, steps, runs, [&](int64_t run, int64_t block, int64_t step, bool is_packed) {
+    const Place at = cut.place(block);
+    kernel(params, {at.image, at.row, at.column, at.rows, at.columns, step * kConvColumns},
+           packs_weight ? panels.data() : nullptr, is_packed, scratch.data() + run * scratch_size);
   });
 }
 
@@ -158,67 +170,37 @@ bool suits_winograd(const Conv3x3Params& params) {
 // is redone by the definition, which rounds otherwise.
 void run_by_winograd(const Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tile_rows = divide_up(params.height, 2), tile_columns = divide_up(params.width, 2);
-  const int64_t columns = divide_evenly(tile_columns, 32);
-  const int64_t rows = divide_evenly(tile_rows, std::max<int64_t>(kWinogradTiles / columns, 1));
-  const int64_t block_rows = divide_up(tile_rows, rows);
-  const int64_t block_columns = divide_up(tile_columns, columns);
   const int64_t steps = divide_up(params.out_channels, kConvColumns);
-  const int64_t places = params.batch * block_rows * block_columns, units = places * steps;
-  const int64_t runs = std::min(units, threads);
-  const int64_t scratch_size = winograd_scratch_size(params.in_channels);
+  Cut cut{divide_up(params.height, 2), divide_up(params.width, 2), 0, 0};  // of tiles
+  cut.columns = divide_evenly(cut.width, 32);
+  cut.rows = divide_evenly(cut.height, std::max<int64_t>(kWinogradTiles / cut.columns, 1));
+  const int64_t places = params.batch * cut.blocks(), runs = std::min(places * steps, threads);
+  const int64_t winograd_size = winograd_scratch_size(params.in_channels);
+  const int64_t scratch_size =
+      winograd_size + conv3x3_scratch_size(params, 2 * cut.rows, 2 * cut.columns);
   Scratch<float> scratch(runs * scratch_size);
-
   // Where a thread would transform a panel of the weight more than once, all are before.
   const bool packs_weight = places > threads;
   Scratch<float> panels(packs_weight ? steps * kConvColumns * params.in_channels * 16 : 0);
   if (packs_weight) {
-    const int64_t parts = divide_up(params.in_channels, kWinogradChannels);
-    const auto pack = FLEXVAR_SELECT_CPU_KERNEL(winograd_pack);
-    torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
-      for (int64_t run = first_run; run < last_run; ++run) {
-        const int64_t last = steps * parts * (run + 1) / runs;
-        for (int64_t part = steps * parts * run / runs; part < last; ++part) {
-          const int64_t begin = part % parts * kWinogradChannels;
-          pack(params, part / parts * kConvColumns, begin,
-               std::min(begin + kWinogradChannels, params.in_channels), panels.data(),
-               scratch.data() + run * scratch_size);
-        }
-      }
-    });
+    pack_weight(params, FLEXVAR_SELECT_CPU_KERNEL(winograd_pack), kWinogradChannels, panels.data(),
+                scratch.data(), scratch_size, runs);
   }
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(winograd_block);
   const auto plain_kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_block);
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t first_run, int64_t last_run) {
-    for (int64_t run = first_run; run < last_run; ++run) {
-      int64_t packed = -1;
-      for (int64_t unit = units * run / runs; unit < units * (run + 1) / runs; ++unit) {
-        const int64_t place = unit / steps, position = place % (block_rows * block_columns);
-        const int64_t row = position / block_columns * rows;
-        const int64_t column = position % block_columns * columns;
-        const int64_t rows_here = std::min(rows, tile_rows - row);
-        const int64_t columns_here = std::min(columns, tile_columns - column);
-        const WinogradBlock block{place / (block_rows * block_columns),
-                                  row,
-                                  column,
-                                  rows_here * columns_here,
-                                  columns_here,
-                                  unit % steps * kConvColumns};
-        bool is_finite;
-        kernel(params, block, packs_weight ? panels.data() : nullptr, place == packed,
-               scratch.data() + run * scratch_size, is_finite);
-        packed = place;
-        if (is_finite) continue;
-        const Conv3x3Block plain{block.image,
-                                 2 * row,
-                                 2 * column,
-                                 std::min(2 * rows_here, params.height - 2 * row),
-                                 std::min(2 * columns_here, params.width - 2 * column),
-                                 block.channel};
-        Scratch<float> memory(conv3x3_scratch_size(params, plain.rows, plain.columns));
-        plain_kernel(params, plain, nullptr, false, memory.data());
-      }
-    }
+  share_out(places, steps, runs, [&](int64_t run, int64_t block, int64_t step, bool is_packed) {
+    const Place at = cut.place(block);
+    const int64_t channel = step * kConvColumns;
+    float* const memory = scratch.data() + run * scratch_size;
+    bool is_finite;
+    kernel(params, {at.image, at.row, at.column, at.rows * at.columns, at.columns, channel},
+           packs_weight ? panels.data() : nullptr, is_packed, memory, is_finite);
+    if (is_finite) return;
+    const int64_t row = 2 * at.row, column = 2 * at.column;
+    plain_kernel(params,
+                 {at.image, row, column, std::min(2 * at.rows, params.height - row),
+                  std::min(2 * at.columns, params.width - column), channel},
+                 nullptr, false, memory + winograd_size);
   });
 }
 
