@@ -22,9 +22,8 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFLEXVAR_OUTPUT_DIR={output}"]
         # A cached value would outlive the environment's.
-        names = {"FLEXVAR_CUDA": "FLEXVAR_CUDA", "CUDAARCHS": "CMAKE_CUDA_ARCHITECTURES"}
-        names["FLEXVAR_TORCH_TARGET"] = "FLEXVAR_TORCH_TARGET"
-        for variable, name in names.items():
+        for variable in ("FLEXVAR_CUDA", "CUDAARCHS", "FLEXVAR_TORCH_TARGET"):
+            name = {"CUDAARCHS": "CMAKE_CUDA_ARCHITECTURES"}.get(variable, variable)
             configure.append(f"-D{name}={os.environ[variable]}" if os.environ.get(variable) else f"-U{name}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

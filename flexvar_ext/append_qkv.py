@@ -99,9 +99,12 @@ def _(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, q_scale: Ten
 
 
 def kept_empty(sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """``torch.empty(sizes)`` for a cache: on a CPU large ones lie in memory that earlier results were done with.
+    """Memory for a cache of keys or values: uninitialised, contiguous, of shape ``sizes``, as ``torch.empty`` gives it.
 
-    The system takes a sixth of a second and more to hand out what an image's cache needs.
+    On a CPU, where it is a megabyte or more, it is what earlier results were done with, and its storage cannot be
+    resized: the system would take up to a third of a second to hand out what FlexVAR d16 needs for an image.
+
+    Raises: RuntimeError where there is no such memory.
     """
     like = torch.empty(0, dtype=dtype, device=device)
     return torch.ops.flexvar.kept_empty(like, sizes) if like.is_cpu else like.new_empty(sizes)

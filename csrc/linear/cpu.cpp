@@ -77,8 +77,7 @@ void multiply_rows(const LinearParams& params, const LinearRows& rows) {
   const int64_t blocks = row_blocks * panels;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
 
-  constexpr int64_t scratch_size = kLinearScratchBytes / sizeof(float);
-  Scratch<float> scratch(runs * scratch_size);
+  Scratch<float> scratch(runs * kLinearScratchSize);
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(linear_block);
   Shares shares(blocks, runs);
   torch::stable::parallel_for(0, runs, 1, [&](int64_t run, int64_t) {
@@ -89,7 +88,7 @@ void multiply_rows(const LinearParams& params, const LinearRows& rows) {
         kernel(params, rows,
                {row, std::min(row + block_rows, rows.count), column,
                 std::min(column + kLinearColumns, params.columns)},
-               scratch.data() + run * scratch_size);
+               scratch.data() + run * kLinearScratchSize);
       }
     });
   });

@@ -42,8 +42,8 @@ static inline int64_t linear_packed_size(const LinearParams& params) {
   return (params.depth + kLinearChain - 1) / kLinearChain * kLinearChain;
 }
 
-// What linear_block needs besides: sums [kLinearRows, kLinearColumns] and a panel.
-constexpr int64_t kLinearScratchBytes = 4 * (kLinearRows + kLinearChain) * kLinearColumns;
+// What linear_block needs besides, in floats: sums [kLinearRows, kLinearColumns] and a panel.
+constexpr int64_t kLinearScratchSize = (kLinearRows + kLinearChain) * kLinearColumns;
 
 // Packs rows [begin, end) of those.
 FLEXVAR_DECLARE_CPU_KERNEL(linear_pack, (const LinearParams& params, const LinearRows& rows,

@@ -12,7 +12,8 @@ class KVCache:
     """Keys and values of every block, allocated once for a whole schedule and written in place.
 
     A step writes its tokens behind those of the steps before and only then counts them (:meth:`advance`): a step that
-    fails half way leaves nothing behind and can be run again.
+    fails half way leaves nothing behind and can be run again. With the native ``backend`` large ones on a CPU lie in
+    memory of earlier caches and results.
 
     Attributes:
         k, v: [depth, B, max_tokens, heads, head_dim].
