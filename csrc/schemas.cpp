@@ -50,6 +50,10 @@ STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
       "residual_layer_norm_modulate(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor "
       "shift, float eps, ScalarType dtype) -> (Tensor y, Tensor out)");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");
+  // On a CPU only; the codebook is looked at while it is used.
+  m.def(
+      "vq_lookup_checked(Tensor latents, Tensor codebook, bool normalize) "
+      "-> (Tensor indices, bool codebook_is_finite)");
   m.def("resample2d(Tensor x, SymInt height, SymInt width, str mode, bool antialias) -> Tensor");
   m.def(
       "resample2d_backward(Tensor grad, SymInt height, SymInt width, str mode, bool antialias) -> "
@@ -63,4 +67,8 @@ STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
   m.def(
       "vq_lookup_multiscale(Tensor latent, Tensor codebook, SymInt[] heights, SymInt[] widths, "
       "bool normalize, str mode, bool antialias) -> Tensor");
+  m.def(
+      "vq_lookup_multiscale_checked(Tensor latent, Tensor codebook, SymInt[] heights, SymInt[] "
+      "widths, bool normalize, str mode, bool antialias) "
+      "-> (Tensor indices, bool codebook_is_finite)");
 }

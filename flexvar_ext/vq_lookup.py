@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +33,14 @@ def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> T
     """
     check_lookup_arguments("vq_lookup", "latents", "[N, C]", latents, codebook)
     check_bool("vq_lookup", "normalize", normalize)
-    result: Tensor = torch.ops.flexvar.vq_lookup(latents.float(), codebook.float(), normalize)
+    x, codes = latents.float(), codebook.float()
+    if not is_readable(codebook):
+        unchecked: Tensor = torch.ops.flexvar.vq_lookup(x, codes, normalize)
+        return unchecked
+    result: Tensor
+    result, codebook_is_finite = torch.ops.flexvar.vq_lookup_checked(x, codes, normalize)
+    if not codebook_is_finite:
+        raise_not_finite("vq_lookup", codebook)
     return result
 
 
@@ -51,16 +58,16 @@ def check_lookup_arguments(op: str, name: str, layout: str, latents: Tensor, cod
             f"{op}: codebook must have shape [V, C] with C = {latents.shape[1]} >= 1 as in {name}, "
             f"got {tuple(codebook.shape)}"
         )
-    # Only what holds values can be looked at: not the fake tensors of torch.compile and torch.export.
-    readable = type(codebook) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if readable and codebook.is_cpu and not _is_finite(codebook):
-        bad = int((~codebook.isfinite()).any(dim=1).sum())
-        raise ValueError(f"{op}: codebook must be finite, got {bad} codes with a NaN or an infinity")
 
 
-def _is_finite(codebook: Tensor) -> bool:
-    # A finite sum proves finite terms and is several times cheaper than looking at each; the sum may overflow.
-    return math.isfinite(codebook.detach().sum(dtype=torch.float32).item()) or bool(codebook.isfinite().all())
+def is_readable(codebook: Tensor) -> bool:
+    """Whether an op can look at the values without a wait: on a CPU, and no fake tensor of torch.compile or export."""
+    return codebook.is_cpu and type(codebook) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def raise_not_finite(op: str, codebook: Tensor) -> NoReturn:
+    bad = int((~codebook.isfinite()).any(dim=1).sum())
+    raise ValueError(f"{op}: codebook must be finite, got {bad} codes with a NaN or an infinity")
 
 
 @torch.library.register_fake("flexvar::vq_lookup")

@@ -9,6 +9,7 @@
 #include "common/cpu_shares.h"
 #include "common/divide_up.h"
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "linear/cpu_amx.h"
 #include "linear/cpu_kernel.h"
 
@@ -27,7 +28,7 @@ FloatElement element_of(const Tensor& t, const char* name) {
 std::optional<Tensor> floats(const std::optional<Tensor>& t, const char* name) {
   if (!t) return std::nullopt;
   element_of(*t, name);
-  return torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
+  return as_contiguous(as_dtype(*t, ScalarType::Float));
 }
 
 const float* data_or_null(const std::optional<Tensor>& t) {
@@ -119,7 +120,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
   STD_TORCH_CHECK(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == weight_in.size(1), kOp,
                   ": x must have the last dimension of weight");
   STD_TORCH_CHECK(weight_in.size(1) > 0, kOp, ": weight must have at least one column");
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   const auto bias = floats(bias_in, "bias"), gate = floats(gate_in, "gate");
   LinearParams params{};
   params.columns = weight.size(0);
@@ -154,7 +155,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, std::optional<Ten
 
   std::optional<Tensor> residual;
   if (residual_in) {
-    residual = torch::stable::contiguous(*residual_in);
+    residual = as_contiguous(*residual_in);
     STD_TORCH_CHECK(
         std::equal(shape.begin(), shape.end(), residual->sizes().begin(), residual->sizes().end()),
         kOp, ": residual must have the shape of the result");

@@ -1,5 +1,6 @@
 #include "linear/cpu_kernel.h"
 
+#include "common/cpu_lines_ahead.h"
 #include "linear/cpu_epilogue.h"
 #include "linear/cpu_panel.h"
 
@@ -45,36 +46,6 @@ static void pack_rows(const LinearParams& params, const LinearRows& rows, int64_
     }
   }
 }
-
-// Asks for the next panel's part of the weight while this one is multiplied, a few lines with every
-// entry of the depth: in one go they would wait for each other, and the products for them.
-class LinesAhead {
- public:
-  LinesAhead(const void* weight, int64_t rows, int64_t row_bytes, int64_t stride_bytes,
-             int64_t steps)
-      : line_(static_cast<const char*>(weight)),
-        lines_in_row_((row_bytes + 63) / 64),
-        to_next_row_(stride_bytes - lines_in_row_ * 64),
-        left_in_row_(lines_in_row_),
-        left_(rows * lines_in_row_),
-        lines_in_step_((left_ + steps - 1) / steps) {}
-
-  inline __attribute__((always_inline)) void step() {
-    for (int64_t i = 0; i < lines_in_step_ && left_ > 0; ++i) {
-      __builtin_prefetch(line_, 0, 2);
-      line_ += 64;
-      --left_;
-      if (--left_in_row_ == 0) {
-        line_ += to_next_row_;
-        left_in_row_ = lines_in_row_;
-      }
-    }
-  }
-
- private:
-  const char* line_;
-  int64_t lines_in_row_, to_next_row_, left_in_row_, left_, lines_in_step_;
-};
 
 // All rows meet a panel of the weight, which stays in the L1 cache, a few at a time. Every sum has
 // one order, given by the depth alone.

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/cpu_memory.h"
 #include "common/divide_up.h"
 #include "common/tensor_checks.h"
+#include "common/tensor_memory.h"
 #include "resample/arguments.h"
 #include "resample/table.h"
 #include "vq_lookup/cpu_amx.h"
@@ -15,6 +17,9 @@
 
 namespace flexvar {
 namespace {
+
+// The indices, and whether all codes are finite.
+using Lookup = std::tuple<Tensor, bool>;
 
 // Rows whose group maxima a worker holds at a time.
 constexpr int64_t kRowsAtATime = 64;
@@ -76,67 +81,91 @@ void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
 }
 
 #ifdef FLEXVAR_X86
-// Tiles: amx::VqTiles or avx512vnni::VqTiles, which bring the functions of the same names.
+// Both passes of `base` over the tiles, whose codes are ready. Workers share queries out, and where
+// there are too few of them codes, too.
 template <typename Tiles>
-void look_up_on_tiles(const VqLookupParams& params) {
-  using Score = typename Tiles::Score;
-  Tiles tiles{};
-  VqLookupParams& base = tiles.base = params;
-  const int64_t code_tiles = tiles.code_tiles(), query_tiles = tiles.query_tiles();
-  const int64_t padded_codes = code_tiles * kVqTile, padded_rows = tiles.queries_of_tiles();
-  Scratch<char> codes(code_tiles * tiles.code_tile_bytes()),
-      queries(query_tiles * tiles.query_tile_bytes());
-  Scratch<Score> negative_half(padded_codes);
-  Scratch<float> rows(padded_rows * base.padded_dim());
-  Scratch<double> inverse_norms(padded_codes), tile_norms(code_tiles), query_norms(padded_rows);
-  tiles.codes = codes.data();
-  tiles.queries = queries.data();
-  tiles.negative_half = negative_half.data();
-  base.inverse_norms = inverse_norms.data();
-  base.block_norms = tile_norms.data();
-  base.queries = rows.data();
-  base.query_norms = query_norms.data();
-  torch::stable::parallel_for(0, code_tiles + query_tiles, 16, [&](int64_t begin, int64_t end) {
-    vq_tiles_prepare_codes(tiles, begin, std::min(end, code_tiles));
-    vq_tiles_prepare_queries(tiles, std::max(begin - code_tiles, int64_t(0)), end - code_tiles);
-  });
-  base.max_code_norm = *std::max_element(base.block_norms, base.block_norms + code_tiles);
+void look_up_on_tiles(const Tiles& of_codes, int64_t workers) {
+  Tiles tiles = of_codes;
+  const int64_t query_tiles = tiles.query_tiles(), padded_rows = tiles.queries_of_tiles();
+  const int64_t blocks = tiles.code_blocks();
+  int64_t query_shares =
+      std::clamp<int64_t>(query_tiles / Tiles::kFewestQueryTilesOfShare, 1, workers);
+  while (workers % query_shares != 0) --query_shares;
+  const int64_t code_shares = workers / query_shares;
 
-  // A few times as many products as elsewhere are as soon done.
-  const int64_t products = padded_rows * padded_codes * base.dim;
-  const int64_t workers =
-      std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
-  // Each worker has queries of its own; if there are few, all of them, with codes of its own.
-  const bool splits_queries = query_tiles >= 2 * workers;
-  const int64_t shares = splits_queries ? 1 : workers, blocks = tiles.code_blocks();
-  Scratch<Score> thresholds(shares * padded_rows);
-  Scratch<VqCandidates<Score>> candidates(shares * padded_rows);
+  Scratch<char> queries(query_tiles * tiles.query_tile_bytes());
+  Scratch<float> rows(padded_rows * tiles.base.padded_dim());
+  Scratch<double> query_norms(padded_rows);
+  Scratch<typename Tiles::Score> thresholds(code_shares * padded_rows);
+  Scratch<VqCandidates<typename Tiles::Score>> candidates(code_shares * padded_rows);
+  tiles.queries = queries.data();
+  tiles.base.queries = rows.data();
+  tiles.base.query_norms = query_norms.data();
   tiles.thresholds = thresholds.data();
   tiles.candidates = candidates.data();
+
+  torch::stable::parallel_for(0, query_tiles, 8, [&](int64_t begin, int64_t end) {
+    vq_tiles_prepare_queries(tiles, begin, end);
+  });
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      const int64_t first = query_tiles * worker / workers;
-      const int64_t last = query_tiles * (worker + 1) / workers;
-      if (splits_queries) {
-        vq_tiles_score(tiles, 0, first, last, 0, blocks);
-        vq_tiles_resolve(tiles, shares, first, last);
-      } else {
-        vq_tiles_score(tiles, worker, 0, query_tiles, blocks * worker / workers,
-                       blocks * (worker + 1) / workers);
-      }
+      const int64_t share = worker % code_shares, query_share = worker / code_shares;
+      VqWork work{};
+      work.worker = worker;
+      work.share = share;
+      work.query_begin = query_tiles * query_share / query_shares;
+      work.query_end = query_tiles * (query_share + 1) / query_shares;
+      work.block_begin = blocks * share / code_shares;
+      work.block_end = blocks * (share + 1) / code_shares;
+      vq_tiles_score(tiles, work);
     }
   });
-  if (!splits_queries) vq_tiles_resolve(tiles, shares, 0, query_tiles);
+  torch::stable::parallel_for(0, query_tiles, 8, [&](int64_t begin, int64_t end) {
+    vq_tiles_resolve(tiles, code_shares, begin, end);
+  });
+}
+
+// A few times as many products as elsewhere are as soon done.
+int64_t workers_on_tiles(int64_t products) {
+  return std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
+}
+
+void look_up_in_integers(const VqLookupParams& params) {
+  constexpr int64_t kQueriesOfMaking = 64;  // that are scored while a code is made
+  avx512vnni::VqTiles tiles{};
+  tiles.base = params;
+  const int64_t workers =
+      workers_on_tiles((params.num_latents + kQueriesOfMaking) * params.num_codes * params.dim);
+  Scratch<char> code_blocks(workers * tiles.code_block_bytes());
+  tiles.code_blocks_of_workers = code_blocks.data();
+  look_up_on_tiles(tiles, workers);
+}
+
+void look_up_on_tile_unit(const VqLookupParams& params) {
+  amx::VqTiles tiles{};
+  tiles.base = params;
+  const int64_t code_tiles = tiles.code_tiles();
+  Scratch<char> codes(code_tiles * tiles.code_tile_bytes());
+  Scratch<float> negative_half(code_tiles * kVqTile);
+  Scratch<double> tile_norms(code_tiles);
+  tiles.codes = codes.data();
+  tiles.negative_half = negative_half.data();
+  tiles.tile_norms = tile_norms.data();
+  torch::stable::parallel_for(0, code_tiles, 16, [&](int64_t begin, int64_t end) {
+    vq_tiles_prepare_codes(tiles, begin, end);
+  });
+  tiles.max_code_norm = *std::max_element(tiles.tile_norms, tiles.tile_norms + code_tiles);
+  look_up_on_tiles(tiles, workers_on_tiles(params.num_latents * params.num_codes * params.dim));
 }
 #endif
 
-// Looks up the rows of `latents` [N, C], or, with a pyramid, the N rows resampled from them.
-Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const Tensor& codebook,
+// Looks up the rows of `latents` [N, C], or, with a pyramid, the N rows resampled from them. Also
+// whether all codes are finite.
+Lookup look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const Tensor& codebook,
                bool normalize) {
-  Tensor indices = torch::stable::empty({n}, ScalarType::Long);
-  if (n == 0) return indices;
-  const Tensor rows = torch::stable::contiguous(latents);
-  const Tensor codes = torch::stable::contiguous(codebook);
+  Tensor indices = empty_cpu({n}, ScalarType::Long);
+  bool codebook_is_finite = true;
+  const Tensor rows = as_contiguous(latents), codes = as_contiguous(codebook);
   VqLookupParams params{};
   params.codebook = codes.const_data_ptr<float>();
   params.latents = rows.const_data_ptr<float>();
@@ -146,16 +175,19 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   params.dim = codes.size(1);
   params.normalize = normalize;
   params.indices = indices.mutable_data_ptr<int64_t>();
+  params.codebook_is_finite = &codebook_is_finite;
 #ifdef FLEXVAR_X86
   const CpuIsa isa = selected_cpu_isa();
-  if (isa >= CpuIsa::avx512vnni && normalize && params.dim <= avx512vnni::VqTiles::kMaxDim) {
-    look_up_on_tiles<avx512vnni::VqTiles>(params);
-    return indices;
+  const bool fits_tiles = params.num_codes <= kVqMostCodesOfTiles;
+  if (isa >= CpuIsa::avx512vnni && fits_tiles && normalize &&
+      params.dim <= avx512vnni::VqTiles::kMaxDim) {
+    look_up_in_integers(params);
+    return {indices, codebook_is_finite};
   }
-  if (isa == CpuIsa::amx && n >= amx::VqTiles::kFewestLatents &&
+  if (isa == CpuIsa::amx && fits_tiles && n >= amx::VqTiles::kFewestLatents &&
       params.dim <= amx::VqTiles::kMaxDim) {
-    look_up_on_tiles<amx::VqTiles>(params);
-    return indices;
+    look_up_on_tile_unit(params);
+    return {indices, codebook_is_finite};
   }
 #endif
   const int64_t blocks = params.blocks();
@@ -163,10 +195,9 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   const int64_t padded_codes = blocks * kVqBlockCodes;
   Scratch<float> packed_codes(padded_codes * params.dim), negative_half(padded_codes),
       queries(padded_rows * params.padded_dim());
-  Scratch<double> inverse_norms(padded_codes), block_norms(blocks), query_norms(n);
+  Scratch<double> block_norms(blocks), query_norms(n);
   params.packed_codes = packed_codes.data();
   params.negative_half = negative_half.data();
-  params.inverse_norms = inverse_norms.data();
   params.block_norms = block_norms.data();
   params.queries = queries.data();
   params.query_norms = query_norms.data();
@@ -179,7 +210,7 @@ Tensor look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   } else {
     split_codes(params, padded_rows, workers);
   }
-  return indices;
+  return {indices, codebook_is_finite};
 }
 
 void check_codebook(const Tensor& codebook, int64_t dim, const char* op) {
@@ -189,16 +220,20 @@ void check_codebook(const Tensor& codebook, int64_t dim, const char* op) {
                   ": codebook must be [V >= 1, C >= 1]");
 }
 
-Tensor vq_lookup_cpu(const Tensor& latents, const Tensor& codebook, bool normalize) {
+Lookup vq_lookup_checked(const Tensor& latents, const Tensor& codebook, bool normalize) {
   check_rank(latents, 2, "vq_lookup", "latents");
   check_dtype(latents, ScalarType::Float, "vq_lookup", "latents");
   check_codebook(codebook, latents.size(1), "vq_lookup");
   return look_up(latents, latents.size(0), nullptr, codebook, normalize);
 }
 
-Tensor vq_lookup_multiscale_cpu(const Tensor& latent, const Tensor& codebook,
-                                std::vector<int64_t> heights, std::vector<int64_t> widths,
-                                bool normalize, std::string mode_name, bool antialias) {
+Tensor vq_lookup_cpu(const Tensor& latents, const Tensor& codebook, bool normalize) {
+  return std::get<0>(vq_lookup_checked(latents, codebook, normalize));
+}
+
+Lookup vq_lookup_multiscale_checked(const Tensor& latent, const Tensor& codebook,
+                                    std::vector<int64_t> heights, std::vector<int64_t> widths,
+                                    bool normalize, std::string mode_name, bool antialias) {
   const char* op = "vq_lookup_multiscale";
   check_rank(latent, 4, op, "latent");
   check_dtype(latent, ScalarType::Float, op, "latent");
@@ -214,26 +249,34 @@ Tensor vq_lookup_multiscale_cpu(const Tensor& latent, const Tensor& codebook,
     check_side(widths[i], op, "a scale's width");
     tokens += heights[i] * widths[i];
   }
-  if (batch * tokens == 0) return torch::stable::empty({batch, tokens}, ScalarType::Long);
   std::vector<ResampleTable<float>> tables;  // rows and columns of each scale
-  for (size_t i = 0; i < heights.size(); ++i) {
+  for (size_t i = 0; i < heights.size() && batch > 0; ++i) {
     tables.emplace_back(mode, height, heights[i]);
     tables.emplace_back(mode, width, widths[i]);
   }
   std::vector<VqScale> scales;
-  for (size_t i = 0, first = 0; i < heights.size(); first += heights[i] * widths[i], ++i) {
+  for (size_t i = 0, first = 0; 2 * i < tables.size(); first += heights[i] * widths[i], ++i) {
     scales.push_back({static_cast<int64_t>(first), tables[2 * i].taps(), tables[2 * i + 1].taps()});
   }
   const VqPyramid pyramid{scales.data(), static_cast<int64_t>(scales.size()), tokens};
   const Tensor flat =
       torch::stable::transpose(torch::stable::flatten(latent, 2, 3), 1, 2);  // [B, H * W, C]
-  const Tensor indices = look_up(flat, batch * tokens, &pyramid, codebook, normalize);
-  return torch::stable::view(indices, {batch, tokens});
+  const auto [indices, is_finite] = look_up(flat, batch * tokens, &pyramid, codebook, normalize);
+  return {torch::stable::view(indices, {batch, tokens}), is_finite};
+}
+
+Tensor vq_lookup_multiscale_cpu(const Tensor& latent, const Tensor& codebook,
+                                std::vector<int64_t> heights, std::vector<int64_t> widths,
+                                bool normalize, std::string mode_name, bool antialias) {
+  return std::get<0>(vq_lookup_multiscale_checked(latent, codebook, heights, widths, normalize,
+                                                  mode_name, antialias));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) {
   m.impl("vq_lookup", TORCH_BOX(&vq_lookup_cpu));
+  m.impl("vq_lookup_checked", TORCH_BOX(&vq_lookup_checked));
   m.impl("vq_lookup_multiscale", TORCH_BOX(&vq_lookup_multiscale_cpu));
+  m.impl("vq_lookup_multiscale_checked", TORCH_BOX(&vq_lookup_multiscale_checked));
 }
 
 }  // namespace

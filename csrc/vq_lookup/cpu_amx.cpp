@@ -153,22 +153,22 @@ void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t ti
   alignas(64) float columns[VqTiles::kMaxDim * kVqTile];
   BfloatLanes parts[kMostDepth] = {};  // (eh, eh, em), the parts of -|e|²/2, zeros
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t first = tile * kVqTile;
+    const int64_t first_of_block = tile / kVqBlockTiles * kVqBlockTiles * kVqTile;
     double squares[kVqTile], largest = 0;
-    double* const scales = params.inverse_norms + first;
-    make_codes(params, first, columns, scales, squares);
+    make_codes(params, first_of_block + tile % kVqBlockTiles, kVqBlockTiles, columns, squares);
     for (int64_t c = 0; c < dim; ++c) {
       const Vector<float> e = load(columns + c * kVqTile);
       const BfloatLanes high = to_bfloat(e);
       parts[c] = parts[dim + c] = high;
       parts[2 * dim + c] = to_bfloat(e - to_float(high));
     }
-    float* const negative_half = tiles.negative_half + first;
+    float* const negative_half = tiles.negative_half + tile * kVqTile;
     for (int64_t i = 0; i < kVqTile; ++i) {
-      negative_half[i] = scales[i] != 0.0 ? static_cast<float>(-0.5 * squares[i]) : -kInfinity;
+      negative_half[i] =
+          squares[i] == squares[i] ? static_cast<float>(-0.5 * squares[i]) : -kInfinity;
       largest = squares[i] > largest ? squares[i] : largest;
     }
-    params.block_norms[tile] = __builtin_sqrt(largest);
+    tiles.tile_norms[tile] = __builtin_sqrt(largest);
     Vector<float> half = load(negative_half);
     for (int part = 0; part < 3 && tiles.multiplies_half(); ++part) {
       const BfloatLanes rounded = to_bfloat(half);
@@ -203,23 +203,22 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
   }
 }
 
-void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
-                    int64_t block_begin, int64_t block_end) {
+void vq_tiles_score(const VqTiles& tiles, const VqWork& work) {
   constexpr int64_t kQueryTiles = 16;  // that stay in the L1 cache
   const VqLookupParams& params = tiles.base;
-  float* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
-  VqCandidates<float>* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
-  const ScoreError error(params.dim, params.max_code_norm);
-  start_candidates(tiles, share, query_begin, query_end,
+  float* const thresholds = tiles.thresholds + work.share * tiles.queries_of_tiles();
+  VqCandidates<float>* const candidates = tiles.candidates + work.share * tiles.queries_of_tiles();
+  const ScoreError error(params.dim, tiles.max_code_norm);
+  start_candidates(tiles, work.share, work.query_begin, work.query_end,
                    [&](double norm) { return error.bound(norm); });
 
   const TileScope scope;
   const int64_t panel_bytes = tiles.steps() * kTileBytes;
   const auto reduce = tiles.multiplies_half() ? reduce_tile<false> : reduce_tile<true>;
   alignas(64) BlockSums sums;
-  for (int64_t first = query_begin; first < query_end; first += kQueryTiles) {
-    const int64_t end = first + kQueryTiles < query_end ? first + kQueryTiles : query_end;
-    for (int64_t block = block_begin; block < block_end; ++block) {
+  for (int64_t first = work.query_begin; first < work.query_end; first += kQueryTiles) {
+    const int64_t end = first + kQueryTiles < work.query_end ? first + kQueryTiles : work.query_end;
+    for (int64_t block = work.block_begin; block < work.block_end; ++block) {
       const char* const codes = tiles.codes + block * kVqBlockTiles * panel_bytes;
       for (int64_t query = first; query < end; query += 2) {
         // Behind the last tile the last one again, for sums that nobody reads.

@@ -11,10 +11,16 @@
 namespace flexvar::amx {
 
 struct VqTiles : VqTiling<float, 16, 8> {
+  char* codes;           // [tiles of codes][code_tile_bytes]
+  float* negative_half;  // [codes in whole tiles]: -|e|²/2; -inf where there is no code
+  double* tile_norms;    // [tiles of codes]: the largest |e| of each
+  double max_code_norm;  // of all
+
   static constexpr int64_t kMaxDim =
       16 * 32 / 3;  // longer codes have more tiles than a product takes
   // For fewer, the codes are not worth laying out in tiles.
   static constexpr int64_t kFewestLatents = 128;
+  static constexpr int64_t kFewestQueryTilesOfShare = 2;
 
   int64_t steps() const { return (3 * base.dim + 31) / 32; }
   int64_t code_tile_bytes() const { return steps() * 1024; }   // right panels
@@ -25,9 +31,8 @@ struct VqTiles : VqTiling<float, 16, 8> {
 
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
-// Pass 1, of tiles of queries and blocks of codes: a share of them, all if there is but one.
-void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
-                    int64_t block_begin, int64_t block_end);
+// Pass 1.
+void vq_tiles_score(const VqTiles& tiles, const VqWork& work);
 // Pass 2, over all shares.
 void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end);
 

@@ -73,10 +73,8 @@ void settle(const Tiles& tiles, int64_t n, Score threshold, VqCandidates<Score>&
   Best best{of.best_score, of.best_code};
   for (int64_t i = 0; i < of.count; ++i) {
     if (of.groups[i].score < threshold) continue;
-    const int64_t group = of.groups[i].group;
     find_best(params, params.queries + n * params.padded_dim(),
-              group / kVqTile * Tiles::kBlockTiles * kVqTile + group % kVqTile, kVqTile,
-              Tiles::kBlockTiles, best);
+              of.groups[i].group * int64_t{Tiles::kBlockTiles}, Tiles::kBlockTiles, best);
   }
   of.best_score = best.score;
   of.best_code = best.code;
@@ -96,7 +94,7 @@ __attribute__((noinline)) void add_candidates(const Tiles& tiles, int64_t n, int
   for (unsigned mask = reaching(scores, threshold); mask != 0; mask &= mask - 1) {
     const int64_t lane = __builtin_ctz(mask);
     if (of.count == VqCandidates<Score>::kMost) settle(tiles, n, threshold, of);
-    of.groups[of.count++] = {lanes[lane], block * kVqTile + lane};
+    of.groups[of.count++] = {lanes[lane], static_cast<int32_t>(block * kVqTile + lane)};
   }
 }
 

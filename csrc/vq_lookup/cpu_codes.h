@@ -42,25 +42,14 @@ inline Vector<float> to_floats(const DoubleLanes& lanes) {
 #endif
 }
 
-inline Vector<double> square_roots(Vector<double> v) {
+inline bool all_positive(Vector<double> v) {
 #if FLEXVAR_VECTOR_BYTES == 64
-  return (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
-#elif FLEXVAR_VECTOR_BYTES == 32
-  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
+  return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_GT_OQ) == 0xff;
 #else
-  for (int i = 0; i < VectorOf<double>::lanes; ++i) v[i] = __builtin_sqrt(v[i]);
-  return v;
+  bool all = true;
+  for (int i = 0; i < VectorOf<double>::lanes; ++i) all = all && v[i] > 0.0;
+  return all;
 #endif
-}
-
-// row_scale of rows with these squared norms.
-inline Vector<double> row_scales(Vector<double> squared, bool normalize) {
-  Vector<double> scales = Vector<double>{} + 1.0;
-  if (normalize) {
-    const Vector<double> norms = square_roots(squared);
-    scales = 1.0 / (norms > 1e-12 ? norms : 1e-12);
-  }
-  return squared < static_cast<double>(__builtin_inf()) ? scales : 0.0;
 }
 
 // The first `count` numbers, the rest zero.
@@ -91,29 +80,30 @@ inline DoubleLanes sum_squares(const float* columns, int64_t dim) {
   return total;
 }
 
-// Codes `first` and on, as many as a vector has lanes: component c of each at columns + c * lanes.
-// Also the factors from row to code, 0 where there is no finite row, and |e|².
-inline void make_codes(const VqLookupParams& params, int64_t first, float* columns, double* scales,
+// Code `first` and every `step`-th from there, as many as a vector has lanes: component c of each
+// at columns + c * lanes. Also |e|², NaN where there is no finite row.
+inline void make_codes(const VqLookupParams& params, int64_t first, int64_t step, float* columns,
                        double* squares) {
   constexpr int64_t lanes = kFloatLanes;
-  const int64_t dim = params.dim, count = params.num_codes - first;
+  const int64_t dim = params.dim, count = (params.num_codes - first + step - 1) / step;
   const float* const rows = params.codebook + first * dim;
   for (int64_t c = 0; c < dim; c += lanes) {
     Vector<float> square[lanes];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < lanes; ++i) {
-      square[i] = i < count ? load_some(rows + i * dim + c, dim - c) : Vector<float>{};
+      square[i] = i < count ? load_some(rows + i * step * dim + c, dim - c) : Vector<float>{};
     }
     transpose<float>(square);
     for (int64_t i = 0; i < lanes && c + i < dim; ++i) store(columns + (c + i) * lanes, square[i]);
   }
   DoubleLanes squared = sum_squares(columns, dim), scale;
-  bool are_codes = count >= lanes;
+  double scales[lanes];
   for (int half = 0; half < 2; ++half) {
     scale.half[half] = row_scales(squared.half[half], params.normalize);
     store(scales + half * lanes / 2, scale.half[half]);
   }
-  for (int64_t i = 0; i < lanes; ++i) are_codes = are_codes && scales[i] != 0.0;
+  const bool are_codes =
+      count >= lanes && all_positive(scale.half[0]) && all_positive(scale.half[1]);
   if (!are_codes) {
     for (int64_t i = 0; i < lanes; ++i) {
       if (i >= count) scales[i] = 0.0;
@@ -127,6 +117,11 @@ inline void make_codes(const VqLookupParams& params, int64_t first, float* colum
   }
   squared = sum_squares(columns, dim);
   for (int half = 0; half < 2; ++half) store(squares + half * lanes / 2, squared.half[half]);
+  for (int64_t i = 0; i < lanes && !are_codes; ++i) {
+    if (scales[i] != 0.0) continue;
+    squares[i] = __builtin_nan("");
+    if (i < count) __atomic_store_n(params.codebook_is_finite, false, __ATOMIC_RELAXED);
+  }
 }
 
 }  // namespace

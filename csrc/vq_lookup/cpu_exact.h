@@ -52,14 +52,28 @@ inline double squared_norm(const float* row, int64_t dim, double scale) {
   return sum(sums);
 }
 
-// The factor of a row: 1 / max(|row|, 1e-12), or 1 without normalisation; 0 for a row that holds a
-// NaN or an infinity (a sum of squares of finite floats does not overflow in double).
-inline double row_scale(const float* row, int64_t dim, bool normalize) {
-  const double squared = squared_norm(row, dim, 1.0);
-  if (!(squared < static_cast<double>(__builtin_inf()))) return 0.0;
-  if (!normalize) return 1.0;
-  const double norm = __builtin_sqrt(squared);
-  return 1.0 / (norm > 1e-12 ? norm : 1e-12);
+template <typename Doubles>
+inline Doubles square_roots(const Doubles& v) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  return (Doubles)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#else
+  Doubles roots;
+  for (size_t i = 0; i < sizeof(v) / sizeof(double); ++i) roots[i] = __builtin_sqrt(v[i]);
+  return roots;
+#endif
+}
+
+// The factors of rows with these squared norms: 1 / max(|row|, 1e-12), or 1 without normalisation;
+// 0 for a row that holds a NaN or an infinity (a sum of squares of finite floats does not overflow
+// in double).
+template <typename Doubles>
+inline Doubles row_scales(const Doubles& squared, bool normalize) {
+  Doubles scales = Doubles{} + 1.0;
+  if (normalize) {
+    const Doubles norms = square_roots(squared);
+    scales = 1.0 / (norms > 1e-12 ? norms : 1e-12);
+  }
+  return squared < static_cast<double>(__builtin_inf()) ? scales : 0.0;
 }
 
 inline void transpose_eight(Double8 (&rows)[8]) {
@@ -76,25 +90,36 @@ inline void transpose_eight(Double8 (&rows)[8]) {
   }
 }
 
-// x·e - |e|²/2 of eight codes given by their codebook rows and factors, a code to a lane; x is
-// padded with zeros.
-inline Double8 exact_scores(const float* x, const float* const (&rows)[8],
-                            const double (&scales)[8], int64_t dim) {
-  Double8 dots[8] = {}, squares[8] = {};
+// The sum of each row, a row to a lane.
+inline Double8 sum_rows(Double8 (&s)[8]) {
+  transpose_eight(s);
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+// x·e - |e|²/2 of the eight codes of these rows of the codebook, a code to a lane; NaN where a row
+// is not finite. x is padded with zeros.
+inline Double8 exact_scores(const float* x, const float* const (&rows)[8], int64_t dim,
+                            bool normalize) {
+  Double8 squares[8] = {}, dots[8] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
+    for (int64_t c = 0; c < dim; c += 8) {
+      const Double8 row = load_scaled(rows[i] + c, dim - c, 1.0);
+      squares[i] += row * row;
+    }
+  }
+  const Double8 squared = sum_rows(squares), scales = row_scales(squared, normalize);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    squares[i] = Double8{};
     for (int64_t c = 0; c < dim; c += 8) {
       const Double8 e = load_scaled(rows[i] + c, dim - c, scales[i]);
       dots[i] += e * load_scaled(x + c, 8, 1.0);
       squares[i] += e * e;
     }
   }
-  transpose_eight(dots);
-  transpose_eight(squares);
-  const auto sum_columns = [](const Double8(&s)[8]) {
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-  };
-  return sum_columns(dots) - 0.5 * sum_columns(squares);
+  const Double8 scores = sum_rows(dots) - 0.5 * sum_rows(squares);
+  return scales != 0.0 ? scores : static_cast<double>(__builtin_nan(""));
 }
 
 // Row n of the resampled latents, summed in double and rounded once.
@@ -123,28 +148,24 @@ void resample_row(const VqLookupParams& params, int64_t n, float* out) {
   }
 }
 
-// The code among those from `first` on, every `step`-th, `count` in eights, whose exact score with
-// the query x beats that of `best`; of equal ones the lowest.
+// The code among `count` from `first` on (eights; those behind the codebook are left out) whose
+// exact score with the query x beats that of `best`; of equal ones the lowest.
 struct Best {
   double score = -static_cast<double>(kInfinity);
   int64_t code = 0;
 };
-inline void find_best(const VqLookupParams& params, const float* x, int64_t first, int64_t step,
-                      int64_t count, Best& best) {
-  for (; count > 0; count -= 8, first += 8 * step) {
+inline void find_best(const VqLookupParams& params, const float* x, int64_t first, int64_t count,
+                      Best& best) {
+  const int64_t end = first + count < params.num_codes ? first + count : params.num_codes;
+  for (; first < end; first += 8) {
     const float* rows[8];
-    double scales[8];
     for (int64_t i = 0; i < 8; ++i) {
-      const int64_t v = first + i * step;
-      scales[i] = params.inverse_norms[v];
-      rows[i] = params.codebook + (scales[i] != 0.0 ? v : 0) * params.dim;
+      rows[i] = params.codebook + (first + i < end ? first + i : first) * params.dim;
     }
-    const Double8 scores = exact_scores(x, rows, scales, params.dim);
-    for (int64_t i = 0; i < 8; ++i) {
-      const int64_t v = first + i * step;
-      if (scales[i] == 0.0) continue;
-      if (scores[i] > best.score || (scores[i] == best.score && v < best.code)) {
-        best = {scores[i], v};
+    const Double8 scores = exact_scores(x, rows, params.dim, params.normalize);
+    for (int64_t i = 0; i < 8 && first + i < end; ++i) {
+      if (scores[i] > best.score || (scores[i] == best.score && first + i < best.code)) {
+        best = {scores[i], first + i};
       }
     }
   }
@@ -161,7 +182,8 @@ inline void prepare_latent(const VqLookupParams& params, int64_t n) {
     resample_row(params, n, out);
     row = out;
   }
-  const double scale = row_scale(row, dim, params.normalize);
+  const Double8 squared = Double8{} + squared_norm(row, dim, 1.0);
+  const double scale = row_scales(squared, params.normalize)[0];
   for (int64_t c = 0; c < dim; ++c) {
     out[c] = scale != 0.0 ? static_cast<float>(row[c] * scale) : 0.0f;
   }

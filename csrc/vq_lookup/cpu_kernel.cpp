@@ -82,13 +82,14 @@ void vq_prepare_codes(const VqLookupParams& params, int64_t block_begin, int64_t
   const int64_t dim = params.dim;
   for (int64_t b = block_begin; b < block_end; ++b) {
     double largest = 0;
-    for (int64_t v = b * kVqBlockCodes; v < (b + 1) * kVqBlockCodes; v += kLanes) {
+    for (int64_t vector = 0; vector < kVectorsPerBlock; ++vector) {
+      const int64_t first = b * kVqBlockCodes + vector * kLanes;
       double squares[kLanes];
-      double* const scales = params.inverse_norms + v;
-      make_codes(params, v, params.packed_codes + v * dim, scales, squares);
+      make_codes(params, b * kVqBlockCodes + vector, kVectorsPerBlock,
+                 params.packed_codes + first * dim, squares);
       for (int i = 0; i < kLanes; ++i) {
-        params.negative_half[v + i] =
-            scales[i] != 0.0 ? static_cast<float>(-0.5 * squares[i]) : -kInfinity;
+        params.negative_half[first + i] =
+            squares[i] == squares[i] ? static_cast<float>(-0.5 * squares[i]) : -kInfinity;
         largest = squares[i] > largest ? squares[i] : largest;
       }
     }
@@ -146,9 +147,8 @@ void vq_resolve(const VqLookupParams& params, int64_t row_begin, int64_t row_end
     for (int64_t b = 0; b < blocks; ++b) {
       for (unsigned mask = not_less(load(group_max + b * kVqMaxLanes), threshold); mask != 0;
            mask &= mask - 1) {
-        const int64_t first = b * kVqBlockCodes + __builtin_ctz(mask);
-        find_best(params, params.queries + n * params.padded_dim(), first, kLanes,
-                  kVqBlockCodes / kLanes, best);
+        const int64_t first = b * kVqBlockCodes + __builtin_ctz(mask) * kVectorsPerBlock;
+        find_best(params, params.queries + n * params.padded_dim(), first, kVectorsPerBlock, best);
       }
     }
     params.indices[n] = best.code;

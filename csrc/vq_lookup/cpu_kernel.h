@@ -14,8 +14,8 @@
 
 namespace flexvar {
 
-// Codes are packed in blocks. Within a block code i is in vector i / lanes, lane i % lanes; the
-// codes of one lane form a group.
+// Codes are packed in blocks. Within a block code i is in lane i / vectors of vector i % vectors:
+// the codes of one lane, which form a group, are neighbours in the codebook.
 constexpr int64_t kVqBlockCodes = 256;
 constexpr int64_t kVqMaxLanes = 16;
 // Queries are stored in multiples of this many rows, each padded to a multiple of 8 components.
@@ -43,9 +43,7 @@ struct VqLookupParams {
   // Made by vq_prepare_codes:
   float* packed_codes;   // [blocks][vectors of a block][C][lanes]
   float* negative_half;  // [blocks * kVqBlockCodes]: -|e|²/2; -inf for padding and non-finite codes
-  // [blocks * kVqBlockCodes]: factor from codebook row to code; 0 for padding and non-finite codes
-  double* inverse_norms;
-  double* block_norms;  // [blocks]: the largest |e| of a block
+  double* block_norms;   // [blocks]: the largest |e| of a block
   // Made by vq_prepare_latents:
   float* queries;       // [N rounded up][padded_dim]
   double* query_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
@@ -54,7 +52,8 @@ struct VqLookupParams {
   // Made by vq_score for the rows [first_row, first_row + rows of the buffer):
   float* group_max;  // [rows][blocks * kVqMaxLanes]
   int64_t first_row;
-  int64_t* indices;  // [N]
+  int64_t* indices;          // [N]
+  bool* codebook_is_finite;  // one, that many threads set to false where a code is not
 
   int64_t blocks() const { return (num_codes + kVqBlockCodes - 1) / kVqBlockCodes; }
   int64_t padded_dim() const { return (dim + 7) / 8 * 8; }

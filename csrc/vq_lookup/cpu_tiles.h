@@ -1,27 +1,34 @@
 // What the paths have in common that find, while they score, which codes may be the nearest: codes
 // in tiles of 16, a tile to a vector, and blocks of such tiles. The codes of a lane of a block form
-// a group.
+// a group: they are neighbours in the codebook.
 #pragma once
 
 #include "vq_lookup/cpu_kernel.h"
 
 namespace flexvar {
 
-constexpr int64_t kVqTile = 16;  // codes of a tile
+constexpr int64_t kVqTile = 16;                     // codes of a tile
+constexpr int64_t kVqMostCodesOfTiles = INT32_MAX;  // so that candidates are small
 
-// What pass 1 keeps of a query: the groups of codes that may hold the nearest.
+// What pass 1 keeps of a query: the groups of codes that may hold the nearest. A line of the cache.
 template <typename Score>
-struct VqCandidates {
-  static constexpr int64_t kMost = 12;
+struct alignas(64) VqCandidates {
+  static constexpr int32_t kMost = 4;
 
   double slack;       // twice the error bound
   double best_score;  // the best of the groups that pass 2 has had, because the list was full
   int64_t best_code;
-  int64_t count;
   struct {
     Score score;
-    int64_t group;
+    int32_t group;
   } groups[kMost];
+  int32_t count;
+};
+
+// What one thread scores: tiles of queries with blocks of codes, which are a share of all.
+struct VqWork {
+  int64_t worker, share;
+  int64_t query_begin, query_end, block_begin, block_end;
 };
 
 template <typename ScoreOf, int64_t kQueries, int64_t kTiles>
@@ -30,12 +37,9 @@ struct VqTiling {
   static constexpr int64_t kTileQueries = kQueries;
   static constexpr int64_t kBlockTiles = kTiles;
 
-  // The parts of `base` that pass 2 reads are made here, too: inverse_norms and block_norms, of
-  // code tiles, and queries and query_norms. All have room for whole tiles.
+  // Its queries and query_norms, which pass 2 reads, are made here, too, with room for whole tiles.
   VqLookupParams base;
-  char* codes;           // [tiles of codes][code_tile_bytes]
-  char* queries;         // [tiles of queries][query_tile_bytes]
-  Score* negative_half;  // [codes in whole tiles]: -|e|²/2; the least score where there is no code
+  char* queries;  // [tiles of queries][query_tile_bytes]
   // [shares of the codes][queries in whole tiles]: what a group needs to be a candidate; those.
   Score* thresholds;
   VqCandidates<Score>* candidates;

@@ -1,5 +1,6 @@
 #include "vq_lookup/cpu_vnni.h"
 
+#include "common/cpu_lines_ahead.h"
 #include "vq_lookup/cpu_candidates.h"
 #include "vq_lookup/cpu_codes.h"
 
@@ -7,6 +8,7 @@ namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 constexpr int64_t kRows = VqTiles::kTileQueries;
+constexpr int64_t kBlockCodes = VqTiles::kBlockTiles * kVqTile;
 constexpr int kVectors = 2;  // tiles of codes at a time: 8 x 2 sums and 8 maxima of 32 registers
 using Range = ScoreRange<int32_t>;
 
@@ -19,12 +21,14 @@ IntLanes maximum(IntLanes a, IntLanes b) {
   return (IntLanes)_mm512_maskz_max_epi32(0xffff, (__m512i)a, (__m512i)b);
 }
 
-// |score - kVqUnit² (x·e - |e|²/2)| of a query with this norm and codes with norms up to `most`. A
-// component errs by half and by what float leaves of kVqUnit x (2^-9 and less), so by Cauchy and
-// Schwarz a product by 0.502 sqrt(dim) of each factor's length and by the product of both errors;
+// |score - kVqUnit² (x·e - |e|²/2)| of a query with this norm and codes that are no longer than
+// rounding left the unit vectors. A component errs by half and by what float leaves of kVqUnit x
+// (2^-9 and less), so by Cauchy and Schwarz a product by 0.502 sqrt(dim) of each factor's length
+// and by the product of both errors;
 // -|e|²/2 is rounded, too, and pass 2 rounds in double.
-double score_error(int64_t dim, double most, double norm) {
-  const double per_component = 0.502, length = per_component * __builtin_sqrt(dim);
+double score_error(int64_t dim, double norm) {
+  constexpr double per_component = 0.502, most = 1 + 1e-6;
+  const double length = per_component * __builtin_sqrt(dim);
   return length * (kVqUnit * (norm + most) + length) + 1;
 }
 
@@ -75,18 +79,45 @@ __attribute__((always_inline)) inline void score_block(const char* codes,
   }
 }
 
+// A block of codes as integers: [tile][pair of components][code].
+void make_block(const VqTiles& tiles, int64_t block, char* codes, int32_t* negative_half) {
+  const int64_t dim = tiles.base.dim, pairs = tiles.pairs();
+  alignas(64) float columns[VqTiles::kMaxDim * kVqTile];
+  for (int64_t c = dim; c < 2 * pairs; ++c) store(columns + c * kVqTile, Vector<float>{});
+  for (int64_t tile = 0; tile < VqTiles::kBlockTiles; ++tile) {
+    double squares[kVqTile];
+    make_codes(tiles.base, block * kBlockCodes + tile, VqTiles::kBlockTiles, columns, squares);
+    for (int64_t pair = 0; pair < pairs; ++pair, codes += 64) {
+      const IntLanes even = to_integers(load(columns + 2 * pair * kVqTile));
+      const IntLanes odd = to_integers(load(columns + (2 * pair + 1) * kVqTile));
+      _mm512_storeu_si512(codes, (__m512i)((even & 0xffff) | odd << 16));
+    }
+    for (int64_t i = 0; i < kVqTile; i += 8) {  // NaN is no code, which is what it converts to
+      const __m512d half = (__m512d)(load(squares + i) * (-0.5 * kVqUnit * kVqUnit));
+      _mm256_storeu_si256((__m256i*)(negative_half + tile * kVqTile + i),
+                          _mm512_maskz_cvtpd_epi32(0xff, half));
+    }
+  }
+}
+
 template <int kPairs>
-void score_tiles(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
-                 int64_t block) {
-  const char* const codes = tiles.codes + block * VqTiles::kBlockTiles * tiles.code_tile_bytes();
-  const int32_t* const negative_half = tiles.negative_half + block * VqTiles::kBlockTiles * kVqTile;
-  int32_t* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
-  auto* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
-  for (int64_t tile = query_begin; tile < query_end; ++tile) {
+void score_tiles(const VqTiles& tiles, const VqWork& work, int64_t block, const char* codes,
+                 const int32_t* negative_half) {
+  int32_t* const thresholds = tiles.thresholds + work.share * tiles.queries_of_tiles();
+  auto* const candidates = tiles.candidates + work.share * tiles.queries_of_tiles();
+  const int64_t block_bytes = kBlockCodes * tiles.base.dim * sizeof(float);
+  const bool is_last = block + 1 == work.block_end;
+  LinesAhead ahead(reinterpret_cast<const char*>(tiles.base.codebook) + (block + 1) * block_bytes,
+                   is_last ? 0 : 1, block_bytes, block_bytes, work.query_end - work.query_begin);
+  for (int64_t tile = work.query_begin; tile < work.query_end; ++tile) {
     const int64_t first = tile * kRows;
+    ahead.step();
     IntLanes best[kRows];
-    score_block<kPairs>(codes, negative_half, tiles.queries + tile * tiles.query_tile_bytes(),
-                        tiles.pairs(), best);
+    const char* const queries = tiles.queries + tile * tiles.query_tile_bytes();
+    for (int64_t byte = 0; byte < tiles.query_tile_bytes(); byte += 64) {
+      __builtin_prefetch(queries + tiles.query_tile_bytes() + byte);
+    }
+    score_block<kPairs>(codes, negative_half, queries, tiles.pairs(), best);
     unsigned reached = 0;
 #pragma GCC unroll 8
     for (int64_t m = 0; m < kRows; ++m) reached |= reaching(best[m], thresholds[first + m]);
@@ -101,32 +132,6 @@ void score_tiles(const VqTiles& tiles, int64_t share, int64_t query_begin, int64
 }
 
 }  // namespace
-
-void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
-  const VqLookupParams& params = tiles.base;
-  const int64_t dim = params.dim, pairs = tiles.pairs();
-  alignas(64) float columns[VqTiles::kMaxDim * kVqTile];
-  for (int64_t c = dim; c < 2 * pairs; ++c) store(columns + c * kVqTile, Vector<float>{});
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t first = tile * kVqTile;
-    double squares[kVqTile], largest = 0;
-    double* const scales = params.inverse_norms + first;
-    make_codes(params, first, columns, scales, squares);
-    char* const out = tiles.codes + tile * tiles.code_tile_bytes();
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const IntLanes even = to_integers(load(columns + 2 * pair * kVqTile));
-      const IntLanes odd = to_integers(load(columns + (2 * pair + 1) * kVqTile));
-      _mm512_storeu_si512(out + pair * 64, (__m512i)((even & 0xffff) | odd << 16));
-    }
-    for (int64_t i = 0; i < kVqTile; ++i) {
-      const double half = squares[i] * (0.5 * kVqUnit * kVqUnit);
-      tiles.negative_half[first + i] =
-          scales[i] != 0.0 ? -static_cast<int32_t>(half + 0.5) : Range::of_no_code;
-      largest = squares[i] > largest ? squares[i] : largest;
-    }
-    params.block_norms[tile] = __builtin_sqrt(largest);
-  }
-}
 
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
   const VqLookupParams& params = tiles.base;
@@ -147,18 +152,16 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
   }
 }
 
-void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
-                    int64_t block_begin, int64_t block_end) {
-  constexpr int64_t kQueryTiles = 64;  // that stay in the L2 cache
+void vq_tiles_score(const VqTiles& tiles, const VqWork& work) {
   const int64_t dim = tiles.base.dim;
-  start_candidates(tiles, share, query_begin, query_end,
-                   [&](double norm) { return score_error(dim, tiles.base.max_code_norm, norm); });
+  start_candidates(tiles, work.share, work.query_begin, work.query_end,
+                   [&](double norm) { return score_error(dim, norm); });
   const auto score = dim == 32 ? score_tiles<16> : dim == 8 ? score_tiles<4> : score_tiles<0>;
-  for (int64_t first = query_begin; first < query_end; first += kQueryTiles) {
-    const int64_t end = first + kQueryTiles < query_end ? first + kQueryTiles : query_end;
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      score(tiles, share, first, end, block);
-    }
+  char* const codes = tiles.code_blocks_of_workers + work.worker * tiles.code_block_bytes();
+  alignas(64) int32_t negative_half[kBlockCodes];
+  for (int64_t block = work.block_begin; block < work.block_end; ++block) {
+    make_block(tiles, block, codes, negative_half);
+    if (work.query_begin < work.query_end) score(tiles, work, block, codes, negative_half);
   }
 }
 

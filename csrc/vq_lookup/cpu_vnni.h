@@ -4,6 +4,8 @@
 // A component x in [-1, 1] is the integer nearest to kVqUnit x. Sums of their products are exact in
 // 32 bits: by Cauchy and Schwarz they are hardly more than kVqUnit², and -|e|²/2 adds half of that.
 // So a score errs by the components' rounding alone, which has a bound.
+//
+// Pass 1 makes a block of codes where it scores it: the integers never leave the L1 cache.
 #pragma once
 
 #include "vq_lookup/cpu_tiles.h"
@@ -14,19 +16,21 @@ constexpr int64_t kVqUnit = 32766;  // that 1 and a rounding fit into 16 bits
 
 struct VqTiles : VqTiling<int32_t, 8, 16> {
   static constexpr int64_t kMaxDim = 512;
+  static constexpr int64_t kFewestQueryTilesOfShare = 128;  // so that making codes is little work
+
+  char* code_blocks_of_workers;  // [workers][code_block_bytes]
 
   int64_t pairs() const { return base.padded_dim() / 2; }
   int64_t code_tile_bytes() const { return pairs() * 64; }  // [pair of components][code]
+  int64_t code_block_bytes() const { return kBlockTiles * code_tile_bytes(); }
   int64_t query_tile_bytes() const {
     return kTileQueries * pairs() * 4;
   }  // [pair of components][query]
 };
 
-void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
-// Pass 1, of tiles of queries and blocks of codes: a share of them, all if there is but one.
-void vq_tiles_score(const VqTiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
-                    int64_t block_begin, int64_t block_end);
+// Pass 1.
+void vq_tiles_score(const VqTiles& tiles, const VqWork& work);
 // Pass 2, over all shares.
 void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end);
 

@@ -180,7 +180,7 @@ def test_a_row_does_not_depend_on_the_others(device):
 def close_call(dim: int) -> tuple[Tensor, Tensor]:
     """Rows whose two nearest codes differ by less than float32 resolves."""
     codebook = randn(700, dim, seed=1)
-    return randn(1100, dim), torch.cat([codebook, codebook + 1e-7 * randn(700, dim, seed=2)])
+    return randn(2300, dim), torch.cat([codebook, codebook + 1e-7 * randn(700, dim, seed=2)])
 
 
 @pytest.mark.parametrize("dim", [8, 32, 21])
@@ -189,13 +189,12 @@ def test_thread_count_changes_nothing(dim, normalize):
     latents, codebook = close_call(dim)
     threads = torch.get_num_threads()
     try:
-        for count in (5, 1100):
+        for count in (5, 1100, 2300):  # codes, then latents, then both are shared out
             results = []
-            for number in (1, 2, 3):
+            for number in (1, 2, 3, 4):
                 torch.set_num_threads(number)
                 results.append(flexvar_ext.vq_lookup(latents[:count], codebook, normalize=normalize))
-            assert torch.equal(results[0], results[1])
-            assert torch.equal(results[0], results[2])
+            assert all(torch.equal(result, results[0]) for result in results)
     finally:
         torch.set_num_threads(threads)
 
@@ -324,6 +323,20 @@ def test_bad_input(latents, codebook, error, message):
     assert flexvar_ext.vq_lookup(randn(3, 8), randn(5, 8)).shape == (3,)
     with pytest.raises(TypeError, match="vq_lookup: normalize must be a bool, got int"):
         flexvar_ext.vq_lookup(randn(3, 8), randn(5, 8), normalize=1)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("count", [0, 3, 300])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("bad", [[0], [255, 256], [699]])
+def test_every_code_is_looked_at(monkeypatch, instruction_set, normalize, count, value, bad):
+    codebook = randn(700, 12, seed=1)
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    flexvar_ext.vq_lookup(randn(count, 12), codebook, normalize=normalize)
+    codebook[bad, 11] = value
+    with pytest.raises(ValueError, match=f"codebook must be finite, got {len(bad)} codes"):
+        flexvar_ext.vq_lookup(randn(count, 12), codebook, normalize=normalize)
 
 
 def test_finite_codebook_whose_sum_overflows():
