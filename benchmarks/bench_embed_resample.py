@@ -29,22 +29,19 @@ def test_forward(compare, device, batch, grid, side, mode):
     compiled = torch.compile(reference.embed_resample, fullgraph=True)
 
     def call(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        @torch.inference_mode()
-        def run() -> Tensor:
-            return function(indices, codebook, (side, side), mode=mode)
+        return lambda: function(indices, codebook, (side, side), mode=mode)
 
-        return run
-
-    compare(
-        {
-            "native": call(flexvar_ext.embed_resample),
-            "reference": call(reference.embed_resample),
-            "compiled": call(compiled),
-        },
-        check=check,
-        bytes_moved=4 * batch * DIM * (grid**2 + side**2),
-        targets={"compiled": 3 if device.type == "cuda" else 4},
-    )
+    with torch.inference_mode():
+        compare(
+            {
+                "native": call(flexvar_ext.embed_resample),
+                "reference": call(reference.embed_resample),
+                "compiled": call(compiled),
+            },
+            check=check,
+            bytes_moved=4 * batch * DIM * (grid**2 + side**2),
+            targets={"compiled": 3 if device.type == "cuda" else 4},
+        )
 
 
 @pytest.mark.parametrize(("batch", "grid", "side"), [(8, 13, 16), (64, 13, 16)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexvar_ext._checks import (
     WITH_FLOAT64,
+    alike,
     check_bool,
     check_choice,
     check_elements,
@@ -19,6 +20,9 @@ from flexvar_ext._checks import (
 )
 from flexvar_ext._registration import forbid_second_gradient, without_gradient
 from flexvar_ext.resample2d import MODES
+
+_INT64 = (torch.int64,)
+_OVERLOAD = torch.ops.flexvar.embed_resample.default  # looked up once: a call takes but ten microseconds
 
 
 def embed_resample(
@@ -51,23 +55,25 @@ def embed_resample(
     ValueError on a CPU (a RuntimeError where torch.compile made the call); on CUDA, where looking would mean waiting,
     the tokens that it reaches are NaN.
     """
-    check_tensor("embed_resample", "indices", indices, "[B, h0, w0]", (torch.int64,))
-    check_tensor("embed_resample", "codebook", codebook, "[V, C]", WITH_FLOAT64)
-    check_same_device("embed_resample", indices=indices, codebook=codebook)
+    if not (alike((indices,), 3, _INT64) and alike((codebook,), 2, WITH_FLOAT64, beside=indices)):
+        check_tensor("embed_resample", "indices", indices, "[B, h0, w0]", _INT64)
+        check_tensor("embed_resample", "codebook", codebook, "[V, C]", WITH_FLOAT64)
+        check_same_device("embed_resample", indices=indices, codebook=codebook)
     height, width = check_size("embed_resample", "size", size)
     check_choice("embed_resample", "mode", mode, MODES)
     check_bool("embed_resample", "normalize", normalize)
-    if indices.shape[1] == 0 or indices.shape[2] == 0:
+    batch, grid_height, grid_width = indices.shape
+    if grid_height == 0 or grid_width == 0:
         raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
-    check_elements("embed_resample", "size", size, indices.shape[0] * height * width * codebook.shape[1])
+    check_elements("embed_resample", "size", size, batch * height * width * codebook.shape[1])
     check_no_tangent("embed_resample", codebook)
     result: Tensor
     if torch.compiler.is_compiling():
-        result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
+        result = _OVERLOAD(indices, codebook, height, width, normalize, mode)
         return result
     try:
         with without_gradient(codebook):
-            result = torch.ops.flexvar.embed_resample(indices, codebook, height, width, normalize, mode)
+            result = _OVERLOAD(indices, codebook, height, width, normalize, mode)
     except RuntimeError as error:  # only the kernel looks at every index
         _, found, rest = str(error).partition("embed_resample: indices must")
         if not found:
