@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: FORCE setup ext emulated demo test bench gpu figures kernels linters lint format clean
+.PHONY: FORCE setup ext emulated tiles demo test bench gpu figures kernels linters lint format clean
 
 # The virtual environment borrows the packages of the Python it starts from when that has a torch that fits, and installs
 # torch 2.13.0 otherwise. Packages that are already there are not fetched, so a prepared machine needs no network.
@@ -47,12 +47,16 @@ emulated:
 	cmake -S . -B build/emulated -G Ninja -DFLEXVAR_TESTING=ON -DFLEXVAR_CUDA=off -DPython_EXECUTABLE=$$(command -v $(PYTHON))
 	cmake --build build/emulated --target _emulated
 
+# The library with which tests/emulated runs the code for Intel's tile unit (AMX) on other CPUs with AVX512-BF16.
+tiles: setup
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/native-$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)') --target emulated_tiles
+
 demo: setup
 	mkdir -p out
 	$(BIN)/flexvar generate --num 24 --seed 0 --out out/demo.png
 	@echo "look at out/demo.png"
 
-test: setup
+test: setup tiles
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) emulated PYTHON=$(abspath $(BIN))/python
 	FLEXVAR_REQUIRE_EMULATED=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -84,4 +88,4 @@ format: linters
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf build $(VENV) flexvar_ext/*.so tests/emulated/*.so *.egg-info
+	rm -rf build $(VENV) flexvar_ext/*.so tests/emulated/*.so tests/emulated/tiles *.egg-info

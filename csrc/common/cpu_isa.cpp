@@ -12,6 +12,9 @@
 namespace flexvar {
 
 #ifdef FLEXVAR_X86
+#ifdef FLEXVAR_TILES_ON_CPU
+static bool has_tiles() { return true; }  // csrc/testing/tiles_on_cpu.h
+#else
 // Linux lets a process use the tile unit's registers when it has asked for them, once.
 static bool may_use_tiles() {
 #ifdef __linux__
@@ -21,6 +24,11 @@ static bool may_use_tiles() {
   return false;
 #endif
 }
+static bool has_tiles() {
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         may_use_tiles();
+}
+#endif
 #endif
 
 static CpuIsa best_cpu_isa() {
@@ -34,9 +42,7 @@ static CpuIsa best_cpu_isa() {
                         __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-    const bool amx =
-        bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-    if (amx && may_use_tiles()) return CpuIsa::amx;
+    if (bf16 && has_tiles()) return CpuIsa::amx;
     if (bf16) return CpuIsa::avx512bf16;
     if (vnni) return CpuIsa::avx512vnni;
     if (avx512) return CpuIsa::avx512;
