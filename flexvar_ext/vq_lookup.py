@@ -75,4 +75,9 @@ def _(latents: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     return latents.new_empty(latents.shape[0], dtype=torch.int64)
 
 
+@torch.library.register_fake("flexvar::vq_lookup_checked")
+def _(latents: Tensor, codebook: Tensor, normalize: bool) -> tuple[Tensor, bool]:
+    return latents.new_empty(latents.shape[0], dtype=torch.int64), True
+
+
 register_autocast("vq_lookup", to=torch.float32)

@@ -95,4 +95,17 @@ def _(
     return latent.new_empty((latent.shape[0], _num_tokens(heights, widths)), dtype=torch.int64)
 
 
+@torch.library.register_fake("flexvar::vq_lookup_multiscale_checked")
+def _(
+    latent: Tensor,
+    codebook: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    normalize: bool,
+    mode: str,
+    antialias: bool,
+) -> tuple[Tensor, bool]:
+    return latent.new_empty((latent.shape[0], _num_tokens(heights, widths)), dtype=torch.int64), True
+
+
 register_autocast("vq_lookup_multiscale", to=torch.float32)

@@ -1,11 +1,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "common/cpu_memory.h"
+#include "common/cpu_shares.h"
 #include "common/divide_up.h"
 #include "common/tensor_checks.h"
 #include "common/tensor_memory.h"
@@ -81,13 +85,11 @@ void split_codes(VqLookupParams params, int64_t padded_rows, int64_t workers) {
 }
 
 #ifdef FLEXVAR_X86
-// Both passes of `base` over the tiles, whose codes are ready. Workers share queries out, and where
-// there are too few of them codes, too.
+// Both passes. Workers share queries out, and where there are too few of them codes, too.
 template <typename Tiles>
 void look_up_on_tiles(const Tiles& of_codes, int64_t workers) {
   Tiles tiles = of_codes;
   const int64_t query_tiles = tiles.query_tiles(), padded_rows = tiles.queries_of_tiles();
-  const int64_t blocks = tiles.code_blocks();
   int64_t query_shares =
       std::clamp<int64_t>(query_tiles / Tiles::kFewestQueryTilesOfShare, 1, workers);
   while (workers % query_shares != 0) --query_shares;
@@ -104,20 +106,25 @@ void look_up_on_tiles(const Tiles& of_codes, int64_t workers) {
   tiles.thresholds = thresholds.data();
   tiles.candidates = candidates.data();
 
-  torch::stable::parallel_for(0, query_tiles, 8, [&](int64_t begin, int64_t end) {
-    vq_tiles_prepare_queries(tiles, begin, end);
-  });
+  // One parallel region, in which threads take what is next: those that are awake do not wait for
+  // those that have to wake up, which takes about as long as to score a tenth of a small image.
+  Shares preparing(query_tiles, workers);
+  std::deque<Shares> scoring;  // of each share of the queries
+  for (int64_t i = 0; i < query_shares; ++i) scoring.emplace_back(tiles.code_blocks(), code_shares);
+  std::atomic<int64_t> prepared = 0;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      const int64_t share = worker % code_shares, query_share = worker / code_shares;
-      VqWork work{};
-      work.worker = worker;
-      work.share = share;
-      work.query_begin = query_tiles * query_share / query_shares;
-      work.query_end = query_tiles * (query_share + 1) / query_shares;
-      work.block_begin = blocks * share / code_shares;
-      work.block_end = blocks * (share + 1) / code_shares;
-      vq_tiles_score(tiles, work);
+      preparing.take([&](int64_t first, int64_t last) {
+        vq_tiles_prepare_queries(tiles, first, last);
+        prepared += last - first;
+      });
+      while (prepared < query_tiles) std::this_thread::yield();  // others are at the last ones
+      const int64_t query_share = worker / code_shares;
+      const VqQueries part{worker, worker % code_shares, query_tiles * query_share / query_shares,
+                           query_tiles * (query_share + 1) / query_shares};
+      vq_tiles_start(tiles, part);
+      scoring[query_share].take(
+          [&](int64_t first, int64_t last) { vq_tiles_score(tiles, part, first, last); });
     }
   });
   torch::stable::parallel_for(0, query_tiles, 8, [&](int64_t begin, int64_t end) {

@@ -203,22 +203,23 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
   }
 }
 
-void vq_tiles_score(const VqTiles& tiles, const VqWork& work) {
-  constexpr int64_t kQueryTiles = 16;  // that stay in the L1 cache
-  const VqLookupParams& params = tiles.base;
-  float* const thresholds = tiles.thresholds + work.share * tiles.queries_of_tiles();
-  VqCandidates<float>* const candidates = tiles.candidates + work.share * tiles.queries_of_tiles();
-  const ScoreError error(params.dim, tiles.max_code_norm);
-  start_candidates(tiles, work.share, work.query_begin, work.query_end,
-                   [&](double norm) { return error.bound(norm); });
+void vq_tiles_start(const VqTiles& tiles, const VqQueries& queries) {
+  const ScoreError error(tiles.base.dim, tiles.max_code_norm);
+  start_candidates(tiles, queries, [&](double norm) { return error.bound(norm); });
+}
 
+void vq_tiles_score(const VqTiles& tiles, const VqQueries& queries, int64_t block_begin,
+                    int64_t block_end) {
+  constexpr int64_t kQueryTiles = 16;  // that stay in the L1 cache
+  float* const thresholds = tiles.thresholds + queries.share * tiles.queries_of_tiles();
+  auto* const candidates = tiles.candidates + queries.share * tiles.queries_of_tiles();
   const TileScope scope;
   const int64_t panel_bytes = tiles.steps() * kTileBytes;
   const auto reduce = tiles.multiplies_half() ? reduce_tile<false> : reduce_tile<true>;
   alignas(64) BlockSums sums;
-  for (int64_t first = work.query_begin; first < work.query_end; first += kQueryTiles) {
-    const int64_t end = first + kQueryTiles < work.query_end ? first + kQueryTiles : work.query_end;
-    for (int64_t block = work.block_begin; block < work.block_end; ++block) {
+  for (int64_t first = queries.begin; first < queries.end; first += kQueryTiles) {
+    const int64_t end = first + kQueryTiles < queries.end ? first + kQueryTiles : queries.end;
+    for (int64_t block = block_begin; block < block_end; ++block) {
       const char* const codes = tiles.codes + block * kVqBlockTiles * panel_bytes;
       for (int64_t query = first; query < end; query += 2) {
         // Behind the last tile the last one again, for sums that nobody reads.

@@ -31,8 +31,10 @@ struct VqTiles : VqTiling<float, 16, 8> {
 
 void vq_tiles_prepare_codes(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end);
-// Pass 1.
-void vq_tiles_score(const VqTiles& tiles, const VqWork& work);
+// Pass 1: the lists are empty; blocks of codes are scored.
+void vq_tiles_start(const VqTiles& tiles, const VqQueries& queries);
+void vq_tiles_score(const VqTiles& tiles, const VqQueries& queries, int64_t block_begin,
+                    int64_t block_end);
 // Pass 2, over all shares.
 void vq_tiles_resolve(const VqTiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end);
 

@@ -49,13 +49,12 @@ inline int32_t lowered(int32_t score, double slack) {
 
 // Empty lists for tiles of queries, given the error bound of a query by its norm.
 template <typename Tiles, typename Bound>
-void start_candidates(const Tiles& tiles, int64_t share, int64_t query_begin, int64_t query_end,
-                      const Bound& bound) {
+void start_candidates(const Tiles& tiles, const VqQueries& queries, const Bound& bound) {
   using Range = ScoreRange<typename Tiles::Score>;
   constexpr int64_t kTile = Tiles::kTileQueries;
-  auto* const thresholds = tiles.thresholds + share * tiles.queries_of_tiles();
-  auto* const candidates = tiles.candidates + share * tiles.queries_of_tiles();
-  for (int64_t n = query_begin * kTile; n < query_end * kTile; ++n) {
+  auto* const thresholds = tiles.thresholds + queries.share * tiles.queries_of_tiles();
+  auto* const candidates = tiles.candidates + queries.share * tiles.queries_of_tiles();
+  for (int64_t n = queries.begin * kTile; n < queries.end * kTile; ++n) {
     const double norm = n < tiles.base.num_latents ? tiles.base.query_norms[n] : __builtin_nan("");
     thresholds[n] = norm == norm ? Range::least : Range::most;
     const Best none;

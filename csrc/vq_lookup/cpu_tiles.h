@@ -25,10 +25,9 @@ struct alignas(64) VqCandidates {
   int32_t count;
 };
 
-// What one thread scores: tiles of queries with blocks of codes, which are a share of all.
-struct VqWork {
-  int64_t worker, share;
-  int64_t query_begin, query_end, block_begin, block_end;
+// Tiles of queries that a worker scores with some of the codes, for which it has lists of its own.
+struct VqQueries {
+  int64_t worker, share, begin, end;
 };
 
 template <typename ScoreOf, int64_t kQueries, int64_t kTiles>
@@ -40,7 +39,7 @@ struct VqTiling {
   // Its queries and query_norms, which pass 2 reads, are made here, too, with room for whole tiles.
   VqLookupParams base;
   char* queries;  // [tiles of queries][query_tile_bytes]
-  // [shares of the codes][queries in whole tiles]: what a group needs to be a candidate; those.
+  // [shares][queries in whole tiles]: what a group needs to be a candidate; those.
   Score* thresholds;
   VqCandidates<Score>* candidates;
 

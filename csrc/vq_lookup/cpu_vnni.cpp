@@ -101,15 +101,14 @@ void make_block(const VqTiles& tiles, int64_t block, char* codes, int32_t* negat
 }
 
 template <int kPairs>
-void score_tiles(const VqTiles& tiles, const VqWork& work, int64_t block, const char* codes,
-                 const int32_t* negative_half) {
-  int32_t* const thresholds = tiles.thresholds + work.share * tiles.queries_of_tiles();
-  auto* const candidates = tiles.candidates + work.share * tiles.queries_of_tiles();
+void score_tiles(const VqTiles& tiles, const VqQueries& of, int64_t block, bool is_last,
+                 const char* codes, const int32_t* negative_half) {
+  int32_t* const thresholds = tiles.thresholds + of.share * tiles.queries_of_tiles();
+  auto* const candidates = tiles.candidates + of.share * tiles.queries_of_tiles();
   const int64_t block_bytes = kBlockCodes * tiles.base.dim * sizeof(float);
-  const bool is_last = block + 1 == work.block_end;
   LinesAhead ahead(reinterpret_cast<const char*>(tiles.base.codebook) + (block + 1) * block_bytes,
-                   is_last ? 0 : 1, block_bytes, block_bytes, work.query_end - work.query_begin);
-  for (int64_t tile = work.query_begin; tile < work.query_end; ++tile) {
+                   is_last ? 0 : 1, block_bytes, block_bytes, of.end - of.begin);
+  for (int64_t tile = of.begin; tile < of.end; ++tile) {
     const int64_t first = tile * kRows;
     ahead.step();
     IntLanes best[kRows];
@@ -152,16 +151,20 @@ void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t 
   }
 }
 
-void vq_tiles_score(const VqTiles& tiles, const VqWork& work) {
+void vq_tiles_start(const VqTiles& tiles, const VqQueries& queries) {
+  start_candidates(tiles, queries, [&](double norm) { return score_error(tiles.base.dim, norm); });
+}
+
+void vq_tiles_score(const VqTiles& tiles, const VqQueries& queries, int64_t block_begin,
+                    int64_t block_end) {
   const int64_t dim = tiles.base.dim;
-  start_candidates(tiles, work.share, work.query_begin, work.query_end,
-                   [&](double norm) { return score_error(dim, norm); });
   const auto score = dim == 32 ? score_tiles<16> : dim == 8 ? score_tiles<4> : score_tiles<0>;
-  char* const codes = tiles.code_blocks_of_workers + work.worker * tiles.code_block_bytes();
+  char* const codes = tiles.code_blocks_of_workers + queries.worker * tiles.code_block_bytes();
   alignas(64) int32_t negative_half[kBlockCodes];
-  for (int64_t block = work.block_begin; block < work.block_end; ++block) {
+  for (int64_t block = block_begin; block < block_end; ++block) {
     make_block(tiles, block, codes, negative_half);
-    if (work.query_begin < work.query_end) score(tiles, work, block, codes, negative_half);
+    if (queries.begin == queries.end) continue;
+    score(tiles, queries, block, block + 1 == block_end, codes, negative_half);
   }
 }
 
