@@ -24,8 +24,7 @@ IntLanes maximum(IntLanes a, IntLanes b) {
 // |score - kVqUnit² (x·e - |e|²/2)| of a query with this norm and codes that are no longer than
 // rounding left the unit vectors. A component errs by half and by what float leaves of kVqUnit x
 // (2^-9 and less), so by Cauchy and Schwarz a product by 0.502 sqrt(dim) of each factor's length
-// and by the product of both errors;
-// -|e|²/2 is rounded, too, and pass 2 rounds in double.
+// and by the product of both errors; -|e|²/2 is rounded, too, and pass 2 rounds in double.
 double score_error(int64_t dim, double norm) {
   constexpr double per_component = 0.502, most = 1 + 1e-6;
   const double length = per_component * __builtin_sqrt(dim);
@@ -113,6 +112,7 @@ void score_tiles(const VqTiles& tiles, const VqQueries& of, int64_t block, bool 
     ahead.step();
     IntLanes best[kRows];
     const char* const queries = tiles.queries + tile * tiles.query_tile_bytes();
+    // All queries do not fit into the L1 cache beside the codes: the next ones are asked for.
     for (int64_t byte = 0; byte < tiles.query_tile_bytes(); byte += 64) {
       __builtin_prefetch(queries + tiles.query_tile_bytes() + byte);
     }
