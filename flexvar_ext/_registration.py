@@ -52,9 +52,9 @@ def without_gradient(*tensors: Tensor | None) -> AbstractContextManager[None]:
     What torch.library.register_autograd registers is Python, which costs as much as the rest of a small call. Nothing
     is skipped where torch has to see the call: while compiling and within torch.func.
     """
-    if torch.is_inference_mode_enabled():  # which leaves autograd out by itself
+    if torch.compiler.is_compiling():
         return _NOTHING
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active():  # the first has no autograd
         return _NOTHING
     if torch.is_grad_enabled():
         for tensor in tensors:

@@ -7,7 +7,7 @@ import torch
 
 import flexvar_ext  # noqa: F401 registers the ops
 
-CPU_ONLY = {"linear", "kept_empty"}
+CPU_ONLY = {"linear", "kept_empty", "vq_lookup_checked", "vq_lookup_multiscale_checked"}
 
 
 def schemas(library: str) -> dict[str, str]:

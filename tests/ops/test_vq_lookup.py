@@ -283,7 +283,9 @@ def test_fake_result_of_the_op_that_checks():
     with torch._subclasses.FakeTensorMode() as mode:
         latents, codebook = (mode.from_tensor(randn(count, 8)) for count in (5, 9))
         indices, codebook_is_finite = torch.ops.flexvar.vq_lookup_checked(latents, codebook, True)
-    assert indices.shape == (5,) and indices.dtype == torch.int64 and codebook_is_finite is True
+    assert indices.shape == (5,)
+    assert indices.dtype == torch.int64
+    assert codebook_is_finite is True
 
 
 def test_compiles_without_graph_breaks(device):
