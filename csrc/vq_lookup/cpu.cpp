@@ -107,7 +107,7 @@ void look_up_on_tiles(const Tiles& of_codes, int64_t workers) {
   tiles.candidates = candidates.data();
 
   // One parallel region, in which threads take what is next: those that are awake do not wait for
-  // those that have to wake up, which takes about as long as to score a tenth of a small image.
+  // those that have yet to wake up.
   Shares preparing(query_tiles, workers);
   std::deque<Shares> scoring;  // of each share of the queries
   for (int64_t i = 0; i < query_shares; ++i) scoring.emplace_back(tiles.code_blocks(), code_shares);
