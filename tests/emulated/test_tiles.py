@@ -32,17 +32,14 @@ def test_ops_on_emulated_tiles(tmp_path):
     for file in [*(ROOT / "flexvar_ext").glob("*.py"), *built]:
         (tmp_path / "flexvar_ext" / file.name).symlink_to(file)
     (tmp_path / "run.py").write_text(SCRIPT)
-    tests = [f"tests/ops/test_{op}.py" for op in ("conv3x3", "linear", "vq_lookup", "vq_lookup_multiscale")]
+    tests = [
+        *(ROOT / "tests/ops").glob("test_vq_lookup*.py"),
+        *(ROOT / "tests/ops").glob("test_scale_attention*.py"),
+        *(ROOT / "tests/ops" / f"test_{op}.py" for op in ("conv3x3", "linear")),
+    ]
+    options = ["-k", "amx or thread or batch or depend", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [
-            sys.executable,
-            tmp_path / "run.py",
-            *tests,
-            "-k",
-            "amx or thread or batch or depend",
-            "-p",
-            "no:cacheprovider",
-        ],
+        [sys.executable, tmp_path / "run.py", *tests, *options],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "FLEXVAR_CPU_ISA"},
         capture_output=True,
