@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def _num_tokens(heights: Sequence[int], widths: Sequence[int]) -> int:
 
 
 @torch.library.register_fake("flexvar::vq_lookup_multiscale")
-def _(
+def _fake_indices(
     latent: Tensor,
     codebook: Tensor,
     heights: Sequence[int],
@@ -96,16 +97,8 @@ def _(
 
 
 @torch.library.register_fake("flexvar::vq_lookup_multiscale_checked")
-def _(
-    latent: Tensor,
-    codebook: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    normalize: bool,
-    mode: str,
-    antialias: bool,
-) -> tuple[Tensor, bool]:
-    return latent.new_empty((latent.shape[0], _num_tokens(heights, widths)), dtype=torch.int64), True
+def _(*arguments: Any) -> tuple[Tensor, bool]:
+    return _fake_indices(*arguments), True
 
 
 register_autocast("vq_lookup_multiscale", to=torch.float32)

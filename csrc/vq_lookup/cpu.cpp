@@ -202,9 +202,10 @@ Lookup look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
   const int64_t padded_codes = blocks * kVqBlockCodes;
   Scratch<float> packed_codes(padded_codes * params.dim), negative_half(padded_codes),
       queries(padded_rows * params.padded_dim());
-  Scratch<double> block_norms(blocks), query_norms(n);
+  Scratch<double> scales(padded_codes), block_norms(blocks), query_norms(n);
   params.packed_codes = packed_codes.data();
   params.negative_half = negative_half.data();
+  params.scales = scales.data();
   params.block_norms = block_norms.data();
   params.queries = queries.data();
   params.query_norms = query_norms.data();

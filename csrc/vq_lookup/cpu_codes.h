@@ -117,6 +117,9 @@ inline void make_codes(const VqLookupParams& params, int64_t first, int64_t step
   }
   squared = sum_squares(columns, dim);
   for (int half = 0; half < 2; ++half) store(squares + half * lanes / 2, squared.half[half]);
+  for (int64_t i = 0; i < lanes && params.scales != nullptr; ++i) {
+    params.scales[first + i * step] = scales[i];
+  }
   for (int64_t i = 0; i < lanes && !are_codes; ++i) {
     if (scales[i] != 0.0) continue;
     squares[i] = __builtin_nan("");

@@ -96,11 +96,9 @@ inline Double8 sum_rows(Double8 (&s)[8]) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-// x·e - |e|²/2 of the eight codes of these rows of the codebook, a code to a lane; NaN where a row
-// is not finite. x is padded with zeros.
-inline Double8 exact_scores(const float* x, const float* const (&rows)[8], int64_t dim,
-                            bool normalize) {
-  Double8 squares[8] = {}, dots[8] = {};
+// The factors of eight rows of the codebook, a row to a lane.
+inline Double8 scales_of_rows(const float* const (&rows)[8], int64_t dim, bool normalize) {
+  Double8 squares[8] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     for (int64_t c = 0; c < dim; c += 8) {
@@ -108,10 +106,17 @@ inline Double8 exact_scores(const float* x, const float* const (&rows)[8], int64
       squares[i] += row * row;
     }
   }
-  const Double8 squared = sum_rows(squares), scales = row_scales(squared, normalize);
+  const Double8 squared = sum_rows(squares);
+  return row_scales(squared, normalize);
+}
+
+// x·e - |e|²/2 of eight codes given by their codebook rows and factors, a code to a lane; NaN where
+// a row is not finite. x is padded with zeros.
+inline Double8 exact_scores(const float* x, const float* const (&rows)[8], const Double8& scales,
+                            int64_t dim) {
+  Double8 dots[8] = {}, squares[8] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    squares[i] = Double8{};
     for (int64_t c = 0; c < dim; c += 8) {
       const Double8 e = load_scaled(rows[i] + c, dim - c, scales[i]);
       dots[i] += e * load_scaled(x + c, 8, 1.0);
@@ -162,7 +167,13 @@ inline void find_best(const VqLookupParams& params, const float* x, int64_t firs
     for (int64_t i = 0; i < 8; ++i) {
       rows[i] = params.codebook + (first + i < end ? first + i : first) * params.dim;
     }
-    const Double8 scores = exact_scores(x, rows, params.dim, params.normalize);
+    Double8 scales;
+    if (params.scales != nullptr) {
+      __builtin_memcpy(&scales, params.scales + first, sizeof(scales));
+    } else {
+      scales = scales_of_rows(rows, params.dim, params.normalize);
+    }
+    const Double8 scores = exact_scores(x, rows, scales, params.dim);
     for (int64_t i = 0; i < 8 && first + i < end; ++i) {
       if (scores[i] > best.score || (scores[i] == best.score && first + i < best.code)) {
         best = {scores[i], first + i};

@@ -44,6 +44,10 @@ struct VqLookupParams {
   float* packed_codes;   // [blocks][vectors of a block][C][lanes]
   float* negative_half;  // [blocks * kVqBlockCodes]: -|e|²/2; -inf for padding and non-finite codes
   double* block_norms;   // [blocks]: the largest |e| of a block
+  // [blocks * kVqBlockCodes]: factor from codebook row to code; 0 for padding and non-finite codes.
+  // Null where pass 2 makes those that it needs, which takes less than to write all of them if
+  // there are vectors of eight doubles.
+  double* scales;
   // Made by vq_prepare_latents:
   float* queries;       // [N rounded up][padded_dim]
   double* query_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity

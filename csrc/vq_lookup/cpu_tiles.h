@@ -24,6 +24,7 @@ struct alignas(64) VqCandidates {
   } groups[kMost];
   int32_t count;
 };
+static_assert(sizeof(VqCandidates<float>) == 64 && sizeof(VqCandidates<int32_t>) == 64);
 
 // Tiles of queries that a worker scores with some of the codes, for which it has lists of its own.
 struct VqQueries {
