@@ -40,12 +40,11 @@ void pack_map(const Conv3x3Params& params, const Conv3x3Block& block, const Conv
   }
 }
 
-// [phases][rows][columns][kConvColumns] of a product. Calls finish_row(row) when the sums of a row
-// of the last phase are done.
-template <typename T, typename W, typename FinishRow>
+// [phases][rows][columns][kConvColumns] of a product.
+template <typename T, typename W>
 void sum_products(const Conv3x3Params& params, const Conv3x3Block& block,
                   const Conv3x3Product& product, const float* map, const float* panels,
-                  float* panel, float* taps, float* sums, FinishRow finish_row) {
+                  float* panel, float* taps, float* sums) {
   using Entry = typename EntryOf<T>::Type;
   const int64_t channel_size = conv3x3_channel_panel_size(product);
   const int64_t columns = has_taps_as_columns(params) ? 9 * params.out_channels
@@ -69,7 +68,6 @@ void sum_products(const Conv3x3Params& params, const Conv3x3Block& block,
             {reinterpret_cast<const Entry*>(left), product.stride * entries}, {right, kConvColumns},
             {phase_sums + row * product.columns * kConvColumns, kConvColumns}, product.columns,
             vectors, depth, first > 0, {product.side, product.map_columns * entries});
-        if (channels.end() == params.in_channels && phase + 1 == product.phases) finish_row(row);
       }
       right += product.side * depth * kConvColumns;
     }
@@ -149,8 +147,8 @@ void add_taps(const Conv3x3Params& params, const Conv3x3Block& block, const Conv
 }
 
 template <typename T>
-void finish_pixels(const Conv3x3Params& params, const Conv3x3Block& block, int64_t columns,
-                   float* sums) {
+void finish_block(const Conv3x3Params& params, const Conv3x3Block& block, int64_t columns,
+                  float* sums) {
   for_each_pixel(params, block, sums,
                  [&](int64_t phase, int64_t row, int64_t column, const float* pixel_sums) {
                    const OutputPixel pixel(params, block, phase, row, column);
@@ -176,18 +174,10 @@ void convolve_block(const Conv3x3Params& params, const Conv3x3Block& block, cons
   float* const sums = taps + conv3x3_taps_size(product);
   const int64_t channels = conv3x3_channels(params, block.channel);
   if (!is_packed) pack_map<T>(params, block, product, map);
-  const bool sums_are_done = !has_taps_as_columns(params) && params.phases == 1;
-  sum_products<T, W>(params, block, product, map, panels, panel, taps, sums, [&](int64_t row) {
-    if (!sums_are_done) return;
-    Conv3x3Block pixels = block;
-    pixels.row += row;
-    pixels.rows = 1;
-    finish_pixels<T>(params, pixels, channels, sums + row * block.columns * kConvColumns);
-  });
-  if (sums_are_done) return;
+  sum_products<T, W>(params, block, product, map, panels, panel, taps, sums);
   if (has_taps_as_columns(params)) add_taps(params, block, product, sums);
   if (params.phases > 1) mend_sums<T, W>(params, block, channels, sums);
-  finish_pixels<T>(params, block, channels, sums);
+  finish_block<T>(params, block, channels, sums);
 }
 
 template <typename T, typename W>

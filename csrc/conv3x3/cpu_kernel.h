@@ -35,10 +35,10 @@ static inline Conv3x3Product conv3x3_product(const Conv3x3Params& params, int64_
   return {params.phases, params.side, params.stride, rows, columns, map_rows, map_columns};
 }
 
-// Entries of a pixel that meet their weights in one go: few enough for those, 32 to 36 KiB, to stay
-// in an L1 cache of 48, for as long a chain of sums as that allows.
+// Entries of a pixel that meet their weights in one go: few enough for those to come from the L2
+// cache, for as long a chain of sums as that allows.
 static inline int64_t conv3x3_entries(const Conv3x3Product& product) {
-  return product.side == 3 ? 16 : product.side == 2 ? 32 : 128;
+  return product.side == 3 ? 32 : product.side == 2 ? 64 : 128;
 }
 // Input channels of them at most.
 static inline int64_t conv3x3_pack_step(const Conv3x3Product& product) {
