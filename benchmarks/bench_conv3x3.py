@@ -9,6 +9,7 @@ from flexvar.tokenizer.upsampling import fold_nearest
 from torch import Tensor
 
 import flexvar_ext
+from benchmarks.measure import PRODUCT_DTYPES
 from flexvar_ext import reference
 
 # (channels, out channels, side, resize)
@@ -16,7 +17,7 @@ LAYERS = [
     (512, 512, 16, "none"), (512, 512, 16, "up"), (512, 256, 32, "none"), (256, 256, 64, "none"), (256, 256, 64, "up"),
     (256, 128, 128, "none"), (128, 128, 128, "up"), (128, 128, 256, "none"), (128, 3, 256, "none"),
 ]  # fmt: skip
-DTYPES = [(torch.float32, 1), (torch.bfloat16, 1)]  # and images
+DTYPES = [(dtype, 1) for dtype in PRODUCT_DTYPES]  # and images
 if torch.cuda.is_available():
     DTYPES.append((torch.bfloat16, 64))
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from flexvar import MultiScaleTokenizer, TokenizerConfig
 
-CPU_CASES = [(torch.float32, 1), (torch.bfloat16, 1)]
+from benchmarks.measure import PRODUCT_DTYPES
+
+CPU_CASES = [(dtype, 1) for dtype in PRODUCT_DTYPES]
 CUDA_CASES = [(torch.bfloat16, 1), (torch.bfloat16, 64)]
 FLOPS = 225.9e9  # of an image's convolutions, with upsampling folded into them
 

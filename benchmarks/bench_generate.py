@@ -17,6 +17,7 @@ from flexvar import (
 from flexvar.generation.cuda_graphs import GraphCache
 
 from benchmarks.compiled_formula import CompiledGeneration
+from benchmarks.measure import PRODUCT_DTYPES
 from benchmarks.released_formula import generate
 
 SETTINGS = {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.95}
@@ -37,7 +38,7 @@ class Case:
         return ", ".join(parts)
 
 
-CPU_CASES = [Case(16, None), Case(16)]
+CPU_CASES = [Case(16, None if dtype == torch.float32 else dtype) for dtype in PRODUCT_DTYPES]
 CUDA_CASES = [
     *(Case(depth, batch=batch) for depth in (16, 20, 24) for batch in (1, 8, 64)),
     Case(16, steps=13),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import flexvar_ext
+from benchmarks.measure import PRODUCT_DTYPES
 from flexvar_ext import reference
 
 # (K, N, what follows)
@@ -39,7 +40,7 @@ def arguments(layer: str, tokens: int, dtype: torch.dtype, device: torch.device)
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_linear(compare, device, layer, tokens, dtype):
     given = arguments(layer, tokens, dtype, device)
 

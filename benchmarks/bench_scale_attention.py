@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flexvar_ext
+from benchmarks.measure import PRODUCT_DTYPES
 from flexvar_ext import reference
 
 HEADS, DIM = 16, 64
@@ -50,7 +51,7 @@ class Case:
 
 
 SCHEDULE = ScaleSchedule.preset(steps=10)  # one 256 px image, 680 tokens
-CPU_CASES = [Case(dtype, SCHEDULE, 2) for dtype in (torch.float32, torch.bfloat16)]
+CPU_CASES = [Case(dtype, SCHEDULE, 2) for dtype in PRODUCT_DTYPES]
 CUDA_CASES = [
     Case(torch.float32, SCHEDULE, 2),
     Case(torch.bfloat16, SCHEDULE, 2),

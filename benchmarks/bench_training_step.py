@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from flexvar import FlexVARTransformer, ScaleSchedule, TransformerConfig
 
+from benchmarks.measure import PRODUCT_DTYPES
+
 SCHEDULE = ScaleSchedule.preset(steps=10)
 # Depth, images: on a CPU a step of d16 would take a minute in all rounds.
 DEPTH, BATCH = (16, 32) if torch.cuda.is_available() else (8, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=["float32", "bfloat16 autocast"][: len(PRODUCT_DTYPES)])
 def test_training_step(compare, device, dtype):
     torch.manual_seed(0)
     config = TransformerConfig(depth=DEPTH, width=64 * DEPTH, heads=DEPTH, class_dropout=0.0, drop_path=0.0)

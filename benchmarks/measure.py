@@ -19,6 +19,18 @@ LONG_ROUND_SECONDS, LONG_ROUNDS = 4.0, 3  # rounds that take so long are repeate
 FLUSHES = 4  # of the L2 cache before a call on a GPU
 
 
+def _product_dtypes() -> list[torch.dtype]:
+    found = [torch.float32]
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.append(torch.bfloat16)
+    return found
+
+
+# What torch has matrix products in. On a CPU without AVX-512 its bfloat16 ones are a loop of scalars at 1 to 2 GFLOP/s:
+# an image would take its implementations ten minutes each, and say nothing.
+PRODUCT_DTYPES = _product_dtypes()
+
+
 class Clock:
     """``clock(run)``: the seconds that one call takes on the device."""
 
@@ -81,7 +93,7 @@ def yardsticks(device: torch.device) -> dict[str, float]:
     clock = Clock(device)
     size = 8192 if device.type == "cuda" else 1536
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in PRODUCT_DTYPES:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * size**3 / _best(lambda a=a, b=b: a @ b, clock)
     source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)

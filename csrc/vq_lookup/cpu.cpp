@@ -16,8 +16,8 @@
 #include "resample/arguments.h"
 #include "resample/table.h"
 #include "vq_lookup/cpu_amx.h"
+#include "vq_lookup/cpu_integers.h"
 #include "vq_lookup/cpu_kernel.h"
-#include "vq_lookup/cpu_vnni.h"
 
 namespace flexvar {
 namespace {
@@ -137,9 +137,10 @@ int64_t workers_on_tiles(int64_t products) {
   return std::clamp<int64_t>(products / (4 * kMinProducts), 1, torch::stable::get_num_threads());
 }
 
+template <typename Tiles>
 void look_up_in_integers(const VqLookupParams& params) {
   constexpr int64_t kQueriesOfMaking = 64;  // that are scored while a code is made
-  avx512vnni::VqTiles tiles{};
+  Tiles tiles{};
   tiles.base = params;
   const int64_t workers =
       workers_on_tiles((params.num_latents + kQueriesOfMaking) * params.num_codes * params.dim);
@@ -153,7 +154,7 @@ void look_up_on_tile_unit(const VqLookupParams& params) {
   tiles.base = params;
   const int64_t code_tiles = tiles.code_tiles();
   Scratch<char> codes(code_tiles * tiles.code_tile_bytes());
-  Scratch<float> negative_half(code_tiles * kVqTile);
+  Scratch<float> negative_half(code_tiles * amx::VqTiles::kTileCodes);
   Scratch<double> tile_norms(code_tiles);
   tiles.codes = codes.data();
   tiles.negative_half = negative_half.data();
@@ -186,9 +187,11 @@ Lookup look_up(const Tensor& latents, int64_t n, const VqPyramid* pyramid, const
 #ifdef FLEXVAR_X86
   const CpuIsa isa = selected_cpu_isa();
   const bool fits_tiles = params.num_codes <= kVqMostCodesOfTiles;
-  if (isa >= CpuIsa::avx512vnni && fits_tiles && normalize &&
-      params.dim <= avx512vnni::VqTiles::kMaxDim) {
-    look_up_in_integers(params);
+  // AVX-512 without VNNI multiplies floats as fast as integers.
+  if (isa != CpuIsa::baseline && isa != CpuIsa::avx512 && fits_tiles && normalize &&
+      params.dim <= kVqMostDimOfIntegers) {
+    isa == CpuIsa::avx2 ? look_up_in_integers<avx2::VqTiles>(params)
+                        : look_up_in_integers<avx512vnni::VqTiles>(params);
     return {indices, codebook_is_finite};
   }
   if (isa == CpuIsa::amx && fits_tiles && n >= amx::VqTiles::kFewestLatents &&

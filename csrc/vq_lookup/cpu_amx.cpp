@@ -7,7 +7,9 @@
 namespace flexvar::FLEXVAR_ISA {
 namespace {
 
+constexpr int64_t kVqTile = 16;  // of codes, and of queries
 constexpr int64_t kVqBlockTiles = VqTiles::kBlockTiles;
+static_assert(VqTiles::kTileCodes == kVqTile && VqTiles::kTileQueries == kVqTile);
 constexpr int64_t kMostSteps = 16;
 constexpr int64_t kMostDepth = kMostSteps * kTileDepth;
 

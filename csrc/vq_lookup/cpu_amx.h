@@ -1,5 +1,5 @@
 // Nearest codes in two passes as in cpu_kernel.h, the first on the tile unit (common/cpu_amx.h):
-// for vectors of any length, as those of length 1 are found sooner in integers (cpu_vnni.h).
+// for vectors of any length, as those of length 1 are found sooner in integers (cpu_integers.h).
 //
 // A number x is xh + xm + a rest, both bfloat16. The scores of pass 1 are the products of the rows
 // (xh, xm, xh) and (eh, eh, em), which leave out less than 2^-16 |x||e|: pass 2 decides in double
@@ -10,7 +10,7 @@
 
 namespace flexvar::amx {
 
-struct VqTiles : VqTiling<float, 16, 8> {
+struct VqTiles : VqTiling<float, 16, 16, 8> {
   char* codes;           // [tiles of codes][code_tile_bytes]
   float* negative_half;  // [codes in whole tiles]: -|e|²/2; -inf where there is no code
   double* tile_norms;    // [tiles of codes]: the largest |e| of each

@@ -1,4 +1,4 @@
-// The candidates of cpu_tiles.h, with AVX-512: what keeps them in pass 1 and decides among them in
+// The candidates of cpu_tiles.h, from AVX2 on: what keeps them in pass 1 and decides among them in
 // pass 2. Scores are float or int32.
 #pragma once
 
@@ -8,7 +8,7 @@
 namespace flexvar::FLEXVAR_ISA {
 namespace {
 
-typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef int32_t IntLanes __attribute__((vector_size(FLEXVAR_VECTOR_BYTES)));
 
 template <typename Score>
 struct ScoreRange;
@@ -24,20 +24,29 @@ struct ScoreRange<int32_t> {
 template <typename Lanes>
 auto largest_lane(Lanes v) {
   const auto max = [](auto a, auto b) { return a > b ? a : b; };
-  const auto eight = max(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-  const auto four = max(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
-                        __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
-  return max(max(four[0], four[1]), max(four[2], four[3]));
+  if constexpr (sizeof(v) == 64) {
+    return largest_lane(max(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)));
+  } else {
+    const auto four =
+        max(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7));
+    return max(max(four[0], four[1]), max(four[2], four[3]));
+  }
 }
 
 // The lanes that reach the threshold; NaN, on either side, does.
+#if FLEXVAR_VECTOR_BYTES == 64
 inline unsigned reaching(Vector<float> v, float threshold) {
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
 }
 inline unsigned reaching(IntLanes v, int32_t threshold) {
   return _mm512_cmpge_epi32_mask((__m512i)v, _mm512_set1_epi32(threshold));
 }
+#else
+inline unsigned reaching(IntLanes v, int32_t threshold) {
+  return _mm256_movemask_ps((__m256)(v >= threshold));
+}
+#endif
 
 inline float lowered(float score, double slack) { return static_cast<float>(score - slack); }
 // Rounded down, and still more than the score of no code.
@@ -80,6 +89,17 @@ void settle(const Tiles& tiles, int64_t n, Score threshold, VqCandidates<Score>&
   of.count = 0;
 }
 
+// Makes room: leaves out what a better group has ruled out since.
+template <typename Tiles, typename Score>
+void drop_candidates(const Tiles& tiles, int64_t n, Score threshold, VqCandidates<Score>& of) {
+  int32_t count = 0;
+  for (int32_t i = 0; i < of.count; ++i) {
+    if (!(of.groups[i].score < threshold)) of.groups[count++] = of.groups[i];
+  }
+  of.count = count;
+  if (count == VqCandidates<Score>::kMost) settle(tiles, n, threshold, of);
+}
+
 // Adds those of a block's groups, with these scores, that reach the threshold, which rises to the
 // best of them less the slack. What is NaN is a candidate, and a NaN the threshold of all.
 template <typename Tiles, typename Lanes, typename Score>
@@ -88,12 +108,12 @@ __attribute__((noinline)) void add_candidates(const Tiles& tiles, int64_t n, int
                                               VqCandidates<Score>& of) {
   const Score rises = lowered(largest_lane(scores), of.slack);
   if (!(rises <= threshold)) threshold = rises;
-  Score lanes[kVqTile];
+  Score lanes[Tiles::kTileCodes];
   __builtin_memcpy(lanes, &scores, sizeof(lanes));
   for (unsigned mask = reaching(scores, threshold); mask != 0; mask &= mask - 1) {
     const int64_t lane = __builtin_ctz(mask);
-    if (of.count == VqCandidates<Score>::kMost) settle(tiles, n, threshold, of);
-    of.groups[of.count++] = {lanes[lane], static_cast<int32_t>(block * kVqTile + lane)};
+    if (of.count == VqCandidates<Score>::kMost) drop_candidates(tiles, n, threshold, of);
+    of.groups[of.count++] = {lanes[lane], static_cast<int32_t>(block * Tiles::kTileCodes + lane)};
   }
 }
 

@@ -16,26 +16,24 @@ inline DoubleLanes to_doubles(Vector<float> v) {
 #if FLEXVAR_VECTOR_BYTES == 64  // what GCC makes of the shuffles below goes through memory
   const __m256 low = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
   const __m256 high = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
-  return {{(Vector<double>)_mm512_maskz_cvtps_pd(0xff, low),
-           (Vector<double>)_mm512_maskz_cvtps_pd(0xff, high)}};
+  return {{widen(low), widen(high)}};
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return {{widen(_mm256_castps256_ps128((__m256)v)), widen(_mm256_extractf128_ps((__m256)v, 1))}};
 #else
-  typedef float Half __attribute__((vector_size(FLEXVAR_VECTOR_BYTES / 2)));
-  Half halves[2];
+  Floats halves[2];
   __builtin_memcpy(halves, &v, sizeof(v));
-  return {{__builtin_convertvector(halves[0], Vector<double>),
-           __builtin_convertvector(halves[1], Vector<double>)}};
+  return {{widen(halves[0]), widen(halves[1])}};
 #endif
 }
 
 inline Vector<float> to_floats(const DoubleLanes& lanes) {
 #if FLEXVAR_VECTOR_BYTES == 64
-  const __m256 low = _mm512_maskz_cvtpd_ps(0xff, (__m512d)lanes.half[0]);
-  return (Vector<float>)_mm512_mask_broadcast_f32x8(
-      _mm512_castps256_ps512(low), 0xff00, _mm512_maskz_cvtpd_ps(0xff, (__m512d)lanes.half[1]));
+  return (Vector<float>)_mm512_mask_broadcast_f32x8(_mm512_castps256_ps512(narrow(lanes.half[0])),
+                                                    0xff00, narrow(lanes.half[1]));
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_set_m128(narrow(lanes.half[1]), narrow(lanes.half[0]));
 #else
-  typedef float Half __attribute__((vector_size(FLEXVAR_VECTOR_BYTES / 2)));
-  const Half halves[2] = {__builtin_convertvector(lanes.half[0], Half),
-                          __builtin_convertvector(lanes.half[1], Half)};
+  const Floats halves[2] = {narrow(lanes.half[0]), narrow(lanes.half[1])};
   Vector<float> v;
   __builtin_memcpy(&v, halves, sizeof(v));
   return v;
@@ -45,6 +43,8 @@ inline Vector<float> to_floats(const DoubleLanes& lanes) {
 inline bool all_positive(Vector<double> v) {
 #if FLEXVAR_VECTOR_BYTES == 64
   return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_GT_OQ) == 0xff;
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return _mm256_movemask_pd((__m256d)(v > 0.0)) == 0xf;
 #else
   bool all = true;
   for (int i = 0; i < VectorOf<double>::lanes; ++i) all = all && v[i] > 0.0;

@@ -4,61 +4,87 @@
 // added as ((0+4)+(2+6)) + ((1+5)+(3+7)).
 #pragma once
 
-// Vectors wider than the instruction set's registers are passed between inlined functions only.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #include "common/cpu_vector.h"
 #include "vq_lookup/cpu_kernel.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
 
-typedef double Double8 __attribute__((vector_size(64)));
-typedef float UnalignedFloat8 __attribute__((vector_size(32), aligned(4), may_alias));
-
 constexpr float kInfinity = __builtin_inff();
 
-inline double sum(Double8 s) {
-  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+// Eight components of a row, or a number of each of eight rows.
+struct Eight {
+  static constexpr int64_t kLanes = VectorOf<double>::lanes;
+  static constexpr int64_t kParts = 8 / kLanes;
+  Vector<double> part[kParts];
+};
+
+inline void add_products(Eight& sums, const Eight& a, const Eight& b) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < Eight::kParts; ++i) sums.part[i] += a.part[i] * b.part[i];
 }
 
-// Eight components from `p`, those from `count` on zero, times `scale` and rounded to fp32.
-inline Double8 load_scaled(const float* p, int64_t count, double scale) {
+inline double sum(const Eight& s) {
+  double lanes[8];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < Eight::kParts; ++i) store(lanes + i * Eight::kLanes, s.part[i]);
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+         ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
 #if FLEXVAR_VECTOR_BYTES == 64  // GCC converts in halves
-  const __mmask8 mask = count >= 8 ? 0xff : (1u << count) - 1;
-  const auto widen = [](__m256 v) { return (Double8)_mm512_maskz_cvtps_pd(0xff, v); };
-  const Double8 values = widen(_mm256_maskz_loadu_ps(mask, p));
-  if (scale == 1.0) return values;
-  return widen(_mm512_maskz_cvtpd_ps(0xff, (__m512d)(values * scale)));
+typedef __m256 Floats;
+inline Vector<double> widen(Floats v) { return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, v); }
+inline Floats narrow(Vector<double> v) { return _mm512_maskz_cvtpd_ps(0xff, (__m512d)v); }
+#elif FLEXVAR_VECTOR_BYTES == 32  // likewise
+typedef __m128 Floats;
+inline Vector<double> widen(Floats v) { return (Vector<double>)_mm256_cvtps_pd(v); }
+inline Floats narrow(Vector<double> v) { return _mm256_cvtpd_ps((__m256d)v); }
 #else
-  Double8 values = {};
-  if (count >= 8) {
-    values = __builtin_convertvector(*reinterpret_cast<const UnalignedFloat8*>(p), Double8);
-  } else {
-    for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  }
-  if (scale == 1.0) return values;
-  typedef float Float8 __attribute__((vector_size(32)));
-  return __builtin_convertvector(__builtin_convertvector(values * scale, Float8), Double8);
+typedef float Floats __attribute__((vector_size(FLEXVAR_VECTOR_BYTES / 2)));
+inline Vector<double> widen(Floats v) { return __builtin_convertvector(v, Vector<double>); }
+inline Floats narrow(Vector<double> v) { return __builtin_convertvector(v, Floats); }
 #endif
+
+// Eight components from `p`, those from `count` on zero, times `scale` and rounded to fp32.
+inline Eight load_scaled(const float* p, int64_t count, double scale) {
+  Floats values[Eight::kParts];
+#if FLEXVAR_VECTOR_BYTES == 64
+  values[0] = _mm256_maskz_loadu_ps(count >= 8 ? 0xff : (1u << count) - 1, p);
+#else
+  float some[8] = {};
+  if (count < 8) {
+    for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+    p = some;
+  }
+  __builtin_memcpy(values, p, sizeof(values));
+#endif
+  Eight wide;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < Eight::kParts; ++i) {
+    wide.part[i] = widen(values[i]);
+    if (scale != 1.0) wide.part[i] = widen(narrow(wide.part[i] * scale));
+  }
+  return wide;
 }
 
 inline double squared_norm(const float* row, int64_t dim, double scale) {
-  Double8 sums = {};
+  Eight sums = {};
   for (int64_t c = 0; c < dim; c += 8) {
-    const Double8 values = load_scaled(row + c, dim - c, scale);
-    sums += values * values;
+    const Eight values = load_scaled(row + c, dim - c, scale);
+    add_products(sums, values, values);
   }
   return sum(sums);
 }
 
-template <typename Doubles>
-inline Doubles square_roots(const Doubles& v) {
+inline Vector<double> square_roots(const Vector<double>& v) {
 #if FLEXVAR_VECTOR_BYTES == 64
-  return (Doubles)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+  return (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
 #else
-  Doubles roots;
-  for (size_t i = 0; i < sizeof(v) / sizeof(double); ++i) roots[i] = __builtin_sqrt(v[i]);
+  Vector<double> roots;
+  for (int64_t i = 0; i < Eight::kLanes; ++i) roots[i] = __builtin_sqrt(v[i]);
   return roots;
 #endif
 }
@@ -66,65 +92,75 @@ inline Doubles square_roots(const Doubles& v) {
 // The factors of rows with these squared norms: 1 / max(|row|, 1e-12), or 1 without normalisation;
 // 0 for a row that holds a NaN or an infinity (a sum of squares of finite floats does not overflow
 // in double).
-template <typename Doubles>
-inline Doubles row_scales(const Doubles& squared, bool normalize) {
-  Doubles scales = Doubles{} + 1.0;
+inline Vector<double> row_scales(const Vector<double>& squared, bool normalize) {
+  Vector<double> scales = Vector<double>{} + 1.0;
   if (normalize) {
-    const Doubles norms = square_roots(squared);
+    const Vector<double> norms = square_roots(squared);
     scales = 1.0 / (norms > 1e-12 ? norms : 1e-12);
   }
   return squared < static_cast<double>(__builtin_inf()) ? scales : 0.0;
 }
 
-inline void transpose_eight(Double8 (&rows)[8]) {
-#pragma GCC unroll 3
-  for (int stage = 0; stage < 3; ++stage) {
-    Double8 shuffled[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      shuffled[2 * i] = interleave_low(rows[i], rows[i + 4]);
-      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + 4]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) rows[i] = shuffled[i];
-  }
-}
-
 // The sum of each row, a row to a lane.
-inline Double8 sum_rows(Double8 (&s)[8]) {
-  transpose_eight(s);
-  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+inline Eight sum_rows(Eight (&s)[8]) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  Vector<double> rows[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) rows[i] = s[i].part[0];
+  transpose<double>(rows);
+  return {
+      {((rows[0] + rows[4]) + (rows[2] + rows[6])) + ((rows[1] + rows[5]) + (rows[3] + rows[7]))}};
+#else
+  double sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = sum(s[i]);
+  Eight lanes;
+  __builtin_memcpy(&lanes, sums, sizeof(lanes));
+  return lanes;
+#endif
 }
 
 // The factors of eight rows of the codebook, a row to a lane.
-inline Double8 scales_of_rows(const float* const (&rows)[8], int64_t dim, bool normalize) {
-  Double8 squares[8] = {};
+inline Eight scales_of_rows(const float* const (&rows)[8], int64_t dim, bool normalize) {
+  Eight squares[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
+    Eight sums = {};
     for (int64_t c = 0; c < dim; c += 8) {
-      const Double8 row = load_scaled(rows[i] + c, dim - c, 1.0);
-      squares[i] += row * row;
+      const Eight row = load_scaled(rows[i] + c, dim - c, 1.0);
+      add_products(sums, row, row);
     }
+    squares[i] = sums;
   }
-  const Double8 squared = sum_rows(squares);
-  return row_scales(squared, normalize);
+  Eight lanes = sum_rows(squares);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < Eight::kParts; ++i) lanes.part[i] = row_scales(lanes.part[i], normalize);
+  return lanes;
 }
 
-// x·e - |e|²/2 of eight codes given by their codebook rows and factors, a code to a lane; NaN where
-// a row is not finite. x is padded with zeros.
-inline Double8 exact_scores(const float* x, const float* const (&rows)[8], const Double8& scales,
-                            int64_t dim) {
-  Double8 dots[8] = {}, squares[8] = {};
+// x·e - |e|²/2 of eight codes given by their codebook rows and factors; NaN where a row is not
+// finite. x is padded with zeros.
+inline void exact_scores(const float* x, const float* const (&rows)[8], const double (&scales)[8],
+                         int64_t dim, double (&scores)[8]) {
+  Eight dots[8], squares[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
+    Eight dot = {}, square = {};
     for (int64_t c = 0; c < dim; c += 8) {
-      const Double8 e = load_scaled(rows[i] + c, dim - c, scales[i]);
-      dots[i] += e * load_scaled(x + c, 8, 1.0);
-      squares[i] += e * e;
+      const Eight e = load_scaled(rows[i] + c, dim - c, scales[i]);
+      add_products(dot, e, load_scaled(x + c, 8, 1.0));
+      add_products(square, e, e);
     }
+    dots[i] = dot;
+    squares[i] = square;
   }
-  const Double8 scores = sum_rows(dots) - 0.5 * sum_rows(squares);
-  return scales != 0.0 ? scores : static_cast<double>(__builtin_nan(""));
+  const Eight dot = sum_rows(dots), square = sum_rows(squares);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < Eight::kParts; ++i) {
+    const Vector<double> score = dot.part[i] - 0.5 * square.part[i];
+    const Vector<double> scale = load(scales + i * Eight::kLanes);
+    store(scores + i * Eight::kLanes,
+          scale != 0.0 ? score : static_cast<double>(__builtin_nan("")));
+  }
 }
 
 // Row n of the resampled latents, summed in double and rounded once.
@@ -138,7 +174,7 @@ void resample_row(const VqLookupParams& params, int64_t n, float* out) {
   const int64_t dim = params.dim;
   const float* latent = params.latents + image * rows.in_size * columns.in_size * dim;
   for (int64_t c = 0; c < dim; c += 8) {
-    Double8 sums = {};
+    Eight sums = {};
     for (int64_t i = 0; i < rows.count[y]; ++i) {
       const float* line =
           latent + ((rows.start[y] + i) * columns.in_size + columns.start[x]) * dim + c;
@@ -146,10 +182,15 @@ void resample_row(const VqLookupParams& params, int64_t n, float* out) {
       for (int64_t j = 0; j < columns.count[x]; ++j) {
         // The weight in fp32, so that the product is exact in double.
         const float weight = row_weight * columns.weights[x * columns.stride + j];
-        sums += static_cast<double>(weight) * load_scaled(line + j * dim, dim - c, 1.0);
+        const Eight values = load_scaled(line + j * dim, dim - c, 1.0);
+        for (int64_t part = 0; part < Eight::kParts; ++part) {
+          sums.part[part] += static_cast<double>(weight) * values.part[part];
+        }
       }
     }
-    for (int64_t i = 0; i < 8 && c + i < dim; ++i) out[c + i] = static_cast<float>(sums[i]);
+    for (int64_t i = 0; i < 8 && c + i < dim; ++i) {
+      out[c + i] = static_cast<float>(sums.part[i / Eight::kLanes][i % Eight::kLanes]);
+    }
   }
 }
 
@@ -167,13 +208,14 @@ inline void find_best(const VqLookupParams& params, const float* x, int64_t firs
     for (int64_t i = 0; i < 8; ++i) {
       rows[i] = params.codebook + (first + i < end ? first + i : first) * params.dim;
     }
-    Double8 scales;
+    double scales[8], scores[8];
     if (params.scales != nullptr) {
-      __builtin_memcpy(&scales, params.scales + first, sizeof(scales));
+      __builtin_memcpy(scales, params.scales + first, sizeof(scales));
     } else {
-      scales = scales_of_rows(rows, params.dim, params.normalize);
+      const Eight made = scales_of_rows(rows, params.dim, params.normalize);
+      __builtin_memcpy(scales, &made, sizeof(scales));
     }
-    const Double8 scores = exact_scores(x, rows, scales, params.dim);
+    exact_scores(x, rows, scales, params.dim, scores);
     for (int64_t i = 0; i < 8 && first + i < end; ++i) {
       if (scores[i] > best.score || (scores[i] == best.score && first + i < best.code)) {
         best = {scores[i], first + i};
@@ -193,7 +235,7 @@ inline void prepare_latent(const VqLookupParams& params, int64_t n) {
     resample_row(params, n, out);
     row = out;
   }
-  const Double8 squared = Double8{} + squared_norm(row, dim, 1.0);
+  const Vector<double> squared = Vector<double>{} + squared_norm(row, dim, 1.0);
   const double scale = row_scales(squared, params.normalize)[0];
   for (int64_t c = 0; c < dim; ++c) {
     out[c] = scale != 0.0 ? static_cast<float>(row[c] * scale) : 0.0f;

@@ -1,13 +1,12 @@
 // What the paths have in common that find, while they score, which codes may be the nearest: codes
-// in tiles of 16, a tile to a vector, and blocks of such tiles. The codes of a lane of a block form
-// a group: they are neighbours in the codebook.
+// in tiles, a tile to a vector, and blocks of such tiles. The codes of a lane of a block form a
+// group: they are neighbours in the codebook.
 #pragma once
 
 #include "vq_lookup/cpu_kernel.h"
 
 namespace flexvar {
 
-constexpr int64_t kVqTile = 16;                     // codes of a tile
 constexpr int64_t kVqMostCodesOfTiles = INT32_MAX;  // so that candidates are small
 
 // What pass 1 keeps of a query: the groups of codes that may hold the nearest. A line of the cache.
@@ -31,11 +30,13 @@ struct VqQueries {
   int64_t worker, share, begin, end;
 };
 
-template <typename ScoreOf, int64_t kQueries, int64_t kTiles>
+template <typename ScoreOf, int64_t kCodes, int64_t kQueries, int64_t kTiles>
 struct VqTiling {
   using Score = ScoreOf;
+  static constexpr int64_t kTileCodes = kCodes;
   static constexpr int64_t kTileQueries = kQueries;
   static constexpr int64_t kBlockTiles = kTiles;
+  static constexpr int64_t kBlockCodes = kTiles * kCodes;
 
   // Its queries and query_norms, which pass 2 reads, are made here, too, with room for whole tiles.
   VqLookupParams base;
@@ -44,9 +45,7 @@ struct VqTiling {
   Score* thresholds;
   VqCandidates<Score>* candidates;
 
-  int64_t code_blocks() const {
-    return (base.num_codes + kBlockTiles * kVqTile - 1) / (kBlockTiles * kVqTile);
-  }
+  int64_t code_blocks() const { return (base.num_codes + kBlockCodes - 1) / kBlockCodes; }
   int64_t code_tiles() const { return code_blocks() * kBlockTiles; }
   int64_t query_tiles() const { return (base.num_latents + kTileQueries - 1) / kTileQueries; }
   int64_t queries_of_tiles() const { return query_tiles() * kTileQueries; }

@@ -239,7 +239,7 @@ def test_dimensions(monkeypatch, instruction_set, normalize, dim):
 @pytest.mark.parametrize(("nearest", "second"), [(0, 299), (299, 0), (16, 1), (257, 256)])
 def test_codes_at_the_error_bound_of_16_bits(monkeypatch, instruction_set, nearest, second):
     """16 bits round the nearest code, and the latent where they meet, down in every component, and the second up."""
-    unit = 32766  # of csrc/vq_lookup/cpu_vnni.h
+    unit = 32766  # of csrc/vq_lookup/cpu_integers.h
     halves = torch.arange(31).double() % 7 * 20 + 5700
     signs = torch.where(randn(64) < 0, -1.0, 1.0)
 

@@ -1,4 +1,4 @@
-#include "vq_lookup/cpu_vnni.h"
+#include "vq_lookup/cpu_integers.h"
 
 #include "common/cpu_lines_ahead.h"
 #include "vq_lookup/cpu_candidates.h"
@@ -8,18 +8,53 @@ namespace flexvar::FLEXVAR_ISA {
 namespace {
 
 constexpr int64_t kRows = VqTiles::kTileQueries;
-constexpr int64_t kBlockCodes = VqTiles::kBlockTiles * kVqTile;
-constexpr int kVectors = 2;  // tiles of codes at a time: 8 x 2 sums and 8 maxima of 32 registers
+constexpr int64_t kLanes = VqTiles::kTileCodes;
+constexpr int64_t kBlockCodes = VqTiles::kBlockCodes;
+// Tiles of codes at a time: kRows x 2 sums, two vectors of codes and one of a query; with AVX-512
+// kRows maxima, too.
+constexpr int kVectors = 2;
+// Pairs of components at a time: with AVX2 a register is short else.
+constexpr int64_t kUnroll = kLanes == 16 ? 4 : 1;
 using Range = ScoreRange<int32_t>;
+static_assert(kLanes == kFloatLanes);
 
+IntLanes load_integers(const void* p) {
+  IntLanes v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+void store_integers(void* p, IntLanes v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+#if FLEXVAR_VECTOR_BYTES == 64
 IntLanes to_integers(Vector<float> v) {
   return (IntLanes)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(v * static_cast<float>(kVqUnit)));
 }
-IntLanes load_integers(const void* p) { return (IntLanes)_mm512_loadu_si512(p); }
-
+void store_integers(int32_t* p, Vector<double> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtpd_epi32(0xff, (__m512d)v));
+}
 IntLanes maximum(IntLanes a, IntLanes b) {
   return (IntLanes)_mm512_maskz_max_epi32(0xffff, (__m512i)a, (__m512i)b);
 }
+// sum + the products of the pair x with each pair of e.
+IntLanes add_products(IntLanes sum, int32_t x, IntLanes e) {
+  return (IntLanes)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)e);
+}
+#else
+IntLanes to_integers(Vector<float> v) {
+  return (IntLanes)_mm256_cvtps_epi32((__m256)(v * static_cast<float>(kVqUnit)));
+}
+void store_integers(int32_t* p, Vector<double> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtpd_epi32((__m256d)v));
+}
+IntLanes maximum(IntLanes a, IntLanes b) {
+  return (IntLanes)_mm256_max_epi32((__m256i)a, (__m256i)b);
+}
+IntLanes add_products(IntLanes sum, int32_t x, IntLanes e) {
+  sum += (IntLanes)_mm256_madd_epi16(_mm256_set1_epi32(x), (__m256i)e);
+  asm("" : "+x"(sum));  // or GCC adds up products first, for which there are no registers
+  return sum;
+}
+#endif
 
 // |score - kVqUnit² (x·e - |e|²/2)| of a query with this norm and codes that are no longer than
 // rounding left the unit vectors. A component errs by half and by what float leaves of kVqUnit x
@@ -44,29 +79,26 @@ __attribute__((always_inline)) inline void score_block(const char* codes,
     IntLanes sum[kRows][kVectors];
 #pragma GCC unroll 2
     for (int n = 0; n < kVectors; ++n) {
-      const IntLanes start = load_integers(negative_half + (first + n) * kVqTile);
+      const IntLanes start = load_integers(negative_half + (first + n) * kLanes);
 #pragma GCC unroll 8
       for (int64_t m = 0; m < kRows; ++m) sum[m][n] = start;
     }
     // Not to be read before the loop, for which there are no registers.
     asm("" : "+r"(queries));
-    for (int64_t some = 0; some < pairs; some += 4) {
+    for (int64_t some = 0; some < pairs; some += kUnroll) {
 #pragma GCC unroll 4
-      for (int64_t pair = some; pair < some + 4; ++pair) {
+      for (int64_t pair = some; pair < some + kUnroll; ++pair) {
         IntLanes e[kVectors];
 #pragma GCC unroll 2
         for (int n = 0; n < kVectors; ++n) {
-          e[n] = load_integers(codes + ((first + n) * pairs + pair) * 64);
+          e[n] = load_integers(codes + ((first + n) * pairs + pair) * sizeof(IntLanes));
         }
 #pragma GCC unroll 8
         for (int64_t m = 0; m < kRows; ++m) {
-          int32_t bits;
-          __builtin_memcpy(&bits, queries + (pair * kRows + m) * 4, sizeof(bits));
-          const __m512i x = _mm512_set1_epi32(bits);
+          int32_t x;
+          __builtin_memcpy(&x, queries + (pair * kRows + m) * 4, sizeof(x));
 #pragma GCC unroll 2
-          for (int n = 0; n < kVectors; ++n) {
-            sum[m][n] = (IntLanes)_mm512_dpwssd_epi32((__m512i)sum[m][n], x, (__m512i)e[n]);
-          }
+          for (int n = 0; n < kVectors; ++n) sum[m][n] = add_products(sum[m][n], x, e[n]);
         }
       }
     }
@@ -81,20 +113,19 @@ __attribute__((always_inline)) inline void score_block(const char* codes,
 // A block of codes as integers: [tile][pair of components][code].
 void make_block(const VqTiles& tiles, int64_t block, char* codes, int32_t* negative_half) {
   const int64_t dim = tiles.base.dim, pairs = tiles.pairs();
-  alignas(64) float columns[VqTiles::kMaxDim * kVqTile];
-  for (int64_t c = dim; c < 2 * pairs; ++c) store(columns + c * kVqTile, Vector<float>{});
+  alignas(64) float columns[kVqMostDimOfIntegers * kLanes];
+  for (int64_t c = dim; c < 2 * pairs; ++c) store(columns + c * kLanes, Vector<float>{});
   for (int64_t tile = 0; tile < VqTiles::kBlockTiles; ++tile) {
-    double squares[kVqTile];
+    double squares[kLanes];
     make_codes(tiles.base, block * kBlockCodes + tile, VqTiles::kBlockTiles, columns, squares);
-    for (int64_t pair = 0; pair < pairs; ++pair, codes += 64) {
-      const IntLanes even = to_integers(load(columns + 2 * pair * kVqTile));
-      const IntLanes odd = to_integers(load(columns + (2 * pair + 1) * kVqTile));
-      _mm512_storeu_si512(codes, (__m512i)((even & 0xffff) | odd << 16));
+    for (int64_t pair = 0; pair < pairs; ++pair, codes += sizeof(IntLanes)) {
+      const IntLanes even = to_integers(load(columns + 2 * pair * kLanes));
+      const IntLanes odd = to_integers(load(columns + (2 * pair + 1) * kLanes));
+      store_integers(codes, (even & 0xffff) | odd << 16);
     }
-    for (int64_t i = 0; i < kVqTile; i += 8) {  // NaN is no code, which is what it converts to
-      const __m512d half = (__m512d)(load(squares + i) * (-0.5 * kVqUnit * kVqUnit));
-      _mm256_storeu_si256((__m256i*)(negative_half + tile * kVqTile + i),
-                          _mm512_maskz_cvtpd_epi32(0xff, half));
+    for (int64_t i = 0; i < kLanes; i += kLanes / 2) {  // NaN converts to what is no code
+      store_integers(negative_half + tile * kLanes + i,
+                     load(squares + i) * (-0.5 * kVqUnit * kVqUnit));
     }
   }
 }
@@ -135,18 +166,19 @@ void score_tiles(const VqTiles& tiles, const VqQueries& of, int64_t block, bool 
 void vq_tiles_prepare_queries(const VqTiles& tiles, int64_t tile_begin, int64_t tile_end) {
   const VqLookupParams& params = tiles.base;
   const int64_t padded = params.padded_dim();
-  int32_t pairs[VqTiles::kMaxDim / 2];
+  int16_t components[kVqMostDimOfIntegers];
   for (int64_t n = tile_begin * kRows; n < tile_end * kRows; ++n) {
     prepare_latent(params, n);
     const float* const row = params.queries + n * padded;
-    for (int64_t c = 0; c < padded; c += kVqTile) {
-      const __mmask16 mask = padded - c < kVqTile ? 0xff : 0xffff;
-      const IntLanes x = to_integers((Vector<float>)_mm512_maskz_loadu_ps(mask, row + c));
-      _mm512_mask_cvtepi32_storeu_epi16(pairs + c / 2, mask, (__m512i)x);
+    for (int64_t c = 0; c < padded; c += 8) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(row + c), _mm256_set1_ps(kVqUnit));
+      const __m256i x = _mm256_cvtps_epi32(scaled);
+      _mm_storeu_si128((__m128i*)(components + c),
+                       _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
     }
     char* const out = tiles.queries + n / kRows * tiles.query_tile_bytes() + n % kRows * 4;
     for (int64_t pair = 0; pair < tiles.pairs(); ++pair) {
-      __builtin_memcpy(out + pair * kRows * 4, pairs + pair, 4);
+      __builtin_memcpy(out + pair * kRows * 4, components + 2 * pair, 4);
     }
   }
 }
