@@ -24,6 +24,16 @@ static inline __attribute__((always_inline)) Vector<float> load_groups(
     return (Vector<float>)_mm512_mask_broadcast_f32x4(v, 0xf000,
                                                       _mm_loadu_ps((const float*)rows[3]));
   }
+#elif FLEXVAR_VECTOR_BYTES == 32
+  if constexpr (sizeof(W) == 4) {
+    return (Vector<float>)_mm256_set_m128(_mm_loadu_ps((const float*)rows[1]),
+                                          _mm_loadu_ps((const float*)rows[0]));
+  } else {
+    const __m128i eight = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)rows[0]),
+                                             _mm_loadl_epi64((const __m128i*)rows[1]));
+    if constexpr (__is_same(W, Half)) return (Vector<float>)_mm256_cvtph_ps(eight);
+    return (Vector<float>)((Bits32)_mm256_cvtepu16_epi32(eight) << 16);
+  }
 #endif
 #ifdef __AVX512BF16__
   if constexpr (__is_same(Entry, BfloatPair) && sizeof(W) == 4) {
