@@ -47,36 +47,46 @@ static void pack_rows(const LinearParams& params, const LinearRows& rows, int64_
   }
 }
 
-// All rows meet a panel of the weight, which stays in the L1 cache, a few at a time. Every sum has
-// one order, given by the depth alone.
+// All rows meet a panel of the weight, which stays in the L1 cache, a few at a time; and all panels
+// of the block a chain of the rows, which stays in the L2 cache. Every sum has one order, given by
+// the depth alone.
 template <typename X, typename W>
-static void multiply_block(const LinearParams& params, const LinearRows& rows,
-                           const LinearBlock& block, float* sums) {
+static void multiply_panels(const LinearParams& params, const LinearRows& rows,
+                           const LinearBlock& block, float* scratch) {
   using Entry = typename EntryOf<X>::Type;
   constexpr int64_t of_entry = kElementsPerEntry<Entry>, elements = kLinearChain * of_entry;
-  float* const panel = sums + kLinearRows * kLinearColumns;
+  float* const panel = scratch + kLinearRows * kLinearColumns;
   const int64_t depth = params.depth;
   const W* const weights = static_cast<const W*>(params.weight);
+  const auto columns_of = [&](int64_t column, int64_t end) {
+    return end - column < kPanelColumns ? end - column : kPanelColumns;
+  };
+  const auto elements_of = [&](int64_t first) {
+    return depth - first < elements ? depth - first : elements;
+  };
 
-  for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
-    const int64_t columns_left = block.column_end - column;
-    const int64_t columns = columns_left < kPanelColumns ? columns_left : kPanelColumns;
-    const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
-    const float* chains = rows.entries;
-    for (int64_t first = 0; first < depth; first += elements) {
-      const int64_t left = depth - first, count = left < elements ? left : elements;
-      const int64_t entries = (count + of_entry - 1) / of_entry;
-      const bool is_last = count == left;
+  const float* chains = rows.entries;
+  for (int64_t first = 0; first < depth; first += elements) {
+    const int64_t count = elements_of(first), entries = (count + of_entry - 1) / of_entry;
+    const bool is_last = first + count == depth;
+    for (int64_t column = block.column_begin; column < block.column_end; column += kPanelColumns) {
+      const int64_t columns = columns_of(column, block.column_end);
+      const int64_t vectors = (columns + kFloatLanes - 1) / kFloatLanes;
+      float* const sums = scratch + (column - block.column_begin) * kLinearRows;
       pack_panel<Entry>(panel, weights + column * depth + first, depth, columns, count);
-      const int64_t next_column = is_last ? column + kPanelColumns : column;
-      const int64_t next_columns = params.columns - next_column;
+      int64_t next_column = column + kPanelColumns, next_first = first;
+      if (next_column >= block.column_end && !is_last) {
+        next_column = block.column_begin;
+        next_first += elements;
+      } else if (next_column >= block.column_end) {
+        next_first = 0;  // of the next block
+      }
+      const int64_t next_columns =
+          next_column < params.columns ? columns_of(next_column, params.columns) : 0;
       const int64_t steps =
           (block.row_end - block.row_begin + kRegisterRows - 1) / kRegisterRows * entries;
-      const int64_t next_first = is_last ? 0 : first + elements;
-      LinesAhead ahead(weights + next_column * depth + next_first,
-                       next_columns < kPanelColumns ? next_columns : kPanelColumns,
-                       (depth - next_first < elements ? depth - next_first : elements) * sizeof(W),
-                       depth * sizeof(W), steps);
+      LinesAhead ahead(weights + next_column * depth + next_first, next_columns,
+                       elements_of(next_first) * sizeof(W), depth * sizeof(W), steps);
       for (int64_t row = block.row_begin; row < block.row_end; row += kRegisterRows) {
         const int64_t rows_left = block.row_end - row;
         const int64_t group = rows_left < kRegisterRows ? rows_left : kRegisterRows;
@@ -88,8 +98,24 @@ static void multiply_block(const LinearParams& params, const LinearRows& rows,
             {}, ahead);
         if (is_last) finish_group(params, rows.first + row, group, column, columns, group_sums);
       }
-      chains += rows.count * kLinearChain;
     }
+    chains += rows.count * kLinearChain;
+  }
+}
+
+template <typename X, typename W>
+static void multiply_block(const LinearParams& params, const LinearRows& rows,
+                           const LinearBlock& block, float* scratch) {
+  // Rows that stay in the L2 cache with all of their chains meet one panel at a time: the weight's
+  // rows are then read from end to end.
+  constexpr int64_t kFew = 1 << 16;
+  const bool are_few = (block.row_end - block.row_begin) * linear_packed_size(params) <= kFew;
+  const int64_t step = are_few ? kPanelColumns : kLinearColumns;
+  LinearBlock part = block;
+  for (; part.column_begin < block.column_end; part.column_begin += step) {
+    const int64_t end = part.column_begin + step;
+    part.column_end = end < block.column_end ? end : block.column_end;
+    multiply_panels<X, W>(params, rows, part, scratch);
   }
 }
 
