@@ -73,6 +73,9 @@ static inline Vector<float> load(const Bfloat16* p) {
 #if FLEXVAR_VECTOR_BYTES == 64  // GCC converts it in halves
   const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
   return (Vector<float>)((Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
+#elif FLEXVAR_VECTOR_BYTES == 32  // likewise
+  const __m128i bits = _mm_loadu_si128((const __m128i*)p);
+  return (Vector<float>)((Bits32)_mm256_cvtepu16_epi32(bits) << 16);
 #else
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
@@ -82,8 +85,15 @@ static inline Vector<float> load(const Bfloat16* p) {
 static inline void store(Bfloat16* p, Vector<float> v) {
   const Bits32 bits = (Bits32)v;
   const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits16 result = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Bits16);
+  const Bits32 upper = v == v ? rounded : (bits >> 16) | 0x40;
+#if FLEXVAR_VECTOR_BYTES == 32  // GCC masks and permutes
+  const __m128i low = _mm256_castsi256_si128((__m256i)upper);
+  const __m128i high = _mm256_extracti128_si256((__m256i)upper, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
+#else
+  const Bits16 result = __builtin_convertvector(upper, Bits16);
   __builtin_memcpy(p, &result, sizeof(result));
+#endif
 }
 
 // The first n elements of a vector, the rest zero. n may exceed the lanes.
