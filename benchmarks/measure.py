@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from flexvar.training.precision import multiplies_bfloat16
 
 Implementation = Callable[[], Any]
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
@@ -19,16 +20,11 @@ LONG_ROUND_SECONDS, LONG_ROUNDS = 4.0, 3  # rounds that take so long are repeate
 FLUSHES = 4  # of the L2 cache before a call on a GPU
 
 
-def _product_dtypes() -> list[torch.dtype]:
-    found = [torch.float32]
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        found.append(torch.bfloat16)
-    return found
-
-
-# What torch has matrix products in. On a CPU without AVX-512 its bfloat16 ones are a loop of scalars at 1 to 2 GFLOP/s:
-# an image would take its implementations ten minutes each, and say nothing.
-PRODUCT_DTYPES = _product_dtypes()
+# What torch has matrix products in. Where its bfloat16 ones are a loop of scalars, at 1 to 2 GFLOP/s, an image would
+# take its implementations ten minutes each, and say nothing.
+PRODUCT_DTYPES = [torch.float32]
+if torch.cuda.is_available() or multiplies_bfloat16("cpu"):
+    PRODUCT_DTYPES.append(torch.bfloat16)
 
 
 class Clock:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -12,6 +14,8 @@ import typer
 from flexvar.cli_options import Backend, BackendOption, DeviceOption
 
 if TYPE_CHECKING:
+    import torch
+
     from flexvar.data import ImageDataset
     from flexvar.training import TrainingConfig
 
@@ -24,6 +28,13 @@ train_app = typer.Typer(
 )
 
 
+class TrainingPrecision(str, Enum):
+    """What matrix products and convolutions are computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 DataOption = Annotated[
     Path | None,
     typer.Option(help="A folder with one sub-folder of pictures for each class; by default shapes, drawn on the fly."),
@@ -34,6 +45,13 @@ StepsOption = Annotated[int | None, typer.Option(help="Optimiser steps.")]
 BatchOption = Annotated[int | None, typer.Option(help="Images a step.")]
 RateOption = Annotated[float | None, typer.Option(help="Highest learning rate.")]
 SeedOption = Annotated[int | None, typer.Option(help="Of everything random.")]
+DtypeOption = Annotated[
+    TrainingPrecision | None,
+    typer.Option(
+        "--dtype",
+        help="What is multiplied in; weights are float32. Default: bfloat16, float32 on CPUs without AVX-512.",
+    ),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out after a stop or a crash.")]
 
 
@@ -47,6 +65,7 @@ def tokenizer(
     batch_size: BatchOption = None,
     learning_rate: RateOption = None,
     seed: SeedOption = None,
+    dtype: DtypeOption = None,
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.native,
@@ -63,16 +82,18 @@ def tokenizer(
     from flexvar.commands import choose_device
     from flexvar.training import presets, train_tokenizer
 
+    chosen = choose_device(device)
     config = _override(
-        presets.DEMO_TOKENIZER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-    )
+        presets.DEMO_TOKENIZER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        bfloat16=_takes_bfloat16(dtype, chosen),
+    )  # fmt: skip
     datasets = [_folder(data, height, width)] if data else presets.demo_tokenizer_data()
     train_tokenizer(
         datasets,
         out,
         presets.DEMO_TOKENIZER,
         config,
-        device=choose_device(device),
+        device=chosen,
         backend=backend.value,
         resume=resume,
     )
@@ -92,6 +113,7 @@ def transformer(
     batch_size: BatchOption = None,
     learning_rate: RateOption = None,
     seed: SeedOption = None,
+    dtype: DtypeOption = None,
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.native,
@@ -109,9 +131,11 @@ def transformer(
     from flexvar.storage import load_tokenizer, load_transformer
     from flexvar.training import presets, train_transformer
 
+    chosen = choose_device(device)
     config = _override(
-        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-    )
+        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        bfloat16=_takes_bfloat16(dtype, chosen),
+    )  # fmt: skip
     frozen = load_tokenizer(tokenizer, backend=backend.value)
     datasets = [_folder(data, height, width)] if data else presets.demo_transformer_data()
     model_config = replace(
@@ -123,7 +147,7 @@ def transformer(
         upsample_mode=frozen.config.upsample_mode,
     )
     train_transformer(
-        datasets, out, frozen, model_config, config, device=choose_device(device), backend=backend.value, resume=resume,
+        datasets, out, frozen, model_config, config, device=chosen, backend=backend.value, resume=resume,
         start_from=load_transformer(start_from, backend=backend.value) if start_from else None,
     )  # fmt: skip
 
@@ -175,6 +199,18 @@ def _bound_product_caches() -> None:
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
+
+
+def _takes_bfloat16(dtype: TrainingPrecision | None, device: torch.device) -> bool:
+    """Whether to multiply in bfloat16: as asked for, else where that is fast."""
+    from flexvar.training.precision import multiplies_bfloat16
+
+    if dtype is not None:
+        return dtype == TrainingPrecision.bfloat16
+    is_fast = multiplies_bfloat16(device)
+    if not is_fast:
+        print("flexvar: note: torch multiplies bfloat16 slowly on this CPU; training in float32", file=sys.stderr)
+    return is_fast
 
 
 def _override(config: ConfigT, **values: Any) -> ConfigT:

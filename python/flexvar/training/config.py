@@ -20,7 +20,9 @@ class TrainingConfig(JsonConfig):
         weight_decay: of matrices and convolutions; biases, norms and embeddings have none.
         gradient_clip: largest norm of all gradients together.
         ema_decay: of the moving average of the weights, which is what a run delivers.
-        bfloat16: matrix products and convolutions in bfloat16 (autocast); weights stay float32.
+        bfloat16: matrix products and convolutions in bfloat16 (autocast); weights stay float32. Where torch multiplies
+            bfloat16 in a loop of scalars, on CPUs without AVX-512, a run warns: it takes many times as long as in
+            float32.
         seed: of everything random. Step s draws from a generator of (seed, s) alone.
         checkpoint_every: steps between checkpoints; the last step always has one.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from flexvar.data import SHAPE_NAMES, ImageDataset, ShapeDataset
 from flexvar.data.dataset import to_model_range
 from flexvar.generation import FlexVARPipeline
 from flexvar.schedule import ScaleSchedule
-from flexvar.training.checkpoint import has_checkpoint
-from flexvar.training.classifier import ShapeClassifier, accuracy, train_classifier
+from flexvar.training.checkpoint import has_checkpoint, load_checkpoint
+from flexvar.training.classifier import DEFAULT_CONFIG, ShapeClassifier, accuracy, train_classifier
+from flexvar.training.precision import multiplies_bfloat16
 
 STEPS = range(4, 13)
 DEFAULT_STEPS = 10
@@ -46,7 +48,12 @@ def check_classes(pipeline: FlexVARPipeline) -> None:
 
 def shape_classifier(folder: str | Path) -> ShapeClassifier:
     """The classifier of a run in ``folder``, trained there first where there is none (about a minute)."""
-    return train_classifier(classifier_data(TRAINING_SEED, 48_000, 12_000), folder, resume=has_checkpoint(Path(folder)))
+    folder = Path(folder)
+    resume, bfloat16 = has_checkpoint(folder), multiplies_bfloat16("cpu")
+    if resume:  # as it was begun, be it on another machine
+        bfloat16 = load_checkpoint(folder)[2]["training"]["bfloat16"]
+    config = replace(DEFAULT_CONFIG, bfloat16=bfloat16)
+    return train_classifier(classifier_data(TRAINING_SEED, 48_000, 12_000), folder, config, resume=resume)
 
 
 def real_accuracy(classifier: ShapeClassifier, dataset: ImageDataset) -> float:

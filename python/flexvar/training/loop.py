@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from flexvar._files import errors_named, write_atomically
 from flexvar.training.checkpoint import has_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 from flexvar.training.config import TrainingConfig
+from flexvar.training.precision import multiplies_bfloat16
 
 Losses = dict[str, Tensor]
 StepFunction = Callable[[int, np.random.Generator], Losses]
@@ -76,6 +78,11 @@ def train(
     folder = Path(folder)
     if has_checkpoint(folder) and not resume:
         raise ValueError(f"train: folder {str(folder)!r} already holds a run; resume it or choose another folder")
+    if config.bfloat16 and not multiplies_bfloat16(device):
+        warnings.warn(
+            "train: torch multiplies bfloat16 in a loop of scalars on this CPU; bfloat16=False trains far faster",
+            stacklevel=3,
+        )
     values = {**values, "training": config.to_dict()}
     module.to(device).train()
     optimizer = _optimizer(module, config)

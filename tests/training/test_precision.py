@@ -1,0 +1,39 @@
+"""Training multiplies in bfloat16 only where torch has products of it that are worth having."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from flexvar import cli_train
+from flexvar.data import ShapeDataset
+from flexvar.training import TrainingConfig, loop, precision
+from flexvar.training.classifier import train_classifier
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_the_command_line_takes_what_is_fast_unless_told(monkeypatch, capsys, is_fast):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: is_fast)
+    assert cli_train._takes_bfloat16(None, CPU) == is_fast
+    assert ("training in float32" in capsys.readouterr().err) == (not is_fast)
+    for dtype in cli_train.TrainingPrecision:
+        assert cli_train._takes_bfloat16(dtype, CPU) == (dtype.value == "bfloat16")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_slow_run_warns(monkeypatch, tmp_path, bfloat16):
+    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda device: False)
+    config = TrainingConfig(steps=1, batch_size=1, warmup_steps=0, bfloat16=bfloat16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_classifier([ShapeDataset(8, 8, 8)], tmp_path, config, progress=False)
+    assert any("loop of scalars" in str(one.message) for one in caught) == bfloat16
+
+
+def test_on_a_gpu_it_is_fast():
+    assert precision.multiplies_bfloat16("cuda")
+    assert isinstance(precision.multiplies_bfloat16(CPU), bool)
