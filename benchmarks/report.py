@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import yardsticks
+from flexvar_ext import _host
 
 FOLDER = Path(__file__).parent
 NO_BFLOAT16 = (
@@ -88,7 +89,8 @@ def base_name(about: dict[str, Any]) -> str:
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return match[1].strip() if match else platform.machine()
+    name = match[1].strip() if match else platform.machine()
+    return f"{name} with {_host.cpu_isa()}"  # a virtual machine's name often says no more than the maker's
 
 
 def run_file(name: str) -> tuple[list[dict[str, Any]], bool]:
