@@ -16,8 +16,8 @@ enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512bf
 
 // For two sets nothing is compiled but files of their own: csrc/<op>/cpu_integers.cpp (which AVX2
 // takes, too) for avx512vnni, that is avx512 and sums of products of 16-bit integers, which
-// avx512bf16 has too; cpu_amx.cpp for amx, that is avx512bf16 and the tile unit. What such files do not hold runs as for avx512 and
-// avx512bf16.
+// avx512bf16 has too; cpu_amx.cpp for amx, that is avx512bf16 and the tile unit. What such files do
+// not hold runs as for avx512 and avx512bf16.
 
 // The best instruction set of this CPU, or the one that the environment variable FLEXVAR_CPU_ISA
 // names (for tests and measurements). Throws std::runtime_error when that name is unknown or this

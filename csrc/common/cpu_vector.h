@@ -44,6 +44,18 @@ static inline Vector<double> load(const double* p) {
 static inline void store(float* p, Vector<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 static inline void store(double* p, Vector<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+// a > b ? a : b, so b where one is NaN. GCC compares and blends.
+static inline Vector<float> larger(Vector<float> a, Vector<float> b) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline Vector<double> larger(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
+
 // --- float16 (GCC converts vectors of it one by one, hence the intrinsics, and
 // warns of the unmasked ones at 512 bits) ----------------------
 static inline Vector<float> load(const Half* p) {

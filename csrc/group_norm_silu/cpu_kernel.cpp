@@ -22,15 +22,13 @@ static inline Vector<float> sigmoid(Vector<float> y) {
     return (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
   }
 #endif
+  exponent = larger(Vector<float>{} - 126.0f, exponent);
 #if FLEXVAR_VECTOR_BYTES == 64
-  const Vector<float> lowest = Vector<float>{} - 126.0f;
-  exponent = (Vector<float>)_mm512_maskz_max_ps(0xffff, (__m512)lowest, (__m512)exponent);
   const Vector<float> sum = 1.0f + exp2_within_range(exponent);
   // A division takes as long as all the rest; an estimate and a Newton step do not.
   const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
   const Vector<float> result = estimate + estimate * (1.0f - sum * estimate);
 #else
-  exponent = exponent < -126.0f ? Vector<float>{} - 126.0f : exponent;
   const Vector<float> result = 1.0f / (1.0f + exp2_within_range(exponent));
 #endif
   return exponent > 126.0f ? Vector<float>{} : result;

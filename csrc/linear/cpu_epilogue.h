@@ -13,7 +13,7 @@ static inline Vector<float> gelu_tanh(Vector<float> x) {
   Vector<float> exponent = minus_2_log2e_sqrt_2_pi * (x + 0.044715f * (x * x * x));
   const Vector<float> bound = Vector<float>{} + 126.0f;
   const auto is_nothing = exponent > bound;  // 1 + tanh(u) is 0
-  exponent = exponent < -bound ? -bound : exponent;
+  exponent = larger(-bound, exponent);
   return is_nothing ? x * 0.0f : x / (1.0f + exp2_within_range(exponent));
 }
 

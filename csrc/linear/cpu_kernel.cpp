@@ -52,7 +52,7 @@ static void pack_rows(const LinearParams& params, const LinearRows& rows, int64_
 // the depth alone.
 template <typename X, typename W>
 static void multiply_panels(const LinearParams& params, const LinearRows& rows,
-                           const LinearBlock& block, float* scratch) {
+                            const LinearBlock& block, float* scratch) {
   using Entry = typename EntryOf<X>::Type;
   constexpr int64_t of_entry = kElementsPerEntry<Entry>, elements = kLinearChain * of_entry;
   float* const panel = scratch + kLinearRows * kLinearColumns;

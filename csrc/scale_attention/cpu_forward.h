@@ -49,7 +49,7 @@ inline void softmax_block(const RunningSoftmax<T>& state, T* scores, int64_t key
     Vector<T> maximum = before;
     for (int64_t n = 0; n < keys; ++n) {
       const Vector<T> score = load(scores + n * kTile + j);
-      maximum = score > maximum ? score : maximum;
+      maximum = larger(score, maximum);
     }
     store(state.maximum + j, maximum);
     // -inf, the maximum of no finite score, is no number to subtract. Differences are scaled, not

@@ -35,8 +35,6 @@ inline unsigned not_less(Vec v, float threshold) {
 #endif
 }
 
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-
 // Pass 1: kRows queries against one block. kDim = 0: any dim.
 template <int kDim>
 void score_tile(const float* queries, int64_t query_stride, const float* block,
@@ -69,7 +67,7 @@ void score_tile(const float* queries, int64_t query_stride, const float* block,
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kVectors; ++n) best[m] = maximum(score[m][n], best[m]);
+      for (int n = 0; n < kVectors; ++n) best[m] = larger(score[m][n], best[m]);
     }
   }
 #pragma GCC unroll 8
@@ -135,7 +133,7 @@ void vq_resolve(const VqLookupParams& params, int64_t row_begin, int64_t row_end
     const float* group_max = params.group_max + (n - params.first_row) * blocks * kVqMaxLanes;
     Vec best_of_lane = load(group_max);
     for (int64_t b = 1; b < blocks; ++b) {
-      best_of_lane = maximum(load(group_max + b * kVqMaxLanes), best_of_lane);
+      best_of_lane = larger(load(group_max + b * kVqMaxLanes), best_of_lane);
     }
     float largest = best_of_lane[0];
     for (int i = 1; i < kLanes; ++i)
