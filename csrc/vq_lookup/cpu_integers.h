@@ -18,14 +18,15 @@ constexpr int64_t kVqMostDimOfIntegers = 512;
 
 template <int64_t kCodes, int64_t kQueries>
 struct VqIntegerTiles : VqTiling<int32_t, kCodes, kQueries, 16> {
-  using VqTiling<int32_t, kCodes, kQueries, 16>::base;
+  using Tiling = VqTiling<int32_t, kCodes, kQueries, 16>;
+  using Tiling::base;
   static constexpr int64_t kFewestQueryTilesOfShare = 128;  // so that making codes is little work
 
   char* code_blocks_of_workers;  // [workers][code_block_bytes]
 
   int64_t pairs() const { return base.padded_dim() / 2; }
   int64_t code_tile_bytes() const { return pairs() * kCodes * 4; }  // [pair of components][code]
-  int64_t code_block_bytes() const { return 16 * code_tile_bytes(); }
+  int64_t code_block_bytes() const { return Tiling::kBlockTiles * code_tile_bytes(); }
   int64_t query_tile_bytes() const { return kQueries * pairs() * 4; }  // [pair][query]
 };
 
