@@ -84,15 +84,14 @@ def tokenizer(
 
     chosen = choose_device(device)
     config = _override(
-        presets.DEMO_TOKENIZER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        bfloat16=_takes_bfloat16(dtype, chosen),
-    )  # fmt: skip
+        presets.DEMO_TOKENIZER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
     datasets = [_folder(data, height, width)] if data else presets.demo_tokenizer_data()
     train_tokenizer(
         datasets,
         out,
         presets.DEMO_TOKENIZER,
-        config,
+        replace(config, bfloat16=_takes_bfloat16(dtype, chosen)),
         device=chosen,
         backend=backend.value,
         resume=resume,
@@ -133,9 +132,8 @@ def transformer(
 
     chosen = choose_device(device)
     config = _override(
-        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        bfloat16=_takes_bfloat16(dtype, chosen),
-    )  # fmt: skip
+        presets.DEMO_TRANSFORMER_TRAINING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
     frozen = load_tokenizer(tokenizer, backend=backend.value)
     datasets = [_folder(data, height, width)] if data else presets.demo_transformer_data()
     model_config = replace(
@@ -146,9 +144,11 @@ def transformer(
         codebook_dim=frozen.config.codebook_dim,
         upsample_mode=frozen.config.upsample_mode,
     )
+    trained = load_transformer(start_from, backend=backend.value) if start_from else None
+    config = replace(config, bfloat16=_takes_bfloat16(dtype, chosen))  # nothing is wrong with what was given
     train_transformer(
         datasets, out, frozen, model_config, config, device=chosen, backend=backend.value, resume=resume,
-        start_from=load_transformer(start_from, backend=backend.value) if start_from else None,
+        start_from=trained,
     )  # fmt: skip
 
 
