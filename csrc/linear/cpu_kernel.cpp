@@ -108,7 +108,7 @@ static void multiply_block(const LinearParams& params, const LinearRows& rows,
                            const LinearBlock& block, float* scratch) {
   // Rows that stay in the L2 cache with all of their chains meet one panel at a time: the weight's
   // rows are then read from end to end.
-  constexpr int64_t kFew = 1 << 16;
+  constexpr int64_t kFew = 1 << 16;  // entries, 256 KiB
   const bool are_few = (block.row_end - block.row_begin) * linear_packed_size(params) <= kFew;
   const int64_t step = are_few ? kPanelColumns : kLinearColumns;
   LinearBlock part = block;

@@ -45,8 +45,8 @@ struct VqLookupParams {
   float* negative_half;  // [blocks * kVqBlockCodes]: -|e|²/2; -inf for padding and non-finite codes
   double* block_norms;   // [blocks]: the largest |e| of a block
   // [blocks * kVqBlockCodes]: factor from codebook row to code; 0 for padding and non-finite codes.
-  // Null where pass 2 makes those that it needs, which takes less than to write all of them if
-  // there are vectors of eight doubles.
+  // Null where pass 2 makes those that it needs, groups of a few codes (cpu_tiles.h): that takes
+  // less than to write all of them.
   double* scales;
   // Made by vq_prepare_latents:
   float* queries;       // [N rounded up][padded_dim]

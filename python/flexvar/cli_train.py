@@ -49,7 +49,7 @@ DtypeOption = Annotated[
     TrainingPrecision | None,
     typer.Option(
         "--dtype",
-        help="What is multiplied in; weights are float32. Default: bfloat16, float32 on CPUs without AVX-512.",
+        help="What is multiplied in; weights are float32. Default: bfloat16 where torch multiplies it fast.",
     ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out after a stop or a crash.")]

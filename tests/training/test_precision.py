@@ -8,7 +8,8 @@ import pytest
 import torch
 from flexvar import cli_train
 from flexvar.data import ShapeDataset
-from flexvar.training import TrainingConfig, loop, precision
+from flexvar.training import TrainingConfig, evaluate, loop, precision
+from flexvar.training.checkpoint import save_checkpoint
 from flexvar.training.classifier import train_classifier
 
 CPU = torch.device("cpu")
@@ -32,6 +33,16 @@ def test_a_slow_run_warns(monkeypatch, tmp_path, bfloat16):
         warnings.simplefilter("always")
         train_classifier([ShapeDataset(8, 8, 8)], tmp_path, config, progress=False)
     assert any("loop of scalars" in str(one.message) for one in caught) == bfloat16
+
+
+def test_a_classifier_goes_on_in_what_it_was_begun_in(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(evaluate, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *given, resume: taken.append(given[2].bfloat16))
+    evaluate.shape_classifier(tmp_path)
+    save_checkpoint(tmp_path, 1, {}, {"training": {"bfloat16": True}})
+    evaluate.shape_classifier(tmp_path)
+    assert taken == [False, True]
 
 
 def test_on_a_gpu_it_is_fast():

@@ -51,7 +51,7 @@ def shape_classifier(folder: str | Path) -> ShapeClassifier:
     folder = Path(folder)
     resume, bfloat16 = has_checkpoint(folder), multiplies_bfloat16("cpu")
     if resume:  # as it was begun, be it on another machine
-        bfloat16 = load_checkpoint(folder)[2]["training"]["bfloat16"]
+        bfloat16 = load_checkpoint(folder)[2].get("training", {}).get("bfloat16", bfloat16)
     config = replace(DEFAULT_CONFIG, bfloat16=bfloat16)
     return train_classifier(classifier_data(TRAINING_SEED, 48_000, 12_000), folder, config, resume=resume)
 
