@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
       "residual) "
       "-> Tensor");
   m.def(
+      "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, str activation, bool constant) -> "
+      "Tensor");
+  m.def(
       "conv3x3(Tensor x, Tensor weight, Tensor? bias, str resize, Tensor? residual, Tensor? "
       "packed) "
       "-> Tensor");

@@ -55,17 +55,9 @@ def embed_resample(
     ValueError on a CPU (a RuntimeError where torch.compile made the call); on CUDA, where looking would mean waiting,
     the tokens that it reaches are NaN.
     """
-    if not (alike((indices,), 3, _INT64) and alike((codebook,), 2, WITH_FLOAT64, beside=indices)):
-        check_tensor("embed_resample", "indices", indices, "[B, h0, w0]", _INT64)
-        check_tensor("embed_resample", "codebook", codebook, "[V, C]", WITH_FLOAT64)
-        check_same_device("embed_resample", indices=indices, codebook=codebook)
-    height, width = check_size("embed_resample", "size", size)
-    check_choice("embed_resample", "mode", mode, MODES)
-    check_bool("embed_resample", "normalize", normalize)
-    batch, grid_height, grid_width = indices.shape
-    if grid_height == 0 or grid_width == 0:
-        raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
-    check_elements("embed_resample", "size", size, batch * height * width * codebook.shape[1])
+    if not _fit(indices, codebook, size, normalize, mode):
+        _check(indices, codebook, size, normalize, mode)
+    height, width = size
     check_no_tangent("embed_resample", codebook)
     result: Tensor
     if torch.compiler.is_compiling():
@@ -80,6 +72,31 @@ def embed_resample(
             raise
         raise ValueError(found + rest.partition("\n")[0]) from None
     return result
+
+
+def _fit(indices: Tensor, codebook: Tensor, size: tuple[int, int], normalize: bool, mode: str) -> bool:
+    """Whether these are right and small: a quick look (``alike``), right or not at all."""
+    if not (alike((indices,), 3, _INT64) and alike((codebook,), 2, WITH_FLOAT64, beside=indices)):
+        return False
+    if type(size) is not tuple or len(size) != 2 or type(normalize) is not bool or mode not in MODES:
+        return False
+    height, width = size
+    if type(height) is not int or type(width) is not int:
+        return False
+    return 0 < height < 2**12 and 0 < width < 2**12 and 0 < indices.numel() < 2**23
+
+
+def _check(indices: Tensor, codebook: Tensor, size: tuple[int, int], normalize: bool, mode: str) -> None:
+    check_tensor("embed_resample", "indices", indices, "[B, h0, w0]", _INT64)
+    check_tensor("embed_resample", "codebook", codebook, "[V, C]", WITH_FLOAT64)
+    check_same_device("embed_resample", indices=indices, codebook=codebook)
+    height, width = check_size("embed_resample", "size", size)
+    check_choice("embed_resample", "mode", mode, MODES)
+    check_bool("embed_resample", "normalize", normalize)
+    batch, grid_height, grid_width = indices.shape
+    if grid_height == 0 or grid_width == 0:
+        raise ValueError(f"embed_resample: indices must have at least one cell, got shape {tuple(indices.shape)}")
+    check_elements("embed_resample", "size", size, batch * height * width * codebook.shape[1])
 
 
 @torch.library.register_fake("flexvar::embed_resample")

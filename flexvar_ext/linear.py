@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexvar_ext import reference
 from flexvar_ext._checks import WITH_FLOAT64, alike, check_choice, check_same_device, is_differentiated, not_dense
+from flexvar_ext._device import has_warpgroup_products
 from flexvar_ext._registration import register_autocast
 
 ACTIVATIONS = ("none", "gelu_tanh")
@@ -20,6 +21,7 @@ def linear(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    constant_weight: bool = False,
 ) -> Tensor:
     """``residual + gate * activation(x @ weight.T + bias)``: ``torch.nn.functional.linear`` and the ops behind it.
 
@@ -32,7 +34,9 @@ def linear(
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
     matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
     a forward-mode one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed:
-    it is computed from the sums before they are rounded.
+    it is computed from the sums before they are rounded. There a few rows (:func:`_are_few_rows`) are multiplied by a
+    kernel that fetches the weight while the kernels before it still run, if ``constant_weight`` says that it may; a row
+    of its result depends on the row and the weight alone, to the bit.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; K >= 1.
@@ -42,6 +46,8 @@ def linear(
         activation: ``none``, or ``gelu_tanh``, ``torch.nn.functional.gelu`` with ``approximate="tanh"``.
         gate: [B, 1, N] for x [B, l, K], any of these dtypes, or None: each image's factor for its tokens.
         residual: [..., N], any of these dtypes, or None.
+        constant_weight: that the last op of this library on the stream has not written weight or bias: true of a
+            model's parameters.
 
     Returns: [..., N], contiguous, of the residual's dtype, else of x's (under autocast, of autocast's).
 
@@ -53,15 +59,33 @@ def linear(
     dtype = reference.result_dtype(x)
     needs_gradient = is_differentiated(x, weight, bias, gate, residual)
     if (
-        x.is_cuda and dtype in (torch.float16, torch.bfloat16)
-        and activation == "gelu_tanh" and bias is not None and gate is None and residual is None
+        x.is_cuda and dtype in (torch.float16, torch.bfloat16) and gate is None and residual is None
         and not needs_gradient and not torch.compiler.is_compiling()
     ):  # fmt: skip
-        return _linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        if _are_few_rows(x, weight):
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            few: Tensor = torch.ops.flexvar.linear_few_rows(x, weight, bias, activation, constant_weight)
+            return few
+        if activation == "gelu_tanh" and bias is not None:
+            return _linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
     if x.is_cuda or is_float64 or needs_gradient:
         return reference.linear(x, weight, bias, activation=activation, gate=gate, residual=residual)
     result: Tensor = torch.ops.flexvar.linear(x, weight, bias, activation, gate, residual)
     return result
+
+
+# Numbers of x beyond which its way to every multiprocessor takes longer than the weight's from memory.
+_FEW_NUMBERS = 2**15
+_MOST_DEPTH = 6400  # of which a block holds its part of the weight
+
+
+def _are_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel for few rows takes these, on the GPU that it was measured on."""
+    columns, depth = weight.shape
+    return (
+        x.numel() <= _FEW_NUMBERS and depth % 32 == 0 and depth <= _MOST_DEPTH and columns % 8 == 0
+        and has_warpgroup_products(x.device)
+    )  # fmt: skip
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -147,3 +171,8 @@ def _(
 
 
 register_autocast("linear", only=("x",))
+
+
+@torch.library.register_fake("flexvar::linear_few_rows")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, constant: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

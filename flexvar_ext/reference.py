@@ -102,6 +102,7 @@ def linear(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    constant_weight: bool = False,
 ) -> Tensor:
     """[..., K], [N, K] -> [..., N]: residual + gate * activation(x @ weight.T + bias), in the residual's dtype."""
     if not torch.is_autocast_enabled(x.device.type):  # autocast casts them itself, the weight once for many calls

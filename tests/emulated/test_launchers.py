@@ -47,6 +47,11 @@ REFUSED = [
         (torch.ones(1, 1, 3, 1, 160), torch.ones(1, 1, 1, 160), torch.ones(1, 1, 1, 160), 0, None),
         "head dim must be 32, 64, 96 or 128, got 160",
     ),
+    (
+        "linear_few_rows",
+        (HALF[..., 0], torch.ones(8, 4, dtype=torch.half), None, "none", True),
+        "weight must have a multiple of 32 columns up to 6400, got 4",
+    ),
     ("vq_lookup", (torch.ones(2, 3), torch.ones(5, 4), True), "codebook must be [V >= 1, C >= 1]"),
     ("resample2d", (torch.ones(1, 1, 2, 2, dtype=torch.int64), 2, 2, "area", False), "dtype"),
 ]

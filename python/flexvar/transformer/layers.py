@@ -84,7 +84,7 @@ class Linear(nn.Linear):
     ) -> Tensor:
         bias = None if self.bias is None else self._casts.of("bias", self.bias)
         out: Tensor = ops(self.backend).linear(
-            input, self.cast_weight(), bias, activation=activation, gate=gate, residual=residual
+            input, self.cast_weight(), bias, activation=activation, gate=gate, residual=residual, constant_weight=True
         )
         return out
 
@@ -137,7 +137,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, modulation: Modulation) -> Tensor:
         """[B, l, width] -> queries, keys and values [B, l, 3, heads, head_dim]."""
-        qkv: Tensor = ops(self.backend).linear(x, self.mat_qkv.cast_weight(), modulation.qkv_bias)
+        qkv: Tensor = ops(self.backend).linear(x, self.mat_qkv.cast_weight(), modulation.qkv_bias, constant_weight=True)
         return qkv.unflatten(-1, (3, self.heads, -1))
 
     def forward(
