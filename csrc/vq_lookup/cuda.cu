@@ -102,7 +102,7 @@ void look_up_few(const VqProblem& problem, const VqDirectRows& latents, const Vq
   VqResolveFewParams params{};
   params.scores = {problem, latents, codes, maxima.mutable_data_ptr<float>()};
   const VqErrorBound bound = vq_error_bound(problem);
-  params.reach = static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
+  params.reach = vq_unit_reach(bound);
   params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));
   params.indices = indices;
   with_steps(problem, [&](auto steps) {
@@ -149,6 +149,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   VqResolveParams resolve{};
   resolve.problem = prepare.problem;
   resolve.bound = vq_error_bound(prepare.problem);
+  resolve.unit_reach = vq_unit_reach(resolve.bound);
   resolve.indices = indices.mutable_data_ptr<int64_t>();
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);

@@ -34,6 +34,11 @@ inline VqErrorBound vq_error_bound(const VqProblem& problem) {
   return {1.001 * (2 * u + u * u) + sum + normalizing, 1.01 * dim * 0x1p-24 + start};
 }
 
+// Twice the bound for rows that have been normalised.
+inline float vq_unit_reach(const VqErrorBound& bound) {
+  return static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
+}
+
 // |cosine - (exact score + 1/2)| of few latents, with u = 2^-24: dim / 4 + 2 for either of
 // the dot product and the sums of squares, rsqrtf's 4 twice, two products; and 3 for the exact
 // score, whose rows are rounded.
