@@ -18,9 +18,9 @@ namespace flexvar {
 // has fewer parts to be looked through afterwards.
 constexpr int64_t kVqFewPairs = 12;
 
-// With more (tile, stage) pairs of small tiles to a multiprocessor, codes are not normalised anew
-// for every tile.
-constexpr int64_t kVqFewPairsOfSmallTiles = 8;
+// With more pairs of 64 latents and a stage to a multiprocessor, codes are not normalised anew for
+// every tile.
+constexpr int64_t kVqFewPairsOfFewLatents = 12;
 
 // Sizes and the run of a block: such that all blocks are on the device at once and end together.
 inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim, bool normalize,
@@ -41,10 +41,11 @@ inline VqProblem plan_vq_lookup(int64_t num_latents, int64_t num_codes, int dim,
     problem.row_tiles = divide_up(num_latents, rows);
     return problem.row_tiles * problem.stages;
   };
-  int64_t pairs = set_tiles(kVqFewRows);
+  int64_t pairs = set_tiles(vq_tensor_rows(1));
   problem.few =
-      can_be_direct && problem.tensor_dim > 0 && pairs <= kVqFewPairsOfSmallTiles * multiprocessors;
+      can_be_direct && problem.tensor_dim > 0 && pairs <= kVqFewPairsOfFewLatents * multiprocessors;
   if (problem.few) {
+    set_tiles(vq_few_rows(steps));
     const int64_t blocks = static_cast<int64_t>(multiprocessors) * kVqFewBlocks;
     problem.run = divide_up(problem.stages, std::max<int64_t>(blocks / problem.row_tiles, 1));
     problem.parts = divide_up(problem.stages, problem.run);

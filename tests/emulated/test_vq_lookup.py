@@ -47,11 +47,19 @@ def test_split_codes(launch_in_every_order, misalignment, multiprocessors, norma
     )
 
 
+@pytest.mark.parametrize("warpgroups", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("count", "dim", "multiprocessors"), [(300, 8, 1), (600, 32, 2), (333, 40, 1), (290, 64, 1)])
-def test_blocks_that_end_within_tiles(launch_in_every_order, count, dim, multiprocessors, normalize):
+def test_blocks_that_end_within_tiles(launch_in_every_order, count, dim, multiprocessors, normalize, warpgroups):
     """Enough for large tiles, whose codes several blocks share unevenly."""
-    check(launch_in_every_order, randn(count, dim), randn(1700, dim, seed=1), normalize, multiprocessors)
+    check(
+        launch_in_every_order,
+        randn(count, dim),
+        randn(1700, dim, seed=1),
+        normalize,
+        multiprocessors,
+        warpgroups=warpgroups,
+    )
 
 
 @EITHER_WAY
@@ -72,9 +80,9 @@ def test_more_chunks_than_fit_a_block(launch_once, multiprocessors):
     check(launch_once, randn(3, 8), randn(2 * 16384 + 77, 8, seed=1), True, multiprocessors)
 
 
-@pytest.mark.parametrize("count", [512, 513])
+@pytest.mark.parametrize("count", [768, 769])
 def test_the_most_latents_that_are_few(launch_once, count):
-    """Eight tiles of 64 rows and one stage of codes, for one multiprocessor; and one row more."""
+    """Twelve tiles of 64 rows and one stage of codes, for one multiprocessor; and one row more."""
     check(launch_once, randn(count, 16), randn(70, 16, seed=1))
 
 
