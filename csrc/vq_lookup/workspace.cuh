@@ -78,9 +78,10 @@ struct VqProblem {
   int padded_dim;  // a multiple of 8
   int tensor_dim;  // a multiple of 16; 0: scores in fp32
   bool normalize;
-  bool few;        // latents: two kernels; tensor_dim > 0
-  int64_t stages;  // of codes
-  int tile_rows;   // rows that a block of a score kernel has at a time
+  bool few;            // latents: two kernels; tensor_dim > 0
+  bool by_warpgroups;  // scores
+  int64_t stages;      // of codes
+  int tile_rows;       // rows that a block of a score kernel has at a time
   int64_t row_tiles;
   int64_t run;    // scored by a block: (tile, stage) pairs, all stages of a tile in a row
   int64_t parts;  // the most blocks that share a tile, each scoring a part of its stages; the
