@@ -337,37 +337,42 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], const T* a,
 #endif
 }
 
-// d += a b^T, where a has 64 rows and b 64 or 128.
-template <class T, int kColumns>
+// d = a b^T (kAdd: d +=), where a has 64 rows and b 64 or 128.
+template <bool kAdd = true, class T, int kColumns>
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[kColumns][4],
                                                    const ChunkedMatrix<T>& a,
                                                    const ChunkedMatrix<T>& b) {
   static_assert(kColumns == 8 || kColumns == 16);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const uint64_t left = matrix_descriptor(a), right = matrix_descriptor(b);
-#define FLEXVAR_MULTIPLY(n, type, list, operands, left_number, right_number)                    \
-  asm volatile(                                                                                 \
-      "{.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                              \
-      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " list ", %" left_number \
-      ", %" right_number ", add, 1, 1, 0, 0;}\n"                                                \
-      : operands("+f", d)                                                                       \
-      : "l"(left), "l"(right)                                                                   \
-      : "memory")
-  if constexpr (kColumns == 8) {
-    if constexpr (std::is_same_v<T, __half>) {
-      FLEXVAR_MULTIPLY("64", "f16", FLEXVAR_ACCUMULATOR_LIST, FLEXVAR_ACCUMULATORS, "32", "33");
-    } else {
-      FLEXVAR_MULTIPLY("64", "bf16", FLEXVAR_ACCUMULATOR_LIST, FLEXVAR_ACCUMULATORS, "32", "33");
-    }
-  } else {
-    if constexpr (std::is_same_v<T, __half>) {
-      FLEXVAR_MULTIPLY("128", "f16", FLEXVAR_ACCUMULATOR_LIST_16, FLEXVAR_ACCUMULATORS_16, "64",
-                       "65");
-    } else {
-      FLEXVAR_MULTIPLY("128", "bf16", FLEXVAR_ACCUMULATOR_LIST_16, FLEXVAR_ACCUMULATORS_16, "64",
-                       "65");
-    }
+#define FLEXVAR_MULTIPLY(kind, n, type, list, operands, left_number, right_number, add_number) \
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %" add_number                               \
+               ", 0;\n"                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " list         \
+               ", %" left_number ", %" right_number ", add, 1, 1, 0, 0;}\n"                    \
+               : operands(kind, d)                                                             \
+               : "l"(left), "l"(right), "n"(kAdd ? 1 : 0)                                      \
+               : "memory")
+#define FLEXVAR_MULTIPLY_COLUMNS(kind, type)                                                       \
+  if constexpr (kColumns == 8) {                                                                   \
+    FLEXVAR_MULTIPLY(kind, "64", type, FLEXVAR_ACCUMULATOR_LIST, FLEXVAR_ACCUMULATORS, "32", "33", \
+                     "34");                                                                        \
+  } else {                                                                                         \
+    FLEXVAR_MULTIPLY(kind, "128", type, FLEXVAR_ACCUMULATOR_LIST_16, FLEXVAR_ACCUMULATORS_16,      \
+                     "64", "65", "66");                                                            \
   }
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
+  if constexpr (kHalf && kAdd) {
+    FLEXVAR_MULTIPLY_COLUMNS("+f", "f16")
+  } else if constexpr (kHalf) {
+    FLEXVAR_MULTIPLY_COLUMNS("=f", "f16")
+  } else if constexpr (kAdd) {
+    FLEXVAR_MULTIPLY_COLUMNS("+f", "bf16")
+  } else {
+    FLEXVAR_MULTIPLY_COLUMNS("=f", "bf16")
+  }
+#undef FLEXVAR_MULTIPLY_COLUMNS
 #undef FLEXVAR_MULTIPLY
 #endif
 }

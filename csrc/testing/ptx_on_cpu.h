@@ -118,7 +118,7 @@ void warpgroup_multiply(float (&d)[8][4], const T* a, const T* b, int depth,
   };
   warpgroup_product<T>(d, kAdd, in(a), in(b), where);
 }
-template <class T, int kColumns>
+template <bool kAdd = true, class T, int kColumns>
 void warpgroup_multiply(float (&d)[kColumns][4], const ChunkedMatrix<T>& a,
                         const ChunkedMatrix<T>& b, Location where = Location::current()) {
   const auto in = [](const ChunkedMatrix<T>& matrix) {
@@ -127,7 +127,7 @@ void warpgroup_multiply(float (&d)[kColumns][4], const ChunkedMatrix<T>& a,
              column / 8 * matrix.chunk_stride;
     };
   };
-  warpgroup_product<T>(d, true, in(a), in(b), where);
+  warpgroup_product<T>(d, kAdd, in(a), in(b), where);
 }
 template <class T>
 void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4], const T* b, int row,

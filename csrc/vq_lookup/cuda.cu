@@ -70,6 +70,10 @@ void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const ch
   launch_kernel(op, stream, kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
 }
 
+bool has_warpgroups(const char* op) {
+  return takes_threads(vq_score_warpgroup_kernel<1>, kVqWarpgroupThreads, op);
+}
+
 template <int kSteps>
 void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaStream_t stream,
                   const char* op) {
@@ -78,6 +82,12 @@ void launch_score(const VqProblem& problem, const VqWorkspace& workspace, cudaSt
     launch_overlapping(op, stream, vq_score_float_kernel, blocks, kVqFloatThreads, 0, problem,
                        workspace);
   } else {
+    if constexpr (kSteps <= kVqWarpgroupMaxSteps) {
+      if (problem.by_warpgroups) {
+        return launch_overlapping(op, stream, vq_score_warpgroup_kernel<kSteps>, blocks,
+                                  kVqWarpgroupThreads, 0, problem, workspace);
+      }
+    }
     constexpr int kFragments = vq_row_fragments(kSteps);
     const auto kernel = problem.tile_rows == vq_tensor_rows(kFragments)
                             ? vq_score_tensor_kernel<kSteps, kFragments>
@@ -102,7 +112,7 @@ void look_up_few(const VqProblem& problem, const VqDirectRows& latents, const Vq
   VqResolveFewParams params{};
   params.scores = {problem, latents, codes, maxima.mutable_data_ptr<float>()};
   const VqErrorBound bound = vq_error_bound(problem);
-  params.reach = static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
+  params.reach = vq_unit_reach(bound);
   params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));
   params.indices = indices;
   with_steps(problem, [&](auto steps) {
@@ -138,7 +148,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
                              in_fours(code_values, dim) && num_latents < largest / 4 &&
                              codes.size(0) < largest / 4;
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
-                                   can_be_direct, multiprocessors);
+                                   can_be_direct, has_warpgroups(op), multiprocessors);
   if (prepare.problem.few) {
     look_up_few(prepare.problem,
                 {source.latents, static_cast<int>(num_latents), prepare.problem.dim},
@@ -149,6 +159,7 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   VqResolveParams resolve{};
   resolve.problem = prepare.problem;
   resolve.bound = vq_error_bound(prepare.problem);
+  resolve.unit_reach = vq_unit_reach(resolve.bound);
   resolve.indices = indices.mutable_data_ptr<int64_t>();
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);

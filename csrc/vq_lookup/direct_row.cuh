@@ -25,6 +25,7 @@ template <int kSteps>
 struct VqQuarterRow {
   float values[kSteps][4];
 
+  VqQuarterRow() = default;
   __device__ __forceinline__ VqQuarterRow(const VqDirectRows& rows, int row) {
     const int first = static_cast<int>(threadIdx.x % 4) * 4;
     const float* line = rows.values + static_cast<int64_t>(row) * rows.dim + first;

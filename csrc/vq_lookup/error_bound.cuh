@@ -12,9 +12,10 @@ namespace flexvar {
 //   fp32: dim + 2 roundings of a term, u = 2^-24; underflow.
 //   fp16: inputs round with u = 2^-11, so a product is off by 2u + u², and where they are
 //     subnormal by 2^-25 absolutely; a matrix product of 16 terms adds them to the sum truncated at
-//     2^-22 of the largest at worst.
+//     2^-22 of the largest at worst. Scores of codes of length 1 within 2^-22 may begin, or end,
+//     with -1/2, not -|e|²/2.
 //   Few: inputs are normalised in fp32 with 2^-24 times dim / 8 + 8 at most (half of the sum of
-//     squares' dim / 4 + 2, rsqrtf's 4, two products), and the score begins with -1/2, not -|e|²/2.
+//     squares' dim / 4 + 2, rsqrtf's 4, two products).
 struct VqErrorBound {
   double coefficient;
   double constant;
@@ -30,8 +31,12 @@ inline VqErrorBound vq_error_bound(const VqProblem& problem) {
   const double u = 0x1p-11;
   const double sum = (problem.tensor_dim + 16) * 0x1p-22 + packing;
   const double normalizing = problem.few ? 1.01 * (dim / 4 + 16) * 0x1p-24 : 0.0;
-  const double start = problem.few ? 0x1p-22 : 0.0;
-  return {1.001 * (2 * u + u * u) + sum + normalizing, 1.01 * dim * 0x1p-24 + start};
+  return {1.001 * (2 * u + u * u) + sum + normalizing, 1.01 * dim * 0x1p-24 + 0x1p-22};
+}
+
+// Twice the bound for rows that have been normalised.
+inline float vq_unit_reach(const VqErrorBound& bound) {
+  return static_cast<float>(2.001 * (1.5001 * bound.coefficient + bound.constant));
 }
 
 // |cosine - (exact score + 1/2)| of few latents, with u = 2^-24: dim / 4 + 2 for either of

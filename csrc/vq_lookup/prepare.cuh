@@ -124,11 +124,13 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
   const bool valid = real && vq_is_finite(squares);
   const double scale = problem.normalize ? vq_scale(squares) : 1.0;
 
+  // The length of a normalised latent is not asked for.
+  const bool measured = !problem.normalize || __any_sync(0xffffffffu, is_code);
   squares = 0;
   __half* half_out = (is_code ? workspace.codes_half : workspace.latents_half) + n * tensor_dim;
   const auto write = [&](int c, float unscaled) {
     const float value = valid ? vq_scaled(unscaled, scale) : 0.0f;
-    add_square(value);
+    if (measured) add_square(value);
     if (in_range && c < padded_dim) out[c] = value;
     if (in_range && c < tensor_dim) half_out[c] = __float2half_rn(value);
   };
@@ -140,10 +142,11 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
   for (int c = part + kHeldComponents; c < padded_dim; c += kVqLanesPerRow) {
     write(c, component(c));
   }
-  squares = vq_sum_of_row(squares);
+  if (measured) squares = vq_sum_of_row(squares);
   if (!in_range || part != 0) return;
   if (!is_code) {
-    workspace.latent_norms[n] = valid ? sqrt(squares) : static_cast<double>(NAN);
+    const double norm = problem.normalize ? 1.0 : sqrt(squares);
+    workspace.latent_norms[n] = valid ? norm : static_cast<double>(NAN);
     return;
   }
   workspace.half_norms[n] = valid ? 0.5 * squares : static_cast<double>(INFINITY);

@@ -10,12 +10,13 @@
 namespace flexvar {
 
 constexpr int kVqResolveThreads = 128;
-constexpr int kVqResolveRows = kVqResolveThreads / 32 * 2;
+constexpr int kVqResolveRows = kVqResolveThreads / 16;
 
 struct VqResolveParams {
   VqProblem problem;
   VqWorkspace workspace;
   VqErrorBound bound;
+  float unit_reach;  // a code's score this far below the largest may be the nearest, if normalised
   int64_t* indices;  // [N]
 };
 
@@ -168,21 +169,99 @@ struct VqNearest {
       index = other_index;
     }
   }
+  // Of two times eight lanes, each of which has the same.
+  __device__ __forceinline__ void take_neighbours() {
+    const double other_score = __shfl_xor_sync(0xffffffffu, score, kVqLanesPerRow);
+    take(other_score, __shfl_xor_sync(0xffffffffu, index, kVqLanesPerRow));
+  }
 };
+
+// The chunk of a group, from its marked maximum.
+__device__ __forceinline__ int vq_marked_chunk(unsigned part, float marked) {
+  return static_cast<int>((part >> 8) * kVqChunksPerStage +
+                          (__float_as_uint(marked) & ((1u << kVqChunkBits) - 1)));
+}
+
+struct VqResolveStorage {
+  float thresholds[kVqResolveRows];
+  bool crowded[kVqResolveRows];
+  VqNearest nearest[kVqResolveRows];
+};
+
+// The nearest code of a crowded row, sought by a whole block, every half of whose warps has a part
+// of the groups and gets the nearest of that. They may be many, and one half would need their
+// latency one after the other: the whole launch would wait for a few rows.
+template <int kSteps>
+__device__ __forceinline__ VqNearest vq_resolve_crowded(const VqResolveParams& params, int64_t row,
+                                                        float threshold) {
+  const VqWorkspace& workspace = params.workspace;
+  const int lane = static_cast<int>(threadIdx.x % 32), half_lane = lane & 15;
+  const int share = static_cast<int>(threadIdx.x / 16);
+  const int entries = static_cast<int>(params.problem.parts) * kVqSubgroups;
+  const VqTop* tops = workspace.tops + row * entries;
+  const int64_t rows[2] = {row, row};
+  const VqDotProducts<kSteps> dot_products(params.problem, workspace, rows);
+  VqNearest nearest{-static_cast<double>(INFINITY), 0};
+#pragma unroll 1
+  for (int base = 0; base < entries; base += 32) {
+    const VqTop top = base + lane < entries ? tops[base + lane] : vq_no_top();
+    unsigned reaching = __ballot_sync(0xffffffffu, !(top.values[0] < threshold));
+#pragma unroll 1
+    for (; reaching != 0; reaching &= reaching - 1) {
+      const int source = __ffs(static_cast<int>(reaching)) - 1;
+      const float first = __shfl_sync(0xffffffffu, top.values[0], source);
+      const float second = __shfl_sync(0xffffffffu, top.values[1], source);
+      const float third = __shfl_sync(0xffffffffu, top.values[2], source);
+      const unsigned part = __shfl_sync(0xffffffffu, top.part, source);
+      // Where all three maxima reach the threshold, any group of the subgroup may.
+      const bool whole = !(third < threshold);
+      const int groups = whole                   ? static_cast<int>(part & 0xff) * kVqChunksPerStage
+                         : !(second < threshold) ? 2
+                                                 : 1;
+#pragma unroll 1
+      for (int done = 0; done < groups; done += kVqResolveRows) {
+        const int group = done + share;
+        const bool active = group < groups;
+        const int chunk = whole ? static_cast<int>(part >> 8) * kVqChunksPerStage + group
+                                : vq_marked_chunk(part, group == 0 ? first : second);
+        const int first_code = active ? chunk * kVqChunkCodes + source % kVqSubgroups * 2 : 0;
+        const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
+        const float score = dot_products(first_code) + *workspace.start_of(code);
+        unsigned candidates =
+            __ballot_sync(0xffffffffu, active && !(score < threshold)) >> (lane & 16) & 0xffffu;
+        while (__any_sync(0xffffffffu, candidates != 0)) {
+          // Two of each half's.
+          const unsigned rest = candidates & (candidates - 1);
+          const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : candidates;
+          const int other =
+              __shfl_sync(0xffffffffu, code, (__ffs(static_cast<int>(own)) - 1) & 15, 16);
+          const double exact = vq_exact_score(params, row, other);
+          if (candidates != 0) nearest.take(exact, other);
+          candidates = rest & (rest - 1);
+        }
+      }
+    }
+  }
+  nearest.take_neighbours();
+  return nearest;
+}
 
 // Half a warp has a row. kSteps: those of vq_score_tensor_kernel, or 0 behind
 // vq_score_float_kernel.
 template <int kSteps>
-__global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
+__global__ void __launch_bounds__(kVqResolveThreads, kSteps == 1 || kSteps == 2 ? 8 : 5)
     vq_resolve_kernel(VqResolveParams params) {
+  auto& shared = shared_storage<VqResolveStorage>();
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;
   const int lane = static_cast<int>(threadIdx.x % 32), half = lane & 16, half_lane = lane & 15;
-  const int64_t first_row =
-      blockIdx.x * static_cast<int64_t>(kVqResolveRows) + static_cast<int>(threadIdx.x / 32) * 2;
-  if (first_row >= problem.num_latents) return;
-  const bool two = first_row + 1 < problem.num_latents;
-  const int64_t rows[2] = {first_row, two ? first_row + 1 : first_row};
+  const int own = static_cast<int>(threadIdx.x / 16);
+  const int64_t block_row = blockIdx.x * static_cast<int64_t>(kVqResolveRows);
+  // Behind the last row it takes part once more.
+  const int64_t left = problem.num_latents - block_row;
+  const int last = static_cast<int>(left < kVqResolveRows ? left : kVqResolveRows) - 1;
+  const auto row_of = [&](int i) { return block_row + (i < last ? i : last); };
+  const int64_t rows[2] = {row_of(own & ~1), row_of(own | 1)};
   const int64_t row = half == 0 ? rows[0] : rows[1];
   const int entries = static_cast<int>(problem.parts) * kVqSubgroups;
   const VqTop* tops = workspace.tops + row * entries;
@@ -192,11 +271,6 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   const double norm = workspace.latent_norms[row];  // NaN: no code is near
   VqTop top = load_top(half_lane);
   const VqDotProducts<kSteps> dot_products(problem, workspace, rows);
-  const double largest_norm = problem.normalize ? kVqUnitNorm : *workspace.max_code_norm;
-  const double magnitude = largest_norm * (norm + 0.5 * largest_norm);
-  const double bound = params.bound.coefficient * magnitude + params.bound.constant;
-  // Beyond, fp32 scores may have overflowed, and nothing can be ruled out.
-  const bool settles = magnitude < kVqLargestMagnitude && bound < kVqLargestMagnitude;
   float maximum = top.values[0];
 #pragma unroll 4
   for (int entry = half_lane + 16; entry < entries; entry += 16) {
@@ -206,79 +280,105 @@ __global__ void __launch_bounds__(kVqResolveThreads, kSteps <= 2 ? 7 : 5)
   for (int other = 8; other > 0; other /= 2) {
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, other));
   }
-  const float threshold = isnan(norm) ? INFINITY
-                          : settles   ? static_cast<float>(maximum - 2 * bound)
-                                      : -INFINITY;
+  float threshold = maximum - params.unit_reach;
+  if (!problem.normalize) {
+    const double largest_norm = *workspace.max_code_norm;
+    const double magnitude = largest_norm * (norm + 0.5 * largest_norm);
+    const double bound = params.bound.coefficient * magnitude + params.bound.constant;
+    // Beyond, fp32 scores may have overflowed, and nothing can be ruled out.
+    const bool settles = magnitude < kVqLargestMagnitude && bound < kVqLargestMagnitude;
+    threshold = settles ? static_cast<float>(maximum - 2 * bound) : -INFINITY;
+  }
+  if (isnan(norm)) threshold = INFINITY;
   const auto half_ballot = [&](bool predicate) {
     return __ballot_sync(0xffffffffu, predicate) >> half & 0xffffu;
   };
-  const auto reach = [&](float value) { return half_ballot(!(value < threshold)); };
 
-  // Candidates are codes whose score reaches the threshold. Where a row has several, the groups are
-  // gone through again to compare them.
-  int index = -1, count = 0;
-  VqNearest nearest{-static_cast<double>(INFINITY), 0};
+  // Candidates are codes whose score reaches the threshold. A lane holds the two latest that it
+  // found; rows that may have more are crowded.
+  int codes[2] = {-1, -1};
+  bool crowded = false;
 #pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    const bool comparing = pass == 1;
-    if (comparing && !__any_sync(0xffffffffu, count > 1)) break;
-    for (int base = 0; base < entries; base += 16) {
-      if (base > 0 || comparing) top = load_top(base + half_lane);
-      // Where all three maxima do, any group of the subgroup may.
-      unsigned whole = reach(top.values[2]);
-      unsigned groups = (reach(top.values[0]) & ~whole) | (reach(top.values[1]) & ~whole) << 16;
-      while (__any_sync(0xffffffffu, (groups | whole) != 0)) {
-        const bool one = groups != 0;
-        const int bit = (__ffs(static_cast<int>(one ? groups : whole)) - 1) & 31;
-        const uint32_t first = __shfl_sync(0xffffffffu, __float_as_uint(top.values[0]), bit, 16);
-        const uint32_t second = __shfl_sync(0xffffffffu, __float_as_uint(top.values[1]), bit, 16);
-        const unsigned part = __shfl_sync(0xffffffffu, top.part, bit, 16);
-        int chunk = static_cast<int>(part >> 8) * kVqChunksPerStage;
-        int end = chunk + static_cast<int>(part & 0xff) * kVqChunksPerStage;
-        if (one) {
-          chunk += static_cast<int>((bit < 16 ? first : second) & ((1u << kVqChunkBits) - 1));
-          end = chunk + 1;
-          groups &= groups - 1;
-        } else if (whole != 0) {
-          whole &= whole - 1;
-        } else {
-          end = 0;  // the other half has more
-        }
-        do {
-          const bool active = chunk < end;
-          const int first_code = (active ? chunk : 0) * kVqChunkCodes + bit % kVqSubgroups * 2;
-          const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
-          const float start = *workspace.start_of(code);
-          const float score = dot_products(first_code) + start;
-          const bool candidate = active && !(score < threshold);
-          unsigned candidates = half_ballot(candidate);
-          if (!comparing) {
-            count += __popc(candidates);
-            if (candidate) index = code;
-          } else {
-            while (__any_sync(0xffffffffu, candidates != 0)) {
-              // Two of each half's.
-              const unsigned rest = candidates & (candidates - 1);
-              const unsigned own = half_lane >= kVqLanesPerRow && rest != 0 ? rest : candidates;
-              const int source = (__ffs(static_cast<int>(own)) - 1) & 15;
-              const int other = __shfl_sync(0xffffffffu, code, source, 16);
-              const double exact = vq_exact_score(params, row, other);
-              if (candidates != 0) nearest.take(exact, other);
-              candidates = rest & (rest - 1);
-            }
-          }
-          ++chunk;
-        } while (__any_sync(0xffffffffu, chunk < end));
+  for (int base = 0; base < entries; base += 16) {
+    if (base > 0) top = load_top(base + half_lane);
+    const bool whole = !(top.values[2] < threshold);
+    crowded |= whole;
+    const int subgroup = lane % kVqSubgroups * 2;
+    const int first_codes[2] = {
+        vq_marked_chunk(top.part, top.values[0]) * kVqChunkCodes + subgroup,
+        vq_marked_chunk(top.part, top.values[1]) * kVqChunkCodes + subgroup};
+    unsigned groups = half_ballot(!whole && !(top.values[0] < threshold)) |
+                      half_ballot(!whole && !(top.values[1] < threshold)) << 16;
+    while (__any_sync(0xffffffffu, groups != 0)) {
+      const bool active = groups != 0;
+      const int bit = (__ffs(static_cast<int>(groups)) - 1) & 31;
+      groups &= groups - 1;
+      const int first = __shfl_sync(0xffffffffu, first_codes[0], bit, 16);
+      const int second = __shfl_sync(0xffffffffu, first_codes[1], bit, 16);
+      const int first_code = !active ? 0 : bit < 16 ? first : second;
+      const int code = first_code + vq_code_of_group(vq_code_of_lane(lane));
+      const float start = *workspace.start_of(code);
+      const float score = dot_products(first_code) + start;
+      if (active && !(score < threshold)) {
+        crowded |= codes[1] >= 0;
+        codes[1] = codes[0];
+        codes[0] = code;
       }
     }
   }
+  crowded = half_ballot(crowded) != 0;
 
-  const unsigned holders = half_ballot(index >= 0);
-  index = __shfl_sync(0xffffffffu, index, (__ffs(static_cast<int>(holders)) - 1) & 15, 16);
-  const double score = __shfl_xor_sync(0xffffffffu, nearest.score, kVqLanesPerRow);
-  nearest.take(score, __shfl_xor_sync(0xffffffffu, nearest.index, kVqLanesPerRow));
-  if (count != 1) index = nearest.index;
-  if (half_lane == 0 && (half == 0 || two)) params.indices[row] = index;
+  unsigned candidates = half_ballot(codes[0] >= 0) | half_ballot(codes[1] >= 0) << 16;
+  const auto candidate = [&](unsigned of) {
+    const int bit = (__ffs(static_cast<int>(of)) - 1) & 31;
+    const int first = __shfl_sync(0xffffffffu, codes[0], bit, 16);
+    const int second = __shfl_sync(0xffffffffu, codes[1], bit, 16);
+    return bit < 16 ? first : second;
+  };
+  VqNearest nearest{-static_cast<double>(INFINITY), 0};
+  const bool clear = (candidates & (candidates - 1)) == 0;
+  const int only = candidate(candidates);
+  if (clear) {
+    if (candidates != 0) nearest.index = only;
+    candidates = 0;
+  }
+  if (crowded) candidates = 0;
+  if (__any_sync(0xffffffffu, candidates != 0)) {
+    do {
+      // Two of each half's.
+      const unsigned rest = candidates & (candidates - 1);
+      const int other = candidate(half_lane >= kVqLanesPerRow && rest != 0 ? rest : candidates);
+      const int compared = candidates != 0 ? other : 0;
+      const double exact = vq_exact_score(params, row, compared);
+      if (candidates != 0) nearest.take(exact, compared);
+      candidates = rest & (rest - 1);
+    } while (__any_sync(0xffffffffu, candidates != 0));
+    nearest.take_neighbours();
+  }
+  const bool real = own <= last;
+  if (half_lane == 0) {
+    if (real && !crowded) params.indices[row] = nearest.index;
+    shared.thresholds[own] = threshold;
+    shared.crowded[own] = real && crowded;
+  }
+  if (!__syncthreads_or(real && crowded)) return;
+
+#pragma unroll 1
+  for (int i = 0; i < kVqResolveRows; ++i) {
+    if (!shared.crowded[i]) continue;
+    const VqNearest of_half =
+        vq_resolve_crowded<kSteps>(params, block_row + i, shared.thresholds[i]);
+    if (half_lane == 0) shared.nearest[own] = of_half;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      VqNearest of_block = of_half;
+      for (int j = 1; j < kVqResolveRows; ++j) {
+        of_block.take(shared.nearest[j].score, shared.nearest[j].index);
+      }
+      params.indices[block_row + i] = of_block.index;
+    }
+    __syncthreads();  // before the next row's
+  }
 }
 
 inline int64_t vq_resolve_blocks(const VqProblem& problem) {

@@ -10,8 +10,12 @@
 namespace flexvar {
 
 constexpr int kVqFewThreads = 256;  // four warps of rows, for either chunk of a stage
-constexpr int kVqFewRows = vq_tensor_rows(1);
-constexpr int kVqFewBlocks = 2;  // on a multiprocessor
+constexpr int kVqFewBlocks = 2;     // on a multiprocessor
+// Rows of a warp, in fragments of 16: more of them share a block's normalising of codes.
+__host__ __device__ constexpr int vq_few_fragments(int steps) { return steps <= 2 ? 2 : 1; }
+__host__ __device__ constexpr int vq_few_rows(int steps) {
+  return vq_tensor_rows(vq_few_fragments(steps));
+}
 
 struct VqScoreFewParams {
   VqProblem problem;
@@ -23,7 +27,7 @@ template <int kSteps>
 struct VqFewStorage {
   VqTensorStorage<kSteps> stages;
   // Padded as codes are.
-  alignas(16) __half latents[kVqFewRows][kSteps * 16 + 8];
+  alignas(16) __half latents[vq_few_rows(kSteps)][kSteps * 16 + 8];
 };
 
 // What a thread has of a stage's codes: quarters of two. None of a stage behind the last.
@@ -69,32 +73,56 @@ __global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
   const int stages = static_cast<int>(params.problem.stages);
   int stage = static_cast<int>(blockIdx.x) * run;
   const int end = stage + run < stages ? stage + run : stages;
-  const int first_row = static_cast<int>(blockIdx.y) * kVqFewRows;
+  const int first_row = static_cast<int>(blockIdx.y) * vq_few_rows(kSteps);
 
+  // Fragment m of a warp is 64 m rows further on.
+  constexpr int kFragments = vq_few_fragments(kSteps);
+  constexpr int kFragmentRows = vq_tensor_rows(1);
   const int warp_row = warp % 4 * 16, chunk = warp / 4;
   const int row = first_row + warp_row + lane / 4;
   const int64_t row_length = int64_t{stages} * (kVqChunksPerStage * kVqSubgroups);
   float* out = params.group_maxima + row * row_length + chunk * kVqSubgroups + lane % 4;
 
   VqFewCodes<kSteps> codes(params.codes, stage);
-  const int own_row = first_row + static_cast<int>(threadIdx.x / 4);
-  VqQuarterRow<kSteps> latent(params.latents, own_row);
-  vq_normalize(latent, own_row < params.latents.count);
-  vq_store_half(shared.latents[threadIdx.x / 4], latent);
+  {
+    const int own = static_cast<int>(threadIdx.x / 4);
+    VqQuarterRow<kSteps> latents[kFragments];
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+      latents[m] = VqQuarterRow<kSteps>(params.latents, first_row + own + m * kFragmentRows);
+    }
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+      const int place = own + m * kFragmentRows;
+      vq_normalize(latents[m], first_row + place < params.latents.count);
+      vq_store_half(shared.latents[place], latents[m]);
+    }
+  }
   for (int buffer = 0; stage < end; ++stage, buffer ^= 1) {
     codes.store(shared.stages, buffer);
     __syncthreads();  // the stage is there, and everybody is done with the one before
     codes = VqFewCodes<kSteps>(params.codes, stage + 1 < end ? stage + 1 : stages);
-    uint32_t rows[1][kSteps][4];
+    uint32_t rows[kFragments][kSteps][4];
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      ptx::ldmatrix_x4(rows[0][k], &shared.latents[warp_row + lane % 16][k * 16 + lane / 16 * 8]);
+    for (int m = 0; m < kFragments; ++m) {
+      const auto* line = shared.latents[m * kFragmentRows + warp_row + lane % 16];
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        ptx::ldmatrix_x4(rows[m][k], line + k * 16 + lane / 16 * 8);
+      }
     }
-    float maxima[1][2];
-    vq_score_chunk<kSteps, 1>(shared.stages, buffer, chunk * kVqChunkCodes, rows, maxima);
+    float maxima[kFragments][2];
+    vq_score_chunk<kSteps, kFragments, 4>(shared.stages, buffer, chunk * kVqChunkCodes, rows,
+                                          maxima);
     float* groups = out + stage * (kVqChunksPerStage * kVqSubgroups);
-    if (row < params.latents.count) groups[0] = maxima[0][0];
-    if (row + 8 < params.latents.count) groups[8 * row_length] = maxima[0][1];
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int further = m * kFragmentRows + half * 8;
+        if (row + further < params.latents.count) groups[further * row_length] = maxima[m][half];
+      }
+    }
   }
 }
 

@@ -5,7 +5,7 @@
 //            the three largest maxima over groups of 16 codes: no [N, V] matrix is written
 //   resolve  scores once more the codes of every group whose maximum lies within twice the error
 //            bound of the row's maximum (nearly always one group), and where more than one code
-//            does, those in double precision
+//            does, those in double precision; rows that may have many, block by block
 //
 // Few latents: the score kernel itself normalises the latents and codes that it compares, in fp32,
 // which the error bound allows for, and writes the maxima of all groups; a kernel of its own
@@ -40,8 +40,6 @@ constexpr int kVqMaxStages = (1 << kVqChunkBits) / kVqChunksPerStage;
 // Below every score of a finite code whose row takes part, and below every group's maximum.
 constexpr float kVqAbsentScore = -1e30f;
 constexpr float kVqNoGroup = -3e38f;
-// At least the length of a row that has been normalised.
-constexpr double kVqUnitNorm = 1.0 + 0x1p-20;
 constexpr double kVqLargestMagnitude = 1e28;
 
 // The three largest packed maxima of a subgroup in a part of the codes, largest first, and which
@@ -61,14 +59,15 @@ struct VqWorkspace {
   // [V padded / 2][4]: what the sum of a score begins with, -|e|²/2 of two codes, twice, as matrix
   // products have it; kVqAbsentScore where padded or not finite.
   float* starts;
-  double* latent_norms;  // [N]: |x|; NaN for a row that holds a NaN or an infinity
+  // [N]: |x|, or 1 if normalised; NaN for a row that holds a NaN or an infinity.
+  double* latent_norms;
   float* max_code_norm;  // [1]: at least the largest |e|, unless normalised
   __half* codes_half;    // [V padded][tensor_dim]: for the tensor cores, else null
   __half* latents_half;  // [N][tensor_dim]: likewise
   VqTop* tops;           // [N][parts][kVqSubgroups]
 
   __device__ __forceinline__ float* start_of(int64_t code) const {
-    return starts + (code / 2 * 4 + code % 2);
+    return starts + (code * 2 - (code & 1));
   }
 };
 
@@ -79,9 +78,10 @@ struct VqProblem {
   int padded_dim;  // a multiple of 8
   int tensor_dim;  // a multiple of 16; 0: scores in fp32
   bool normalize;
-  bool few;        // latents: two kernels; tensor_dim > 0
-  int64_t stages;  // of codes
-  int tile_rows;   // rows that a block of a score kernel has at a time
+  bool few;            // latents: two kernels; tensor_dim > 0
+  bool by_warpgroups;  // scores
+  int64_t stages;      // of codes
+  int tile_rows;       // rows that a block of a score kernel has at a time
   int64_t row_tiles;
   int64_t run;    // scored by a block: (tile, stage) pairs, all stages of a tile in a row
   int64_t parts;  // the most blocks that share a tile, each scoring a part of its stages; the
