@@ -431,6 +431,60 @@ __device__ __forceinline__ uint32_t warp_sum(uint32_t x) {
 #endif
 }
 
+// The sum of x over the lanes up to this one.
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    asm volatile(
+        "{\n"
+        ".reg .pred has_lane;\n"
+        ".reg .b32 other;\n"
+        "shfl.sync.up.b32 other|has_lane, %0, %1, 0, 0xffffffff;\n"
+        "@has_lane add.u32 %0, %0, other;\n"
+        "}\n"
+        : "+r"(x)
+        : "r"(lanes));
+  }
+  return x;
+}
+
+// --- Ahead of time ------------------------------------------------------------------------------
+
+// Begins to fetch the line of global memory that holds *pointer.
+__device__ __forceinline__ void prefetch(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(pointer)));
+}
+
+// --- Lists in shared memory ---------------------------------------------------------------------
+
+// The end of a list of floats, where a thread appends those above a floor: two instructions without
+// a branch behind the comparison, where the compiler takes more.
+class ListEnd {
+ public:
+  __device__ __forceinline__ explicit ListEnd(const float* place)
+      : address_(shared_address(place)) {}
+  __device__ __forceinline__ ListEnd behind(uint32_t floats) const {
+    ListEnd end = *this;
+    end.address_ += floats * static_cast<uint32_t>(sizeof(float));
+    return end;
+  }
+  __device__ __forceinline__ void append_above(float floor, float x) {
+    asm volatile(
+        "{\n"
+        ".reg .pred is_above;\n"
+        "setp.gt.f32 is_above, %1, %2;\n"
+        "@is_above st.shared.f32 [%0], %1;\n"
+        "@is_above add.u32 %0, %0, 4;\n"
+        "}\n"
+        : "+r"(address_)
+        : "f"(x), "f"(floor)
+        : "memory");
+  }
+
+ private:
+  uint32_t address_;
+};
+
 // --- Kernels that overlap (launch_overlapping) -------------------------------------------------
 
 // Waits until the kernel before has ended and what it wrote is visible: every thread calls this

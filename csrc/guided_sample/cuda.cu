@@ -8,6 +8,7 @@
 #include "common/tensor_memory.h"
 #include "guided_sample/kernel.cuh"
 #include "guided_sample/launch.h"
+#include "guided_sample/warp_row.cuh"
 
 namespace flexvar {
 namespace {
@@ -55,10 +56,31 @@ void launch(const Plan& plan, GuidedSampleCudaParams<T> params, int64_t multipro
                 static_cast<size_t>(plan.shared_bytes), params);
 }
 
+// A warp to each row, where there are rows enough for every scheduler to have two. The sample may
+// mislead one row in thirty: a warp chooses another pivot then. Rows that are not aligned, or too
+// long, are left to blocks: false.
+template <class T>
+bool launch_warps(GuidedSampleCudaParams<T> params, int64_t multiprocessors, cudaStream_t stream) {
+  constexpr int64_t kRowsPerMultiprocessor = 8;
+  const int32_t n = params.vocabulary;
+  const int32_t rank = guided_sample_pivot_rank(n, params.top_k, params.top_p, 2);
+  if (rank == 0 || n % 8 != 0 || n > kMostStretches * kStretch ||
+      reinterpret_cast<uintptr_t>(params.logits) % 16 != 0 ||
+      params.rows < kRowsPerMultiprocessor * multiprocessors) {
+    return false;
+  }
+  params.pivot_rank = rank;
+  params.capacity = guided_sample_capacity(n, rank, params.top_k);
+  launch_kernel(kOp, stream, guided_sample_warp_kernel<T>, params.rows, 32,
+                sizeof(WarpRowStorage) + sizeof(float) * params.capacity, params);
+  return true;
+}
+
 template <class T>
 void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, kOp);
+  if (launch_warps(params, multiprocessors, stream)) return;
   const int64_t shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp);
   const Plan few = make_plan<T>(params.vocabulary, 256, shared_memory);
   const Plan many = make_plan<T>(params.vocabulary, 512, shared_memory);
@@ -88,7 +110,7 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
               {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
                tokens.mutable_data_ptr<int64_t>(), step, top_p, grid_size(rows, kOp),
                static_cast<uint32_t>(length), static_cast<int32_t>(vocabulary), kept,
-               guided_sample_pivot_rank(vocabulary, kept, top_p), 0},
+               guided_sample_pivot_rank(vocabulary, kept, top_p, 3.5), 0, 0},
               scope.stream());
   };
   if (x.scalar_type() == ScalarType::Half) {

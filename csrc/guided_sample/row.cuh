@@ -35,6 +35,7 @@ struct GuidedSampleCudaParams {
   int32_t top_k;       // 0 (off) to V - 1
   int32_t pivot_rank;  // see guided_sample_pivot_rank
   int32_t pieces;      // of four logits for each thread, odd; 0: the row stays in global memory
+  int32_t capacity;    // candidates that a warp that has a row alone has room for
 };
 
 // The pieces of a row that fall to each of a block's threads. Odd, so that threads that read their
@@ -45,9 +46,10 @@ inline int32_t guided_sample_pieces(int64_t vocabulary, int threads) {
 }
 
 // The pivot's place in the sample of a row, from the largest: such that at least top_k logits are
-// above it, but for one row in thousands. 0: no pivot, because all logits matter or candidates
-// would be too many.
-inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p) {
+// above it, but for rows that deviate from the mean by more than so many standard deviations. 0: no
+// pivot, because all logits matter or candidates would be too many.
+inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p,
+                                        double deviations) {
   const bool nucleus = top_p > 0 && top_p < 1;
   if ((top_k == 0 && !nucleus) || vocabulary < 2 * kPivotSample) return 0;
   const auto size = static_cast<double>(vocabulary);
@@ -56,9 +58,17 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, doubl
   }
   const double share = static_cast<double>(top_k) / size;
   const double deviation = std::sqrt(kPivotSample * share * (1 - share));
-  const double rank = kPivotSample * share + 3.5 * deviation + 2;
+  const double rank = kPivotSample * share + deviations * deviation + 2;
   const double most = (rank + kPivotSlack + 2.5 * deviation) / kPivotSample * size;
   return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
+}
+
+// Room for the candidates above such a pivot of most rows, a multiple of 128.
+inline int32_t guided_sample_capacity(int64_t vocabulary, int32_t rank, int64_t top_k) {
+  const double most = rank + kPivotSlack + 2.5 * std::sqrt(rank);
+  const double candidates = fmax(512, most / kPivotSample * static_cast<double>(vocabulary));
+  return static_cast<int32_t>(top_k == 0 ? kMaxCandidates : fmin(candidates, kMaxCandidates)) /
+         128 * 128;
 }
 
 template <class T>
@@ -93,19 +103,25 @@ struct Measure {
   float least, greatest;
 };
 
-struct alignas(16) SampleStorage {
-  // A lane's bins are apart from the next one's: two behind them keep both in other banks.
-  alignas(16) Tally bins[32][kBinsPerLane + 2];
-  alignas(16) int32_t heads[kSampleBins];  // of lists of the candidates in a bin; -1: none
+// What a block needs to bisect a row.
+struct BisectionStorage {
   int32_t counts[kSampleMostWarps];
   float largest[kSampleMostWarps];
-  Tally tallies[kSampleMostWarps];
   Measure measures[kSampleMostWarps];
   int64_t sums[kSampleMostWarps];
   uint64_t number;  // random
-  int64_t target, kept_mass;
+  int64_t target;
+  int32_t ties, warp;
+};
+
+struct alignas(16) SampleStorage : BisectionStorage {
+  // A lane's bins are apart from the next one's: two behind them keep both in other banks.
+  alignas(16) Tally bins[32][kBinsPerLane + 2];
+  alignas(16) int32_t heads[kSampleBins];  // of lists of the candidates in a bin; -1: none
+  Tally tallies[kSampleMostWarps];
+  int64_t kept_mass;
   float pivot, cut_logit;
-  int32_t cut_end, ties, warp;
+  int32_t cut_end;
 };
 
 template <int kWarps>
@@ -115,17 +131,20 @@ struct CandidateStorage : SampleStorage {
   uint16_t next[kWarps * kPlaces];     // the next in the same list; until then a candidate's index
 };
 
-template <class Number>
-__device__ inline Number warp_inclusive_sum(Number sum) {
+// The sum over the lanes up to this one.
+__device__ inline int64_t warp_inclusive_sum(int64_t sum) {
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const Number other = __shfl_up_sync(0xffffffffu, sum, lanes);
+    const int64_t other = __shfl_up_sync(0xffffffffu, sum, lanes);
     if (static_cast<int>(threadIdx.x) % 32 >= lanes) sum += other;
   }
   return sum;
 }
+__device__ inline int32_t warp_inclusive_sum(int32_t sum) {
+  return static_cast<int32_t>(ptx::warp_inclusive_sum(static_cast<uint32_t>(sum)));
+}
 __device__ inline Tally warp_inclusive_sum(Tally sum) {
-  return {warp_inclusive_sum(sum.count_and_low), warp_inclusive_sum(sum.high)};
+  return {ptx::warp_inclusive_sum(sum.count_and_low), ptx::warp_inclusive_sum(sum.high)};
 }
 __device__ inline Tally warp_sum(Tally sum) {
   return {ptx::warp_sum(sum.count_and_low), ptx::warp_sum(sum.high)};

@@ -152,6 +152,28 @@ inline void barrier_arrive(int id, int threads, Location where = Location::curre
 inline uint32_t warp_sum(uint32_t x, Location where = Location::current()) {
   return __reduce_add_sync(0xffffffffu, x, where);
 }
+inline uint32_t warp_inclusive_sum(uint32_t x, Location where = Location::current()) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, x, static_cast<unsigned>(lanes), 32, where);
+    if (static_cast<int>(threadIdx.x) % 32 >= lanes) x += other;
+  }
+  return x;
+}
+
+inline void prefetch(const void*) {}
+
+class ListEnd {
+ public:
+  explicit ListEnd(float* place) : place_(place) {}
+  ListEnd behind(uint32_t floats) const { return ListEnd(place_ + floats); }
+  void append_above(float floor, float x) {
+    if (x > floor) *place_++ = x;
+  }
+
+ private:
+  float* place_;
+};
+
 inline void griddepcontrol_wait() { emulation::wait_for_earlier_launches(); }
 inline void griddepcontrol_launch_dependents() {}
 inline int computed_here(int x) { return x; }

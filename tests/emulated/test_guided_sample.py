@@ -74,17 +74,37 @@ def test_misleading_rows(launch_once, top_k, top_p, multiprocessors):
     check(launch_once, misleading_rows(), top_k, top_p, multiprocessors=multiprocessors)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1024, 1032, 2048, 5000, 32768, 32776])
+def test_rows_that_a_warp_samples(launch_once, vocabulary, dtype):
+    """Twelve rows for one multiprocessor; the longest that a warp takes, and the next one."""
+    logits = random_logits(vocabulary, dtype).repeat(1, 2, 1)
+    for top_k, top_p in [(100, 0.9), (100, 0.0), (0, 0.5), (1, 0.5)]:
+        check(launch_once, logits, top_k, top_p, multiprocessors=1)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (0, 0.95)])
+@pytest.mark.parametrize("shift", [-4, -0.9, 0.9, 4])
+def test_second_pivot(launch_once, shift, top_k, top_p):
+    """The sample is off by so much that its first pivot has too few or too many logits above it; or the second too."""
+    logits = 3 * torch.randn(2, 8, 8912, generator=torch.Generator().manual_seed(top_k))
+    pieces = torch.arange(128) * (8912 // 128) // 4 * 4
+    logits[..., (pieces[:, None] + torch.arange(4)).flatten()] += shift
+    check(launch_once, logits, top_k, top_p, multiprocessors=1)
+
+
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
 @pytest.mark.parametrize("values", [2, 9, 40])
 def test_crowded_bins(launch_once, values, top_p):
     """Candidates of a few values each, which one logit far above them puts into one bin: ties at every threshold."""
     generator = torch.Generator().manual_seed(values)
-    logits = -100 * torch.ones(2, 3, 1500)
-    logits[..., ::15] = torch.randint(0, values, (2, 3, 100), generator=generator) / 64
+    logits = -100 * torch.ones(2, 4, 1504)
+    logits[..., :1500:15] = torch.randint(0, values, (2, 4, 100), generator=generator) / 64
     logits[..., 0] = 10
     for top_k in 20, 60, 90:
-        check(launch_once, logits, top_k, top_p)
-        check(launch_once, logits - 8 * (logits == 10), top_k, top_p)
+        for multiprocessors in 1, 100:
+            check(launch_once, logits, top_k, top_p, multiprocessors=multiprocessors)
+            check(launch_once, logits - 8 * (logits == 10), top_k, top_p, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,9 +133,11 @@ def test_softmax_alone(launch_in_every_order, dtype, misalignment):
 
 
 @pytest.mark.parametrize("misalignment", [0, 1])
-def test_candidates_in_every_order(launch_in_every_order, misalignment):
-    """Three rows to a block, some of which are bisected before and some after the next one is on its way."""
-    logits = 2 * torch.randn(2, 6, 1500, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("vocabulary", [1500, 1504], ids=["block", "warp"])
+def test_candidates_in_every_order(launch_in_every_order, vocabulary, misalignment):
+    """Three rows to a block, some of which are bisected before and some after the next one is on its way; or a warp
+    to a row, where rows are a multiple of 8 and aligned."""
+    logits = 2 * torch.randn(2, 6, vocabulary, generator=torch.Generator().manual_seed(0))
     logits[:, 1, 7] = torch.inf
     logits[:, 3, 7] = 1000  # all other candidates in few bins
     logits[:, 4] = (8 * logits[:, 4]).round() / 8
