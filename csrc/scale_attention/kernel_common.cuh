@@ -20,18 +20,20 @@ struct AttentionCudaTensor {
 
 // A part of the work list, handed to a kernel by value: nothing to allocate or copy before a
 // launch.
-constexpr int kTilesPerLaunch = 256;
+template <class Tile>
+constexpr int kTilesPerLaunch = 3072 / sizeof(Tile);
 template <class Tile>
 struct TileList {
-  Tile tiles[kTilesPerLaunch];
+  Tile tiles[kTilesPerLaunch<Tile>];
   int count;
 };
 
 // What a block works on. The tiles of a head are neighbours in the grid: they run side by side, and
 // all but the first find its keys and values in the L2 cache.
 template <class Tile>
-__device__ __forceinline__ const Tile& tile_of_block(const TileList<Tile>& list) {
-  return list.tiles[blockIdx.x % static_cast<unsigned>(list.count)];
+__device__ __forceinline__ const Tile& tile_of_block(const TileList<Tile>& list,
+                                                     unsigned block = blockIdx.x) {
+  return list.tiles[block % static_cast<unsigned>(list.count)];
 }
 template <class Tile>
 __device__ __forceinline__ int64_t head_of_block(const TileList<Tile>& list) {
@@ -159,6 +161,12 @@ __device__ __forceinline__ KeyRange keys_of_block(const AttentionForwardCuda& pa
   const int begin = static_cast<int>(blockIdx.z) * params.keys_per_part;
   const int rest = tile.key_end - begin;
   return {begin, begin + (rest < params.keys_per_part ? rest : params.keys_per_part)};
+}
+
+// How many of the tile's keys, its last ones, query query_begin + row does not see.
+__device__ __forceinline__ int hidden_keys(const QueryTile& tile, int row) {
+  const int seen = __ffsll(static_cast<long long>(tile.scale_ends >> row));  // from its own key on
+  return seen == 0 ? 0 : tile.query_end - (tile.query_begin + row + seen);
 }
 
 // A row of this block's part in [parts, B, H, L].
