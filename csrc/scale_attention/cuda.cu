@@ -72,7 +72,7 @@ void launch(const char* op, void (*kernel)(Params, TileList<Tile>), int threads,
     const size_t count = std::min<size_t>(kTilesPerLaunch<Tile>, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    list.count = static_cast<int>(count);
+    list.count = static_cast<int64_t>(count);
     const dim3 grid(grid_size(heads * static_cast<int64_t>(count), op), 1,
                     static_cast<unsigned>(parts));
     if constexpr (std::is_same_v<Params, AttentionForwardCuda>) {

@@ -74,9 +74,9 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
 template <class T, int kDim>
 class RowCopies {
  public:
-  // `rows`: the first row to copy.
-  __device__ __forceinline__ RowCopies(const T* rows, int64_t token_stride)
-      : source_(rows + first_row() * token_stride + column()),
+  // `begin`: the first row to copy.
+  __device__ __forceinline__ RowCopies(const T* head, int64_t token_stride, int begin = 0)
+      : source_(head + static_cast<unsigned>(begin + first_row()) * token_stride + column()),
         step_(int64_t{kStep} * token_stride) {}
 
   // Starts copying the next kRows rows; of those from `count` on, which are not there, zeros.
@@ -127,7 +127,7 @@ class RowCopies {
 template <class T, int kRows, int kDim>
 __device__ __forceinline__ void copy_rows_async(HalfTile<T, kRows, kDim>& shared, const T* head,
                                                 int64_t token_stride, int begin, int end) {
-  RowCopies<T, kDim>(head + begin * token_stride, token_stride).start(shared, end - begin);
+  RowCopies<T, kDim>(head, token_stride, begin).start(shared, end - begin);
 }
 
 // Until all copies have arrived, and the block is done with the tiles before: the next ones may be
@@ -352,6 +352,39 @@ __device__ __forceinline__ void store_row(T* row, const float (&sums)[kDimTiles]
   }
 }
 
+// The 16 rows of a warp's accumulators from `warp_row` on, those below `count`, times `factor`, to
+// rows `row_stride` apart; in pieces of 16 bytes, by way of a tile that no other warp reads.
+template <class T, int kDimTiles, int kRows, int kDim>
+__device__ __forceinline__ void store_rows(T* rows, int64_t row_stride,
+                                           const float (&sums)[kDimTiles][4],
+                                           const float (&factor)[2], HalfTile<T, kRows, kDim>& tile,
+                                           int warp_row, int count) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int d = 0; d < kDimTiles; d += 2) {
+    uint32_t fragment[4];  // as of load_left
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&half)[4] = sums[d + i / 2];
+      fragment[i] =
+          pack_pair<T>(half[i % 2 * 2] * factor[i % 2], half[i % 2 * 2 + 1] * factor[i % 2]);
+    }
+    ptx::stmatrix_x4(tile.at(warp_row + lane % 16, d * 8 + lane / 16 * 8), fragment);
+  }
+  __syncwarp();
+  constexpr int kChunks = kDim / 8, kStep = 32 / kChunks, kPasses = 16 / kStep;
+  const int row = warp_row + lane / kChunks, column = lane % kChunks * 8;
+  const bool is_mine = 32 % kChunks == 0 || lane < kStep * kChunks;
+  T* target = rows + row * row_stride + column;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass, target += kStep * row_stride) {
+    if (is_mine && row + pass * kStep < count) {
+      *reinterpret_cast<uint4*>(target) =
+          *reinterpret_cast<const uint4*>(tile.at(row + pass * kStep, column));
+    }
+  }
+}
+
 // Over the 4 lanes that share a row; all lanes of the warp take part.
 __device__ __forceinline__ float row_maximum(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -464,26 +497,26 @@ __device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
                                        TensorCoreForwardShared<T, kDim>& shared) {
   constexpr int kColumns = TensorCoreForwardShared<T, kDim>::kColumns, kTiles = kColumns / 8;
   const KeyRange key_range = keys_of_block(params, tile);
-  const int64_t head = head_of_block(list);
+  const int64_t head = head_of_block(list), image = image_of(head, params.heads),
+                in_image = head_in_image(head, params.heads);
   const int warp_row = static_cast<int>(threadIdx.x / 32 * 16);
   const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
   const bool normalized = params.q_scale != nullptr;
-  const float scale = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
-                      q_scale_of<float>(params.q_scale, head, params.heads);
-  float factor[2] = {scale, scale};  // of a row's products, to scores in base 2
 
-  copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
-                  tile.query_begin, tile.query_end);
-  RowCopies<T, kDim> keys(
-      head_of<T>(params.k, head, params.heads) + key_range.begin * params.k.token_stride,
-      params.k.token_stride);
+  copy_rows_async(shared.queries, head_of_image<T>(params.q, image, in_image),
+                  params.q.token_stride, tile.query_begin, tile.query_end);
+  RowCopies<T, kDim> keys(head_of_image<T>(params.k, image, in_image), params.k.token_stride,
+                          key_range.begin);
   int rest = key_range.end - key_range.begin;  // keys from the tile at hand on
   keys.start(shared.keys[0], rest);
-  const SoftmaxStart<float> softmax = start_softmax<T>(params, head);
+  const float scale = normalized
+                          ? params.float_scale * static_cast<const float*>(params.q_scale)[in_image]
+                          : params.float_scale;
+  float factor[2] = {scale, scale};  // of a row's products, to scores in base 2
+  const SoftmaxStart<float> softmax = start_softmax<T>(params, head, scale);
   wait_for_tile();
-  RowCopies<T, kDim> values(
-      head_of<T>(params.v, head, params.heads) + key_range.begin * params.v.token_stride,
-      params.v.token_stride);
+  RowCopies<T, kDim> values(head_of_image<T>(params.v, image, in_image), params.v.token_stride,
+                            key_range.begin);
   values.start(shared.values[0], rest);
   if (rest > kColumns) keys.start(shared.keys[1], rest - kColumns);
   float weights[kTiles][4];
@@ -510,7 +543,8 @@ __device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
       const int begin = key_range.end - rest;
       // Each warp measures 16 keys; those that are queries of this block, too, are no other's.
       if (warp_row < kColumns) {
-        inverse_row_lengths(inverse, shared.keys[stage], warp_row);
+        // Addresses are not to wait in registers where rows are not normalised.
+        inverse_row_lengths(inverse, shared.keys[stage], ptx::computed_here(warp_row));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = warp_row + g + 8 * half, token = begin + row;
@@ -568,31 +602,38 @@ __device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
   }
   tile_accumulate(out, weights, shared.values[stage]);
 
-  T* const out_rows =
-      static_cast<T*>(params.out) +
-      contiguous_offset<kDim>(head, params.heads, params.query_count, tile.query_begin);
-  const unsigned row_stride = static_cast<unsigned>(params.heads) * kDim;
+  const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
+  const int first_row = warp_row + g, count = tile.query_end - tile.query_begin;
+  if (params.parts != nullptr) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = row_sum(sum[half]);
-    const unsigned row_in_tile = warp_row + g + 8 * half;
-    const int token = tile.query_begin + static_cast<int>(row_in_tile);
-    if (token >= tile.query_end) continue;
-    if (params.parts != nullptr) {
-      const int64_t row = part_row(params, list, head, token);
+    for (int half = 0; half < 2; ++half) {
+      if (first_row + 8 * half >= count) continue;
+      const int64_t row = part_row(params, list, head, tile.query_begin + first_row + 8 * half);
       float2* sums = reinterpret_cast<float2*>(static_cast<float*>(params.part_sums) + row * kDim);
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         sums[d * 4 + t] = {out[d][2 * half], out[d][2 * half + 1]};
       }
-      if (t == 0) static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total};
-      continue;
+      if (t == 0) {
+        static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total[half]};
+      }
     }
-    store_row(out_rows + uint64_t{row_in_tile} * row_stride, out, half, 1 / total);
-    if (params.logsumexp != nullptr && t == 0) {
-      static_cast<float*>(params.logsumexp)[head * params.query_count + token] =
-          maximum[half] * static_cast<float>(kAttentionLn2) + logf(total);
-    }
+    return true;
+  }
+  const float scales[2] = {ptx::reciprocal_approx(total[0]), ptx::reciprocal_approx(total[1])};
+  T* const out_rows =
+      static_cast<T*>(params.out) +
+      contiguous_offset<kDim>(head, params.heads, params.query_count, tile.query_begin);
+  store_rows(out_rows, int64_t{params.heads.divisor} * kDim, out, scales, shared.queries, warp_row,
+             count);
+  if (params.logsumexp != nullptr && t == 0) {
+    float* const logsumexp = head_part<float>(params.logsumexp, head, params.query_count) +
+                             (tile.query_begin + first_row);
+    const auto logsumexp_of = [&](int half) {
+      return (maximum[half] + __log2f(total[half])) * static_cast<float>(kAttentionLn2);
+    };
+    if (first_row < count) logsumexp[0] = logsumexp_of(0);
+    if (first_row + 8 < count) logsumexp[8] = logsumexp_of(1);
   }
   return true;
 }
