@@ -42,6 +42,17 @@ __device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&
   }
 }
 
+// stmatrix_x4 without the instruction.
+__device__ __forceinline__ void stmatrix_by_shuffles(void* row, const uint32_t (&r)[4]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const auto target =
+        __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(row), j * 8 + lane / 4);
+    reinterpret_cast<uint32_t*>(target)[lane % 4] = r[j];
+  }
+}
+
 }  // namespace flexvar::ptx
 
 #ifndef __CUDACC__
@@ -124,6 +135,19 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// The reverse of ldmatrix_x4: lane i's elements of matrix j, r[j], go to the rows that lanes 8 j
+// and up point at.
+__device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                   shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  stmatrix_by_shuffles(row, r);
+#endif
 }
 
 // --- Matrix products ---------------------------------------------------------------------------
@@ -523,6 +547,12 @@ __device__ __forceinline__ uint32_t difference_bits(float a, float b) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1 / x to 1 ulp, for x that are 0 or normal.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -10,7 +10,7 @@ namespace flexvar::ptx {
 // is the 128-byte swizzle of Hopper's matrix products, for which a tile begins at a multiple of
 // 1024 bytes.
 FLEXVAR_HOST_DEVICE constexpr int swizzled_column(int row, int column) {
-  return column ^ row % 8 * 8;
+  return column ^ (row & 7) * 8;
 }
 
 // A matrix in shared memory without a swizzle, for products of a warpgroup over a depth of 16: rows

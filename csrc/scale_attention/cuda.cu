@@ -68,11 +68,11 @@ void launch(const char* op, void (*kernel)(Params, TileList<Tile>), int threads,
   if (shared_bytes > 48 * 1024) {
     allow_shared_memory(kernel, static_cast<int64_t>(shared_bytes), op);
   }
-  for (size_t begin = 0; begin < tiles.size(); begin += kTilesPerLaunch) {
-    const size_t count = std::min<size_t>(kTilesPerLaunch, tiles.size() - begin);
+  for (size_t begin = 0; begin < tiles.size(); begin += kTilesPerLaunch<Tile>) {
+    const size_t count = std::min<size_t>(kTilesPerLaunch<Tile>, tiles.size() - begin);
     TileList<Tile> list;
     std::copy_n(tiles.begin() + begin, count, list.tiles);
-    list.count = static_cast<int>(count);
+    list.count = static_cast<int64_t>(count);
     const dim3 grid(grid_size(heads * static_cast<int64_t>(count), op), 1,
                     static_cast<unsigned>(parts));
     if constexpr (std::is_same_v<Params, AttentionForwardCuda>) {
@@ -115,9 +115,11 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, cons
                                     inverse_lengths_of(inverse_lengths, 1)};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
+    const std::vector<QueryTile> tiles =
+        Kernels::kJoinsScales ? joined_query_tiles(scale_lengths, Kernels::kForwardRows)
+                              : query_tiles(scale_lengths, Kernels::kForwardRows);
     launch(kOp, Kernels::kForward, Kernels::kThreads, sizeof(typename Kernels::ForwardShared),
-           params, longest_first(query_tiles(scale_lengths, Kernels::kForwardRows)), batch * heads,
-           scope.stream());
+           params, longest_first(tiles), batch * heads, scope.stream());
   });
   return {out, logsumexp, inverse_lengths};
 }

@@ -21,6 +21,7 @@ struct AttentionKernels {
   static constexpr auto kGradKeys = &attention_grad_keys_plain<T, kDim>;
   using ForwardShared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
   using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
+  static constexpr bool kJoinsScales = false;  // in the forward pass's tiles of queries
   static constexpr int kForwardRows = ForwardShared::Tile::kRows;
   static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
   static constexpr int kForwardBlocks = 1;  // a multiprocessor that a step is spread over
@@ -35,6 +36,7 @@ struct AttentionKernels<T, kDim, true> {
   static constexpr auto kGradKeys = &attention_grad_keys_tensor_core<T, kDim>;
   using ForwardShared = TensorCoreForwardShared<T, kDim>;
   using BackwardShared = TensorCoreBackwardShared<T, kDim>;
+  static constexpr bool kJoinsScales = true;
   static constexpr int kForwardRows = kTensorCoreRows;
   static constexpr int kForwardColumns = ForwardShared::kColumns;
   static constexpr int kForwardBlocks = kDim <= 64 ? 4 : 2;

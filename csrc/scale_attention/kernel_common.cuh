@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/cuda.cuh"
+#include "common/fast_divisor.h"
 #include "common/inverse_length.h"
 #include "common/ptx.cuh"
 #include "scale_attention/tile.h"
@@ -20,22 +21,24 @@ struct AttentionCudaTensor {
 
 // A part of the work list, handed to a kernel by value: nothing to allocate or copy before a
 // launch.
-constexpr int kTilesPerLaunch = 256;
+template <class Tile>
+constexpr int kTilesPerLaunch = 3072 / sizeof(Tile);
 template <class Tile>
 struct TileList {
-  Tile tiles[kTilesPerLaunch];
-  int count;
+  Tile tiles[kTilesPerLaunch<Tile>];
+  FastDivisor count;
 };
 
 // What a block works on. The tiles of a head are neighbours in the grid: they run side by side, and
 // all but the first find its keys and values in the L2 cache.
 template <class Tile>
-__device__ __forceinline__ const Tile& tile_of_block(const TileList<Tile>& list) {
-  return list.tiles[blockIdx.x % static_cast<unsigned>(list.count)];
+__device__ __forceinline__ const Tile& tile_of_block(const TileList<Tile>& list,
+                                                     unsigned block = blockIdx.x) {
+  return list.tiles[list.count.remainder(block)];
 }
 template <class Tile>
 __device__ __forceinline__ int64_t head_of_block(const TileList<Tile>& list) {
-  return blockIdx.x / static_cast<unsigned>(list.count);
+  return list.count.quotient(blockIdx.x);
 }
 
 // A row's softmax over a part of the keys.
@@ -45,13 +48,16 @@ struct AttentionPart {
   A sum;      // of the weights, relative to that
 };
 
+constexpr double kAttentionLog2E = 1.4426950408889634074;
+constexpr double kAttentionLn2 = 0.69314718055994530942;
+
 // The grid of every kernel is (B * H heads times tiles), of the forward pass with parts in its
 // third dimension; A is the type of the arithmetic, float or (for double) double.
 struct AttentionForwardCuda {
   AttentionCudaTensor q, k, v;
   void* out;        // [B, L, H, D], contiguous
   void* logsumexp;  // A [B, H, L], or null
-  int64_t heads;
+  FastDivisor heads;
   int64_t query_count;
   double softmax_scale;
   const void* q_scale = nullptr;  // A [H]: q and k are normalised and q multiplied by this; or null
@@ -63,6 +69,8 @@ struct AttentionForwardCuda {
   // as weighted sums to A [parts, B, H, L, D] and AttentionPart<A> [parts, B, H, L].
   int keys_per_part = INT32_MAX;
   void *part_sums = nullptr, *parts = nullptr;
+  // From products of rows to scores in base 2, but for q_scale.
+  float float_scale = static_cast<float>(softmax_scale * kAttentionLog2E);
 };
 
 struct AttentionBackwardCuda {
@@ -70,16 +78,13 @@ struct AttentionBackwardCuda {
   const void* logsumexp;           // A [B, H, L]
   void* delta;                     // A [B, H, L]: sum over D of grad_out * out
   void *grad_q, *grad_k, *grad_v;  // [B, L, H, D], contiguous
-  int64_t heads;
+  FastDivisor heads;
   int64_t query_count;  // = key count
   double softmax_scale;
   // As in the forward pass.
   const void *q_scale, *q_inverse_lengths, *k_inverse_lengths;
   void* grad_q_scale_parts;  // A [B, H, L]: every query's part of the gradient of q_scale
 };
-
-constexpr double kAttentionLog2E = 1.4426950408889634074;
-constexpr double kAttentionLn2 = 0.69314718055994530942;
 
 template <class T>
 struct AttentionArithmeticOf {
@@ -92,26 +97,31 @@ struct AttentionArithmeticOf<double> {
 template <class T>
 using AttentionArithmetic = typename AttentionArithmeticOf<T>::type;
 
-// Of the B * H heads. A launch has fewer than 2^31 blocks, so 32 bits hold them, which are divided
-// in a few instructions.
-__device__ __forceinline__ int64_t image_of(int64_t head, int64_t heads) {
-  return static_cast<unsigned>(head) / static_cast<unsigned>(heads);
+// Of the B * H heads. A launch has fewer than 2^31 blocks, so 32 bits hold them.
+__device__ __forceinline__ int64_t image_of(int64_t head, const FastDivisor& heads) {
+  return heads.quotient(static_cast<unsigned>(head));
 }
-__device__ __forceinline__ int64_t head_in_image(int64_t head, int64_t heads) {
-  return static_cast<unsigned>(head) % static_cast<unsigned>(heads);
+__device__ __forceinline__ int64_t head_in_image(int64_t head, const FastDivisor& heads) {
+  return heads.remainder(static_cast<unsigned>(head));
 }
 
 // The first token of a head; token t follows at t * token_stride.
 template <class T>
+__device__ __forceinline__ const T* head_of_image(const AttentionCudaTensor& tensor, int64_t image,
+                                                  int64_t head_in_image) {
+  return static_cast<const T*>(tensor.data) + image * tensor.batch_stride +
+         head_in_image * tensor.head_stride;
+}
+template <class T>
 __device__ __forceinline__ const T* head_of(const AttentionCudaTensor& tensor, int64_t head,
-                                            int64_t heads) {
-  return static_cast<const T*>(tensor.data) + image_of(head, heads) * tensor.batch_stride +
-         head_in_image(head, heads) * tensor.head_stride;
+                                            const FastDivisor& heads) {
+  return head_of_image<T>(tensor, image_of(head, heads), head_in_image(head, heads));
 }
 
 // The head's q_scale, 1 where there is none.
 template <class A>
-__device__ __forceinline__ A q_scale_of(const void* q_scale, int64_t head, int64_t heads) {
+__device__ __forceinline__ A q_scale_of(const void* q_scale, int64_t head,
+                                        const FastDivisor& heads) {
   return q_scale == nullptr ? A(1) : static_cast<const A*>(q_scale)[head_in_image(head, heads)];
 }
 
@@ -134,14 +144,13 @@ struct SoftmaxStart {
   bool fixed;
   A maximum;
 };
+// `scale`: from products of rows to scores in base 2.
 template <class T, class A = AttentionArithmetic<T>>
 __device__ __forceinline__ SoftmaxStart<A> start_softmax(const AttentionForwardCuda& params,
-                                                         int64_t head) {
+                                                         int64_t head, A scale) {
   A bound = A(INFINITY);  // of scores in base 2. Normalised rows' products are at most 1.
   if (params.q_scale != nullptr) {
-    bound = static_cast<A>(params.softmax_scale) *
-            q_scale_of<A>(params.q_scale, head, params.heads) * A(kAttentionLog2E);
-    bound = bound < 0 ? -bound : bound;
+    bound = scale < 0 ? -scale : scale;
   } else if (params.logit_bound != nullptr) {
     bound = static_cast<const A*>(params.logit_bound)[head_in_image(head, params.heads)] *
             A(kAttentionLog2E);
@@ -161,11 +170,17 @@ __device__ __forceinline__ KeyRange keys_of_block(const AttentionForwardCuda& pa
   return {begin, begin + (rest < params.keys_per_part ? rest : params.keys_per_part)};
 }
 
+// How many of the tile's keys, its last ones, query query_begin + row does not see.
+__device__ __forceinline__ int hidden_keys(const QueryTile& tile, int row) {
+  const int seen = __ffsll(static_cast<long long>(tile.scale_ends >> row));  // from its own key on
+  return seen == 0 ? 0 : tile.query_end - (tile.query_begin + row + seen);
+}
+
 // A row of this block's part in [parts, B, H, L].
 __device__ __forceinline__ int64_t part_row(const AttentionForwardCuda& params,
                                             const TileList<QueryTile>& list, int64_t head,
                                             int64_t token) {
-  const int64_t heads = gridDim.x / static_cast<unsigned>(list.count);
+  const int64_t heads = list.count.quotient(gridDim.x);
   return (blockIdx.z * heads + head) * params.query_count + token;
 }
 
@@ -188,9 +203,10 @@ __device__ __forceinline__ bool has_length_one(A inverse) {
 
 // Offset of token `token` of a head in a contiguous [B, tokens, H, kDim].
 template <int kDim>
-__device__ __forceinline__ int64_t contiguous_offset(int64_t head, int64_t heads, int64_t tokens,
-                                                     int64_t token) {
-  return ((image_of(head, heads) * tokens + token) * heads + head_in_image(head, heads)) * kDim;
+__device__ __forceinline__ int64_t contiguous_offset(int64_t head, const FastDivisor& heads,
+                                                     int64_t tokens, int64_t token) {
+  return ((image_of(head, heads) * tokens + token) * heads.divisor + head_in_image(head, heads)) *
+         kDim;
 }
 
 }  // namespace flexvar

@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2)
                                head_part<A>(params.q_inverse_lengths, head, params.query_count),
                                tile.query_begin, tile);
   }
-  const SoftmaxStart<A> softmax = start_softmax<T>(params, head);
+  const SoftmaxStart<A> softmax = start_softmax<T>(params, head, factor);
   A maximum[Tile::kR], sum[Tile::kR];  // of scores in base 2; this lane's part of the sum
   typename Tile::Vector out[Tile::kR][Tile::kGroups] = {};
 #pragma unroll

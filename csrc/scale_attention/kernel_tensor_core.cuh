@@ -74,9 +74,9 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
 template <class T, int kDim>
 class RowCopies {
  public:
-  // `rows`: the first row to copy.
-  __device__ __forceinline__ RowCopies(const T* rows, int64_t token_stride)
-      : source_(rows + first_row() * token_stride + column()),
+  // `begin`: the first row to copy.
+  __device__ __forceinline__ RowCopies(const T* head, int64_t token_stride, int begin = 0)
+      : source_(head + static_cast<unsigned>(begin + first_row()) * token_stride + column()),
         step_(int64_t{kStep} * token_stride) {}
 
   // Starts copying the next kRows rows; of those from `count` on, which are not there, zeros.
@@ -93,10 +93,10 @@ class RowCopies {
   static constexpr int kChunks = kDim / 8, kStep = kTensorCoreThreads / kChunks;
 
   __device__ __forceinline__ static int first_row() {
-    return static_cast<int>(threadIdx.x) / kChunks;
+    return static_cast<int>(threadIdx.x / kChunks);
   }
   __device__ __forceinline__ static int column() {
-    return static_cast<int>(threadIdx.x) % kChunks * 8;
+    return static_cast<int>(threadIdx.x % kChunks * 8);
   }
 
   template <bool kWhole, int kRows>
@@ -127,7 +127,7 @@ class RowCopies {
 template <class T, int kRows, int kDim>
 __device__ __forceinline__ void copy_rows_async(HalfTile<T, kRows, kDim>& shared, const T* head,
                                                 int64_t token_stride, int begin, int end) {
-  RowCopies<T, kDim>(head + begin * token_stride, token_stride).start(shared, end - begin);
+  RowCopies<T, kDim>(head, token_stride, begin).start(shared, end - begin);
 }
 
 // Until all copies have arrived, and the block is done with the tiles before: the next ones may be
@@ -145,14 +145,14 @@ template <class T, int kRows, int kDim>
 __device__ __forceinline__ void load_left(uint32_t (&fragment)[4],
                                           const HalfTile<T, kRows, kDim>& tile, int row,
                                           int column) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   ptx::ldmatrix_x4(fragment, tile.at(row + lane % 16, column + lane / 16 * 8));
 }
 template <class T, int kRows, int kDim>
 __device__ __forceinline__ void load_right_transposed(uint32_t (&fragment)[4],
                                                       const HalfTile<T, kRows, kDim>& tile, int row,
                                                       int column) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   ptx::ldmatrix_x4_trans(fragment, tile.at(row + lane % 16, column + lane / 16 * 8));
 }
 // Two right factors for 16 rows of the tile as columns of the product, with depth 16 from `column`.
@@ -160,7 +160,7 @@ template <class T, int kRows, int kDim>
 __device__ __forceinline__ void load_right(uint32_t (&fragment)[4],
                                            const HalfTile<T, kRows, kDim>& tile, int row,
                                            int column) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   ptx::ldmatrix_x4(fragment, tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
 }
 
@@ -319,7 +319,7 @@ __device__ __forceinline__ void tile_accumulate_and_score(
 template <class T, int kRows, int kDim>
 __device__ __forceinline__ void inverse_row_lengths(float (&inverse)[2],
                                                     const HalfTile<T, kRows, kDim>& tile, int row) {
-  const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+  const int g = static_cast<int>(threadIdx.x % 32 / 4);
   float upper[4] = {}, lower[4] = {};
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {
@@ -344,11 +344,44 @@ __device__ __forceinline__ void inverse_row_lengths(float (&inverse)[2],
 template <class T, int kDimTiles>
 __device__ __forceinline__ void store_row(T* row, const float (&sums)[kDimTiles][4], int half,
                                           float factor) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
+  const int t = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int d = 0; d < kDimTiles; ++d) {
     *reinterpret_cast<uint32_t*>(row + d * 8 + 2 * t) =
         pack_pair<T>(sums[d][2 * half] * factor, sums[d][2 * half + 1] * factor);
+  }
+}
+
+// The 16 rows of a warp's accumulators from `warp_row` on, those below `count`, times `factor`, to
+// rows `row_stride` apart; in pieces of 16 bytes, by way of a tile that no other warp reads.
+template <class T, int kDimTiles, int kRows, int kDim>
+__device__ __forceinline__ void store_rows(T* rows, int64_t row_stride,
+                                           const float (&sums)[kDimTiles][4],
+                                           const float (&factor)[2], HalfTile<T, kRows, kDim>& tile,
+                                           int warp_row, int count) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int d = 0; d < kDimTiles; d += 2) {
+    uint32_t fragment[4];  // as of load_left
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&half)[4] = sums[d + i / 2];
+      fragment[i] =
+          pack_pair<T>(half[i % 2 * 2] * factor[i % 2], half[i % 2 * 2 + 1] * factor[i % 2]);
+    }
+    ptx::stmatrix_x4(tile.at(warp_row + lane % 16, d * 8 + lane / 16 * 8), fragment);
+  }
+  __syncwarp();
+  constexpr int kChunks = kDim / 8, kStep = 32 / kChunks, kPasses = 16 / kStep;
+  const int row = warp_row + lane / kChunks, column = lane % kChunks * 8;
+  const bool is_mine = 32 % kChunks == 0 || lane < kStep * kChunks;
+  T* target = rows + row * row_stride + column;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass, target += kStep * row_stride) {
+    if (is_mine && row + pass * kStep < count) {
+      *reinterpret_cast<uint4*>(target) =
+          *reinterpret_cast<const uint4*>(tile.at(row + pass * kStep, column));
+    }
   }
 }
 
@@ -362,23 +395,37 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Products of rows and columns become softmax weights, relative to a maximum of scores in base 2,
-// and this lane's parts of their sums grow. kMasked: columns from `columns` on get no weight.
-template <bool kMasked, int kTiles>
-__device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][4], float (&sum)[2],
-                                                       const float (&factor)[2], float maximum,
-                                                       int columns) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
+// Whether the tile holds a NaN or an infinity; all threads of the block take part.
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ bool holds_not_finite(const HalfTile<T, kRows, kDim>& tile) {
+  // Of a pair of elements. An exponent of ones and 1 more carry into the place of the sign.
+  constexpr uint32_t kExponents = std::is_same_v<T, __half> ? 0x7c007c00u : 0x7f807f80u;
+  constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x04000400u : 0x00800080u;
+  constexpr int kChunks = kDim / 8;
+  static_assert(kRows * kChunks % kTensorCoreThreads == 0);
+  uint32_t carries = 0;
+  const int thread = ptx::computed_here(static_cast<int>(threadIdx.x));  // few tiles are looked at
+#pragma unroll
+  for (int pass = 0; pass < kRows * kChunks / kTensorCoreThreads; ++pass) {
+    const unsigned chunk = pass * kTensorCoreThreads + thread;
+    const uint4 pairs =
+        *reinterpret_cast<const uint4*>(tile.at(chunk / kChunks, chunk % kChunks * 8));
+    carries |= ((pairs.x & kExponents) + kOnes) | ((pairs.y & kExponents) + kOnes) |
+               ((pairs.z & kExponents) + kOnes) | ((pairs.w & kExponents) + kOnes);
+  }
+  return __any_sync(0xffffffffu, __syncthreads_or((carries & 0x80008000u) != 0));
+}
+
+// Rows g and g + 8 do not see the columns from columns[0] and columns[1] on: those get no weight.
+template <int kTiles>
+__device__ __forceinline__ void hide_columns(float (&scores)[kTiles][4], const int (&columns)[2]) {
+  const int t = static_cast<int>(threadIdx.x % 4);
+  const int own[2] = {columns[0] - 2 * t, columns[1] - 2 * t};
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float &left = weights[n][2 * half], &right = weights[n][2 * half + 1];
-      left = ptx::exp2_approx(fmaf(left, factor[half], -maximum));
-      right = ptx::exp2_approx(fmaf(right, factor[half], -maximum));
-      if (kMasked && n * 8 + 2 * t >= columns) left = 0;
-      if (kMasked && n * 8 + 2 * t + 1 >= columns) right = 0;
-      sum[half] += left + right;
+    for (int i = 0; i < 4; ++i) {
+      if (n * 8 + i % 2 >= own[i / 2]) scores[n][i] = -INFINITY;
     }
   }
 }
@@ -387,37 +434,27 @@ __device__ __forceinline__ void weigh_at_fixed_maximum(float (&weights)[kTiles][
 // small numbers of their type, and what is in `sum` and `out` is seldom multiplied anew.
 constexpr float kMaximumSlack = 8;
 
-// The same at (nearly) the maximum so far; what is already in `sum` and `out` is relative to that.
-template <bool kMasked, int kTiles, int kDimTiles>
-__device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles][4],
-                                                         float (&maximum)[2], float (&sum)[2],
-                                                         float (&out)[kDimTiles][4],
-                                                         const float (&factor)[2], int columns) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  float rise[2] = {factor[0], factor[1]};   // from products to scores
-  if (!(factor[0] > 0 && factor[1] > 0)) {  // or scores would not be in the order of products
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) weights[n][i] *= factor[i / 2];
-    }
-    rise[0] = rise[1] = 1;
-  }
+// While all scores are -inf the maximum is no number to subtract.
+__device__ __forceinline__ float base_of(float maximum) {
+  return maximum == -INFINITY ? 0.0f : maximum;
+}
+
+// The maximum (nearly) of the scores so far, rise[] times the products of rows and columns; `sum`
+// and `out` are relative to it.
+template <int kTiles, int kDimTiles>
+__device__ __forceinline__ void raise_maximum(const float (&products)[kTiles][4],
+                                              float (&maximum)[2], float (&sum)[2],
+                                              float (&out)[kDimTiles][4], const float (&rise)[2]) {
   float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float &left = weights[n][2 * half], &right = weights[n][2 * half + 1];
-      if (kMasked && n * 8 + 2 * t >= columns) left = -INFINITY;
-      if (kMasked && n * 8 + 2 * t + 1 >= columns) right = -INFINITY;
-      highest[half] = fmaxf(highest[half], fmaxf(left, right));
+      highest[half] = fmaxf(highest[half], fmaxf(products[n][2 * half], products[n][2 * half + 1]));
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) highest[half] = row_maximum(highest[half]) * rise[half];
-  // While all scores are -inf the maximum is no number to subtract.
-  const auto base_of = [](float maximum) { return maximum == -INFINITY ? 0.0f : maximum; };
   if (__any_sync(0xffffffffu, highest[0] > maximum[0] + kMaximumSlack ||
                                   highest[1] > maximum[1] + kMaximumSlack)) {
 #pragma unroll
@@ -433,7 +470,13 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
       }
     }
   }
-  const float base[2] = {base_of(maximum[0]), base_of(maximum[1])};
+}
+
+// Products of rows and columns become softmax weights, relative to a maximum of scores in base 2,
+// and this lane's parts of their sums grow.
+template <int kTiles>
+__device__ __forceinline__ void weigh(float (&weights)[kTiles][4], float (&sum)[2],
+                                      const float (&rise)[2], const float (&base)[2]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -446,36 +489,34 @@ __device__ __forceinline__ void weigh_at_running_maximum(float (&weights)[kTiles
   }
 }
 
+// The results of a tile's queries, or false and none: a value that not all of them see is not
+// finite, and would enter all their sums, 0 times a NaN being a NaN.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
-    attention_forward_tensor_core(AttentionForwardCuda params, TileList<QueryTile> list) {
-  using Shared = TensorCoreForwardShared<T, kDim>;
-  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
-  Shared& shared = *dynamic_shared<Shared>();
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-  const QueryTile tile = tile_of_block(list);
+__device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
+                                       const TileList<QueryTile>& list, const QueryTile& tile,
+                                       TensorCoreForwardShared<T, kDim>& shared) {
+  constexpr int kColumns = TensorCoreForwardShared<T, kDim>::kColumns, kTiles = kColumns / 8;
   const KeyRange key_range = keys_of_block(params, tile);
-  const int64_t head = head_of_block(list);
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const int64_t head = head_of_block(list), image = image_of(head, params.heads),
+                in_image = head_in_image(head, params.heads);
+  const int warp_row = static_cast<int>(threadIdx.x / 32 * 16);
+  const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
   const bool normalized = params.q_scale != nullptr;
-  const float scale = static_cast<float>(params.softmax_scale * kAttentionLog2E) *
-                      q_scale_of<float>(params.q_scale, head, params.heads);
-  float factor[2] = {scale, scale};  // of a row's products, to scores in base 2
 
-  copy_rows_async(shared.queries, head_of<T>(params.q, head, params.heads), params.q.token_stride,
-                  tile.query_begin, tile.query_end);
-  RowCopies<T, kDim> keys(
-      head_of<T>(params.k, head, params.heads) + key_range.begin * params.k.token_stride,
-      params.k.token_stride);
+  copy_rows_async(shared.queries, head_of_image<T>(params.q, image, in_image),
+                  params.q.token_stride, tile.query_begin, tile.query_end);
+  RowCopies<T, kDim> keys(head_of_image<T>(params.k, image, in_image), params.k.token_stride,
+                          key_range.begin);
   int rest = key_range.end - key_range.begin;  // keys from the tile at hand on
   keys.start(shared.keys[0], rest);
-  const SoftmaxStart<float> softmax = start_softmax<T>(params, head);
+  const float scale = normalized
+                          ? params.float_scale * static_cast<const float*>(params.q_scale)[in_image]
+                          : params.float_scale;
+  float factor[2] = {scale, scale};  // of a row's products, to scores in base 2
+  const SoftmaxStart<float> softmax = start_softmax<T>(params, head, scale);
   wait_for_tile();
-  RowCopies<T, kDim> values(
-      head_of<T>(params.v, head, params.heads) + key_range.begin * params.v.token_stride,
-      params.v.token_stride);
+  RowCopies<T, kDim> values(head_of_image<T>(params.v, image, in_image), params.v.token_stride,
+                            key_range.begin);
   values.start(shared.values[0], rest);
   if (rest > kColumns) keys.start(shared.keys[1], rest - kColumns);
   float weights[kTiles][4];
@@ -502,7 +543,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
       const int begin = key_range.end - rest;
       // Each warp measures 16 keys; those that are queries of this block, too, are no other's.
       if (warp_row < kColumns) {
-        inverse_row_lengths(inverse, shared.keys[stage], warp_row);
+        // Addresses are not to wait in registers where rows are not normalised.
+        inverse_row_lengths(inverse, shared.keys[stage], ptx::computed_here(warp_row));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = warp_row + g + 8 * half, token = begin + row;
@@ -522,19 +564,36 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
         }
       }
     }
-    const auto weigh = [&]<bool kMasked>() {
-      if (softmax.fixed) {
-        weigh_at_fixed_maximum<kMasked>(weights, sum, factor, softmax.maximum, rest);
-      } else {
-        weigh_at_running_maximum<kMasked>(weights, maximum, sum, out, factor, rest);
+    float rise[2] = {factor[0], factor[1]};   // from products to scores
+    if (!(factor[0] > 0 && factor[1] > 0)) {  // or scores would not be in the order of products
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[n][i] *= factor[i / 2];
       }
-    };
-    if (rest >= kColumns) {
-      weigh.template operator()<false>();
+      rise[0] = rise[1] = 1;
+    }
+    const bool is_seen_by_all = rest - tile.most_hidden >= kColumns;
+    if (!is_seen_by_all) {
+      int columns[2] = {rest, rest};
+      if (tile.most_hidden > 0) {
+        const QueryTile& whole = tile_of_block(list, ptx::computed_here(blockIdx.x));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          columns[half] -= hidden_keys(whole, warp_row + g + 8 * half);
+        }
+      }
+      hide_columns(weights, columns);
+    }
+    if (softmax.fixed) {
+      weigh(weights, sum, rise, maximum);
     } else {
-      weigh.template operator()<true>();
+      raise_maximum(weights, maximum, sum, out, rise);
+      weigh(weights, sum, rise, {base_of(maximum[0]), base_of(maximum[1])});
     }
     wait_for_tile();  // its values, and the next one's keys
+    if (tile.most_hidden > 0 && !is_seen_by_all && holds_not_finite(shared.values[stage]))
+      return false;
     if (rest <= kColumns) break;
     values.start(shared.values[stage ^ 1], rest - kColumns);
     if (rest > 2 * kColumns) keys.start(shared.keys[stage], rest - 2 * kColumns);
@@ -543,31 +602,58 @@ __global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
   }
   tile_accumulate(out, weights, shared.values[stage]);
 
-  T* const out_rows =
-      static_cast<T*>(params.out) +
-      contiguous_offset<kDim>(head, params.heads, params.query_count, tile.query_begin);
-  const unsigned row_stride = static_cast<unsigned>(params.heads) * kDim;
+  const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
+  const int first_row = warp_row + g, count = tile.query_end - tile.query_begin;
+  if (params.parts != nullptr) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = row_sum(sum[half]);
-    const unsigned row_in_tile = warp_row + g + 8 * half;
-    const int token = tile.query_begin + static_cast<int>(row_in_tile);
-    if (token >= tile.query_end) continue;
-    if (params.parts != nullptr) {
-      const int64_t row = part_row(params, list, head, token);
+    for (int half = 0; half < 2; ++half) {
+      if (first_row + 8 * half >= count) continue;
+      const int64_t row = part_row(params, list, head, tile.query_begin + first_row + 8 * half);
       float2* sums = reinterpret_cast<float2*>(static_cast<float*>(params.part_sums) + row * kDim);
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
         sums[d * 4 + t] = {out[d][2 * half], out[d][2 * half + 1]};
       }
-      if (t == 0) static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total};
-      continue;
+      if (t == 0) {
+        static_cast<AttentionPart<float>*>(params.parts)[row] = {maximum[half], total[half]};
+      }
     }
-    store_row(out_rows + uint64_t{row_in_tile} * row_stride, out, half, 1 / total);
-    if (params.logsumexp != nullptr && t == 0) {
-      static_cast<float*>(params.logsumexp)[head * params.query_count + token] =
-          maximum[half] * static_cast<float>(kAttentionLn2) + logf(total);
-    }
+    return true;
+  }
+  const float scales[2] = {ptx::reciprocal_approx(total[0]), ptx::reciprocal_approx(total[1])};
+  T* const out_rows =
+      static_cast<T*>(params.out) +
+      contiguous_offset<kDim>(head, params.heads, params.query_count, tile.query_begin);
+  store_rows(out_rows, int64_t{params.heads.divisor} * kDim, out, scales, shared.queries, warp_row,
+             count);
+  if (params.logsumexp != nullptr && t == 0) {
+    float* const logsumexp = head_part<float>(params.logsumexp, head, params.query_count) +
+                             (tile.query_begin + first_row);
+    const auto logsumexp_of = [&](int half) {
+      return (maximum[half] + __log2f(total[half])) * static_cast<float>(kAttentionLn2);
+    };
+    if (first_row < count) logsumexp[0] = logsumexp_of(0);
+    if (first_row + 8 < count) logsumexp[8] = logsumexp_of(1);
+  }
+  return true;
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTensorCoreThreads, forward_blocks(kDim))
+    attention_forward_tensor_core(AttentionForwardCuda params, TileList<QueryTile> list) {
+  auto& shared = *dynamic_shared<TensorCoreForwardShared<T, kDim>>();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+  const QueryTile& whole = tile_of_block(list);
+  QueryTile tile = whole;
+  for (;;) {
+    const bool is_done = attend(params, list, tile, shared);
+    // Where the whole tile would not do, one of its scales after the other.
+    const int begin = is_done ? tile.query_end : whole.query_begin;
+    if (begin == whole.query_end) break;
+    const int end = whole.query_end - hidden_keys(whole, begin - whole.query_begin);
+    tile = {begin, end, end};
+    __syncthreads();  // nobody reads shared memory any more
   }
 }
 

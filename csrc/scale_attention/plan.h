@@ -26,6 +26,33 @@ inline std::vector<QueryTile> query_tiles(const std::vector<int64_t>& scale_leng
   return tiles;
 }
 
+// The same, but whole scales that follow each other share a tile where they fit into it: fewer
+// tiles, for which keys are read fewer times. `rows` is at most 64.
+inline std::vector<QueryTile> joined_query_tiles(const std::vector<int64_t>& scale_lengths,
+                                                 int64_t rows) {
+  std::vector<QueryTile> tiles;
+  for (const int64_t length : scale_lengths) {
+    if (length == 0) continue;
+    const int64_t start = tiles.empty() ? 0 : tiles.back().query_end;
+    const bool is_joined = !tiles.empty() && tiles.back().scale_ends != 0 &&
+                           start + length - tiles.back().query_begin <= rows;
+    if (!is_joined) {
+      for (const QueryTile& tile : query_tiles({length}, rows)) {
+        tiles.push_back({static_cast<int32_t>(start + tile.query_begin),
+                         static_cast<int32_t>(start + tile.query_end),
+                         static_cast<int32_t>(start + length)});
+      }
+    }
+    QueryTile& last = tiles.back();
+    last.query_end = last.key_end = static_cast<int32_t>(start + length);
+    if (is_joined) last.most_hidden += static_cast<int32_t>(length);
+    if (is_joined || length <= rows) {
+      last.scale_ends |= uint64_t{1} << (last.query_end - 1 - last.query_begin);
+    }
+  }
+  return tiles;
+}
+
 // Every query against keys [0, key_end), as in a step of generation with a cache.
 inline std::vector<QueryTile> step_tiles(int64_t queries, int64_t key_end, int64_t rows) {
   std::vector<QueryTile> tiles = query_tiles({queries}, rows);

@@ -1,7 +1,7 @@
 // Tiles of block-causal attention. A token of scale i attends to the tokens of all scales <= i, so
 // the queries of a scale share one range of keys [0, end of the scale), and the keys of a scale one
-// range of queries [start of the scale, L). Tiles never cross the end of a scale: none needs a
-// mask.
+// range of queries [start of the scale, L). Tiles do not cross the end of a scale and need no mask,
+// but for tiles of several whole scales.
 #pragma once
 
 #include <stdint.h>
@@ -13,6 +13,11 @@ struct QueryTile {
   int32_t query_begin;
   int32_t query_end;
   int32_t key_end;
+  // How many of the keys, the last ones, the first query does not see.
+  int32_t most_hidden = 0;
+  // Of a tile of whole scales, at most 64 queries, bit i is set where query_begin + i is the last
+  // query of a scale, which sees keys up to itself. 0: every query sees all keys.
+  uint64_t scale_ends = 0;
 };
 
 // Keys [key_begin, key_end) against queries [query_begin, L).

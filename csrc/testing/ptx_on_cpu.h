@@ -48,6 +48,8 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row,
   emulation::matrix_load(2, true, r, row, where);
 }
 
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { stmatrix_by_shuffles(row, r); }
+
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   Location where = Location::current()) {
@@ -181,5 +183,6 @@ inline uint32_t difference_bits(float a, float b) {
   return std::isnan(a - b) ? 0x7fffffffu : std::bit_cast<uint32_t>(a - b);
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1 / x; }
 
 }  // namespace flexvar::ptx

@@ -97,6 +97,55 @@ def test_more_tiles_than_a_launch_takes(launch_once, dtype, dim):
     check_passes(launch_once, 1, 1, [1] * 257, 0.2, None, dtype, dim)
 
 
+def test_more_tiles_of_a_step_than_a_launch_takes(launch_once):
+    q, cache = random((1, 128 * 64 + 1, 1, 32), torch.bfloat16), random((1, 3, 2, 1, 32), torch.bfloat16, seed=1)
+    check_step(launch_once, q, cache, 3, 0.2)
+
+
+HALF_VARIANTS = [variant for variant in VARIANTS if variant[0].itemsize == 2]
+# Whole scales in one tile of queries: that share a tile of keys, that do not, and that end with one.
+SHARED_TILES = [[1, 4, 9, 16, 25], [70, 20, 30, 10], [70, 20, 38, 5, 64]]
+
+
+@pytest.mark.parametrize(("dtype", "dim"), HALF_VARIANTS)
+@pytest.mark.parametrize("lengths", SHARED_TILES)
+@pytest.mark.parametrize(("scale", "q_scale"), [(0.3, None), (-0.3, None), (1.0, [-4.0]), (1.0, [60.0])])
+def test_scales_that_share_a_tile(launch_in_every_order, lengths, scale, q_scale, dtype, dim):
+    qkv = random((1, sum(lengths), 3, 1, dim), dtype)
+    q_scale = None if q_scale is None else torch.tensor(q_scale)
+    out = launch_in_every_order("scale_attention", *qkv.unbind(2), lengths, scale, q_scale)[0]
+    same, exact = (
+        reference.scale_attention(*qkv.to(wide).unbind(2), lengths, softmax_scale=scale, q_scale=q_scale)
+        for wide in (dtype, torch.float64)
+    )
+    assert_as_accurate_as_torch(out, same, exact)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), HALF_VARIANTS)
+@pytest.mark.parametrize("lengths", SHARED_TILES)
+@pytest.mark.parametrize("part", [1, 2])
+@pytest.mark.parametrize("q_scale", [None, [4.0]])
+def test_what_is_not_finite_stays_where_it_is_seen(launch_in_every_order, lengths, part, q_scale, dtype, dim):
+    """Queries that share a tile with those that see a NaN, or values that are infinite, are as without it."""
+    qkv = random((1, sum(lengths), 3, 1, dim), dtype)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    for end, bad in zip(ends[1:], ["nan", "inf", "-inf", "nan"], strict=False):
+        qkv[:, end - 1, part, :, end % 7] = float(bad if part == 2 else "nan")
+    scales = None if q_scale is None else torch.tensor(q_scale)
+    out, logsumexp, _ = launch_in_every_order("scale_attention", *qkv.unbind(2), lengths, 0.3, scales)
+
+    q, k, v = qkv.double()[0, :, :, 0].unbind(1)
+    if q_scale is not None:
+        q, k = q_scale[0] * torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    for length, end in zip(lengths, ends, strict=True):
+        seen = slice(end - length, end)
+        logits = 0.3 * q[seen] @ k[:end].T
+        exact = logits.softmax(-1) @ v[:end]
+        torch.testing.assert_close(out[0, seen, 0].double(), exact, atol=0.02, rtol=0.02, equal_nan=True)
+        expected = logits.logsumexp(-1)
+        torch.testing.assert_close(logsumexp[0, 0, seen].double(), expected, atol=0.01, rtol=0.01, equal_nan=True)
+
+
 def check_step(launch, q, cache, kv_length, scale, bound=None, **options):
     """``cache``: keys and values [B, L, 2, H, D]."""
     (out,) = launch("scale_attention_step", q, *cache.unbind(2), kv_length, scale, bound, **options)
@@ -153,7 +202,7 @@ def test_step_in_parts(launch_in_every_order, bound, dtype, dim):
     check_step(launch_in_every_order, q, cache, 530, bound or 0.1, bounds)
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [variant for variant in VARIANTS if variant[0].itemsize == 2])
+@pytest.mark.parametrize(("dtype", "dim"), HALF_VARIANTS)
 @pytest.mark.parametrize("rise", [0.08, 0.3])
 def test_maximum_that_rises(launch_in_every_order, rise, dtype, dim):
     """From tile to tile by less than it takes to be followed, or by more, row by row; in one row it falls."""
