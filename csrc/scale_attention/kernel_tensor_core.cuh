@@ -260,23 +260,27 @@ __device__ __forceinline__ void tile_accumulate_by_warps(
     }
   }
 }
-// `begin_more` may begin products behind these, which are waited for, too.
-template <class T, class BeginMore>
+// Begins tile_accumulate; somebody waits for it later, and leaves `left`, the weights, alone.
+template <class T>
+__device__ __forceinline__ void begin_tile_accumulate(float (&sums)[8][4],
+                                                      const uint32_t (&left)[4][4],
+                                                      const HalfTile<T, 64, 64>& columns) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
+  }
+}
+template <class T>
 __device__ __forceinline__ void tile_accumulate_by_warpgroup(float (&sums)[8][4],
                                                              const float (&weights)[8][4],
-                                                             const HalfTile<T, 64, 64>& columns,
-                                                             const BeginMore& begin_more) {
+                                                             const HalfTile<T, 64, 64>& columns) {
   uint32_t left[4][4];
 #pragma unroll
   for (int n = 0; n < 4; ++n) pack_left<T>(left[n], weights, n);
   ptx::hold_registers(sums);
   ptx::hold_registers(left);
   ptx::warpgroup_begin();
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    ptx::warpgroup_multiply_rows(sums, left[n], columns.rows[0], n * 16);
-  }
-  begin_more();
+  begin_tile_accumulate(sums, left, columns);
   ptx::warpgroup_end();
   ptx::hold_registers(sums);
 }
@@ -286,7 +290,7 @@ __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
                                                 const HalfTile<T, kColumns, kDim>& columns) {
   if constexpr (kColumns == 64 && kDim == 64) {
     if (ptx::has_warpgroup_products()) {
-      tile_accumulate_by_warpgroup(sums, weights, columns, [] {});
+      tile_accumulate_by_warpgroup(sums, weights, columns);
     } else {
       tile_accumulate_by_warps(sums, weights, columns);
     }
@@ -295,23 +299,42 @@ __device__ __forceinline__ void tile_accumulate(float (&sums)[kDimTiles][4],
   }
 }
 
-// tile_accumulate, and then tile_scores of the next columns in the place of the weights: products
-// of a warpgroup follow each other without a wait in between.
+// tile_scores of the next columns in the place of the weights, and tile_accumulate. Products of a
+// warpgroup may still add to `sums`, and read `left`, when this returns: up to end_accumulate.
 template <class T, int kTiles, int kDimTiles, int kRows, int kColumns, int kDim>
-__device__ __forceinline__ void tile_accumulate_and_score(
-    float (&sums)[kDimTiles][4], float (&weights)[kTiles][4],
+__device__ __forceinline__ void tile_score_and_accumulate(
+    float (&sums)[kDimTiles][4], float (&weights)[kTiles][4], uint32_t (&left)[kTiles / 2][4],
     const HalfTile<T, kColumns, kDim>& columns, const HalfTile<T, kRows, kDim>& rows,
     const HalfTile<T, kColumns, kDim>& next_columns, int warp_row) {
   if constexpr (kColumns == 64 && kDim == 64) {
     if (ptx::has_warpgroup_products()) {
-      tile_accumulate_by_warpgroup(sums, weights, columns,
-                                   [&] { begin_tile_scores(weights, rows, next_columns); });
+#pragma unroll
+      for (int n = 0; n < 4; ++n) pack_left<T>(left[n], weights, n);
+      ptx::hold_registers(sums);
+      ptx::hold_registers(left);
+      ptx::warpgroup_begin();
+      begin_tile_scores(weights, rows, next_columns);
+      ptx::warpgroup_commit();
+      begin_tile_accumulate(sums, left, columns);
+      ptx::warpgroup_commit();
+      ptx::warpgroup_wait<1>();
       ptx::hold_registers(weights);
       return;
     }
   }
   tile_accumulate(sums, weights, columns);
   tile_scores(weights, rows, next_columns, warp_row);
+}
+template <int kTiles, int kDimTiles>
+__device__ __forceinline__ void end_accumulate(float (&sums)[kDimTiles][4],
+                                               uint32_t (&left)[kTiles][4]) {
+  if constexpr (kTiles == 4 && kDimTiles == 8) {
+    if (ptx::has_warpgroup_products()) {
+      ptx::warpgroup_wait<0>();
+      ptx::hold_registers(sums);
+      ptx::hold_registers(left);
+    }
+  }
 }
 
 // Rows `row` + g and `row` + g + 8 of a tile times this have length 1. The squares are the diagonal
@@ -439,12 +462,13 @@ __device__ __forceinline__ float base_of(float maximum) {
   return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-// The maximum (nearly) of the scores so far, rise[] times the products of rows and columns; `sum`
-// and `out` are relative to it.
-template <int kTiles, int kDimTiles>
-__device__ __forceinline__ void raise_maximum(const float (&products)[kTiles][4],
+// Follows the maximum of the scores so far (nearly): rise[] times the products of rows and columns.
+// `sum` stays relative to it; `out` is to be multiplied by `correction` where this returns true,
+// for the whole warp.
+template <int kTiles>
+__device__ __forceinline__ bool raise_maximum(const float (&products)[kTiles][4],
                                               float (&maximum)[2], float (&sum)[2],
-                                              float (&out)[kDimTiles][4], const float (&rise)[2]) {
+                                              float (&correction)[2], const float (&rise)[2]) {
   float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -455,21 +479,18 @@ __device__ __forceinline__ void raise_maximum(const float (&products)[kTiles][4]
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) highest[half] = row_maximum(highest[half]) * rise[half];
-  if (__any_sync(0xffffffffu, highest[0] > maximum[0] + kMaximumSlack ||
-                                  highest[1] > maximum[1] + kMaximumSlack)) {
+  const bool is_raised = __any_sync(0xffffffffu, highest[0] > maximum[0] + kMaximumSlack ||
+                                                     highest[1] > maximum[1] + kMaximumSlack);
+  if (is_raised) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float before = maximum[half];
       maximum[half] = fmaxf(before, highest[half]);
-      const float correction = ptx::exp2_approx(before - base_of(maximum[half]));
-      sum[half] *= correction;
-#pragma unroll
-      for (int d = 0; d < kDimTiles; ++d) {
-        out[d][2 * half] *= correction;
-        out[d][2 * half + 1] *= correction;
-      }
+      correction[half] = ptx::exp2_approx(before - base_of(maximum[half]));
+      sum[half] *= correction[half];
     }
   }
+  return is_raised;
 }
 
 // Products of rows and columns become softmax weights, relative to a maximum of scores in base 2,
@@ -536,6 +557,8 @@ __device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
   float maximum[2] = {softmax.maximum, softmax.maximum};  // of scores in base 2
   float sum[2] = {0, 0};                                  // this lane's part
   float out[kDim / 8][4] = {};
+  // Products with the values of a tile end while the weights of the next one are computed.
+  uint32_t left[kTiles / 2][4] = {};
   int stage = 0;
   for (;; stage ^= 1, rest -= kColumns) {
     if (normalized) {
@@ -585,11 +608,21 @@ __device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
       }
       hide_columns(weights, columns);
     }
+    bool is_raised = false;
+    float correction[2];
     if (softmax.fixed) {
       weigh(weights, sum, rise, maximum);
     } else {
-      raise_maximum(weights, maximum, sum, out, rise);
+      is_raised = raise_maximum(weights, maximum, sum, correction, rise);
       weigh(weights, sum, rise, {base_of(maximum[0]), base_of(maximum[1])});
+    }
+    end_accumulate(out, left);
+    if (is_raised) {
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[d][i] *= correction[i / 2];
+      }
     }
     wait_for_tile();  // its values, and the next one's keys
     if (tile.most_hidden > 0 && !is_seen_by_all && holds_not_finite(shared.values[stage]))
@@ -597,7 +630,7 @@ __device__ __forceinline__ bool attend(const AttentionForwardCuda& params,
     if (rest <= kColumns) break;
     values.start(shared.values[stage ^ 1], rest - kColumns);
     if (rest > 2 * kColumns) keys.start(shared.keys[stage], rest - 2 * kColumns);
-    tile_accumulate_and_score(out, weights, shared.values[stage], shared.queries,
+    tile_score_and_accumulate(out, weights, left, shared.values[stage], shared.queries,
                               shared.keys[stage ^ 1], warp_row);
   }
   tile_accumulate(out, weights, shared.values[stage]);
