@@ -27,7 +27,7 @@ struct RowLogits {
 };
 
 template <int kWarps>
-__device__ inline float block_largest(float largest, BisectionStorage& shared) {
+__device__ inline float block_largest(float largest, SampleStorage& shared) {
   largest = warp_largest(largest);
   if (threadIdx.x % 32 == 0) shared.largest[threadIdx.x / 32] = largest;
   __syncthreads();
@@ -40,7 +40,7 @@ __device__ inline float block_largest(float largest, BisectionStorage& shared) {
 // them, and the greatest of those below.
 template <int kWarps, class T, class ValueOf>
 __device__ inline Measure measure(const RowLogits<T>& row, float low, float split, float high,
-                                  ValueOf value_of, BisectionStorage& shared) {
+                                  ValueOf value_of, SampleStorage& shared) {
   Measure all{0, INFINITY, -INFINITY};
   row.for_each([&](float logit) {
     if (logit < low || logit >= high) return;
@@ -73,7 +73,7 @@ struct Reached {
 // where: the result is -inf then.
 template <int kWarps, class T, class ValueOf>
 __device__ inline Reached find_reached(const RowLogits<T>& row, float floor, float maximum,
-                                       int64_t limit, ValueOf value_of, BisectionStorage& shared) {
+                                       int64_t limit, ValueOf value_of, SampleStorage& shared) {
   int32_t low = order_key(__float_as_int(floor));
   int32_t high = order_key(__float_as_int(maximum)) + 1;
   int64_t above = 0;
@@ -103,7 +103,7 @@ __device__ inline Reached find_reached(const RowLogits<T>& row, float floor, flo
 template <int kThreads, class T>
 __device__ inline int32_t draw_between_thresholds(const GuidedSampleCudaParams<T>& params,
                                                   const RowLogits<T>& row, float maximum,
-                                                  BisectionStorage& shared) {
+                                                  SampleStorage& shared) {
   constexpr int kWarps = kThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto weight = [&](float logit) { return int64_t{token_weight(logit, maximum)}; };
@@ -177,7 +177,7 @@ __device__ inline int32_t draw_between_thresholds(const GuidedSampleCudaParams<T
 template <int kThreads, class T>
 __device__ inline int32_t draw_by_bisection(const GuidedSampleCudaParams<T>& params,
                                             uint32_t row_index, const T* logits,
-                                            BisectionStorage& shared) {
+                                            SampleStorage& shared) {
   if (threadIdx.x == 0) shared.number = row_number(params, ptx::computed_here(row_index));
   const int32_t n = params.vocabulary;
   const int32_t each = (n + kThreads - 1) / kThreads * 32;

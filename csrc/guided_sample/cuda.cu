@@ -47,18 +47,24 @@ void launch(const Plan& plan, GuidedSampleCudaParams<T> params, int64_t multipro
   if (plan.pieces == 0) params.pivot_rank = 0;
   // Blocks have few rows each: what one of them takes longer for, bisected rows, others make up
   // for.
-  constexpr int64_t kRowsPerBlock = 4;
+  const int64_t kRowsPerBlock = params.only_left ? kThreads : 4;
   const int64_t blocks = std::min<int64_t>(
       params.rows,
       std::max(multiprocessors * plan.blocks, divide_up(int64_t{params.rows}, kRowsPerBlock)));
   allow_shared_memory(kernel, plan.shared_bytes, kOp);
-  launch_kernel(kOp, stream, kernel, static_cast<unsigned>(blocks), kThreads,
-                static_cast<size_t>(plan.shared_bytes), params);
+  const auto shared_bytes = static_cast<size_t>(plan.shared_bytes);
+  if (params.only_left) {
+    launch_overlapping(kOp, stream, kernel, static_cast<unsigned>(blocks), kThreads, shared_bytes,
+                       params);
+  } else {
+    launch_kernel(kOp, stream, kernel, static_cast<unsigned>(blocks), kThreads, shared_bytes,
+                  params);
+  }
 }
 
 // A warp to each row, where there are rows enough for every scheduler to have two. The sample may
-// mislead one row in thirty: a warp chooses another pivot then. Rows that are not aligned, or too
-// long, are left to blocks: false.
+// mislead one row in thirty: a warp chooses another pivot then, and leaves the few rows that it
+// cannot sample to blocks. Rows that are not aligned, or too long, are all left to them: false.
 template <class T>
 bool launch_warps(GuidedSampleCudaParams<T> params, int64_t multiprocessors, cudaStream_t stream) {
   constexpr int64_t kRowsPerMultiprocessor = 8;
@@ -80,14 +86,14 @@ template <class T>
 void launch(const Tensor& logits, GuidedSampleCudaParams<T> params, cudaStream_t stream) {
   params.logits = static_cast<const T*>(logits.const_data_ptr());
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, kOp);
-  if (launch_warps(params, multiprocessors, stream)) return;
+  params.only_left = launch_warps(params, multiprocessors, stream);
   const int64_t shared_memory = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp);
   const Plan few = make_plan<T>(params.vocabulary, 256, shared_memory);
   const Plan many = make_plan<T>(params.vocabulary, 512, shared_memory);
   // Few threads where rows fill the device and as many threads fit, in more blocks: they wait less
   // for each other.
   const bool fits = few.pieces > 0 && few.blocks * few.threads >= many.blocks * many.threads;
-  if (params.rows > 2 * multiprocessors && fits) {
+  if (params.rows > 2 * multiprocessors && fits && !params.only_left) {
     launch<T, 256>(few, params, multiprocessors, stream);
   } else {
     launch<T, 512>(many, params, multiprocessors, stream);
@@ -110,7 +116,7 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
               {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
                tokens.mutable_data_ptr<int64_t>(), step, top_p, grid_size(rows, kOp),
                static_cast<uint32_t>(length), static_cast<int32_t>(vocabulary), kept,
-               guided_sample_pivot_rank(vocabulary, kept, top_p, 3.5), 0, 0},
+               guided_sample_pivot_rank(vocabulary, kept, top_p, 3.5), 0, 0, false},
               scope.stream());
   };
   if (x.scalar_type() == ScalarType::Half) {

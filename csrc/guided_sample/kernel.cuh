@@ -30,6 +30,33 @@ constexpr int small_blocks() {
 #endif
 }
 
+// Of the rows blockIdx.x, blockIdx.x + gridDim.x, …, one for each thread: marks those that the
+// warps have left.
+template <class T>
+__device__ inline void find_left_rows(const GuidedSampleCudaParams<T>& params,
+                                      SampleStorage& shared) {
+  const uint64_t row = blockIdx.x + uint64_t{threadIdx.x} * gridDim.x;
+  const bool is_left = row < params.rows && params.tokens[row] == kLeftToBlocks;
+  const unsigned marks = __ballot_sync(0xffffffffu, is_left);
+  if (threadIdx.x % 32 == 0) shared.left[threadIdx.x / 32] = marks;
+  __syncthreads();
+}
+
+// The next of these behind `row`, or what is no row.
+template <int kWarps>
+__device__ inline uint32_t left_row_behind(const SampleStorage& shared, uint32_t row) {
+  const auto first =
+      static_cast<int32_t>(row + gridDim.x - blockIdx.x) / static_cast<int32_t>(gridDim.x);
+  uint32_t marks = 0xffffffffu << first % 32;
+  for (int32_t word = first / 32; word < kWarps; ++word) {
+    marks &= shared.left[word];
+    if (marks != 0)
+      return blockIdx.x + (word * 32u + __ffs(static_cast<int>(marks)) - 1) * gridDim.x;
+    marks = 0xffffffffu;
+  }
+  return UINT32_MAX;
+}
+
 // kCuts: whether top-k or top-p cut tokens off.
 template <class T, int kThreads, bool kCuts>
 __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : small_blocks() / 2)
@@ -45,6 +72,9 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
     return ptx::computed_here(threadIdx.x) / 32 == kWarps / 2 + cutting_warp(row);
   };
   const auto logits_of = [&](uint32_t row) { return params.logits + int64_t{row} * n; };
+  const auto row_behind = [&](uint32_t row) {
+    return params.only_left ? left_row_behind<kWarps>(shared, row) : row + gridDim.x;
+  };
 
   const auto begin_row = [&](uint32_t row) {
     if (row < params.rows && params.pieces > 0) copy_row<kThreads>(resident, logits_of(row), n);
@@ -55,6 +85,10 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
     if (threadIdx.x % 32 == 0) shared.pivot = pivot;
   };
 
+  if (params.only_left) {
+    ptx::griddepcontrol_wait();
+    find_left_rows(params, shared);
+  }
   clear_bins<kThreads>(shared);
   const int32_t resident_size = params.pieces * 4 * kThreads;
   for (auto i = n + static_cast<int32_t>(threadIdx.x); i < resident_size; i += kThreads) {
@@ -62,14 +96,15 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
   }
   bool is_there = false;
 #pragma unroll 1
-  for (uint32_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+  for (uint32_t row = params.only_left ? row_behind(blockIdx.x - gridDim.x) : blockIdx.x;
+       row < params.rows; row = row_behind(row)) {
     if (!is_there) {
       begin_row(row);
       choose_pivot(row);
       ptx::cp_async_wait();
       __syncthreads();
     }
-    const auto begin_next = [&] { begin_row(row + gridDim.x); };
+    const auto begin_next = [&] { begin_row(row_behind(row)); };
     int32_t token = kUnsuited;
     if constexpr (!kCuts) {
       if (params.pieces > 0) {
@@ -78,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
     } else if (params.pivot_rank > 0) {
       token = draw_from_candidates<kThreads>(
           params, row, resident, cutting_warp(row), begin_next,
-          [&] { choose_pivot(row + gridDim.x); }, shared);
+          [&] { choose_pivot(row_behind(row)); }, shared);
     }
     is_there = token != kUnsuited;
     if (token <= kUnsuited) {

@@ -36,7 +36,10 @@ struct GuidedSampleCudaParams {
   int32_t pivot_rank;  // see guided_sample_pivot_rank
   int32_t pieces;      // of four logits for each thread, odd; 0: the row stays in global memory
   int32_t capacity;    // candidates that a warp that has a row alone has room for
+  bool only_left;      // only the rows whose token is kLeftToBlocks are sampled
 };
+// Instead of the token of a row that a warp alone cannot sample.
+constexpr int64_t kLeftToBlocks = INT64_MIN;
 
 // The pieces of a row that fall to each of a block's threads. Odd, so that threads that read their
 // pieces side by side find them in different banks of shared memory. 0: the row is too long.
@@ -103,25 +106,20 @@ struct Measure {
   float least, greatest;
 };
 
-// What a block needs to bisect a row.
-struct BisectionStorage {
-  int32_t counts[kSampleMostWarps];
-  float largest[kSampleMostWarps];
-  Measure measures[kSampleMostWarps];
-  int64_t sums[kSampleMostWarps];
-  uint64_t number;  // random
-  int64_t target;
-  int32_t ties, warp;
-};
-
-struct alignas(16) SampleStorage : BisectionStorage {
+struct alignas(16) SampleStorage {
   // A lane's bins are apart from the next one's: two behind them keep both in other banks.
   alignas(16) Tally bins[32][kBinsPerLane + 2];
   alignas(16) int32_t heads[kSampleBins];  // of lists of the candidates in a bin; -1: none
+  int32_t counts[kSampleMostWarps];
+  float largest[kSampleMostWarps];
   Tally tallies[kSampleMostWarps];
-  int64_t kept_mass;
+  Measure measures[kSampleMostWarps];
+  int64_t sums[kSampleMostWarps];
+  uint64_t number;  // random
+  int64_t target, kept_mass;
   float pivot, cut_logit;
-  int32_t cut_end;
+  int32_t cut_end, ties, warp;
+  unsigned left[kSampleMostWarps];  // marks of rows, see find_left_rows
 };
 
 template <int kWarps>

@@ -4,7 +4,6 @@
 // masses at once; in the bin where a limit is reached, tokens are ranked.
 #pragma once
 
-#include "guided_sample/bisection.cuh"
 #include "guided_sample/candidates.cuh"
 
 namespace flexvar {
@@ -18,10 +17,7 @@ static_assert(kMaxCandidates <= 32 * kSegment);
 
 // The candidates themselves lie behind it.
 struct alignas(16) WarpRowStorage {
-  union {
-    BisectionStorage bisection;
-    Tally bins[kWarpBins + 1];  // the last one for what is no candidate
-  };
+  Tally bins[kWarpBins + 1];  // the last one for what is no candidate
   // Candidates of a bin, in no order.
   float member_logits[32];
   int32_t member_places[32];
@@ -377,9 +373,10 @@ __global__ void __launch_bounds__(32) guided_sample_warp_kernel(GuidedSampleCuda
     __syncwarp();
   }
   if (token == kUnsuited) {
-    token = draw_by_bisection<32>(params, row, logits, shared.bisection);
+    if (threadIdx.x == 0) params.tokens[row] = kLeftToBlocks;
+  } else if (token >= 0) {
+    params.tokens[row] = token;
   }
-  if (token >= -1) params.tokens[row] = token;
 }
 
 }  // namespace flexvar
