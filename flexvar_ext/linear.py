@@ -34,8 +34,8 @@ def linear(
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
     matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
     a forward-mode one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed:
-    it is computed from the sums before they are rounded. There a few rows (:func:`_are_few_rows`) are multiplied by a
-    kernel that fetches the weight while the kernels before it still run, if ``constant_weight`` says that it may; a row
+    it is computed from the sums before they are rounded. On Hopper up to 50 rows (32 where K is more than 2048) are
+    multiplied by a kernel that fetches the weight while the kernels before it still run, if ``constant_weight`` says that it may; a row
     of its result depends on the row and the weight alone, to the bit.
 
     Args:
@@ -46,7 +46,7 @@ def linear(
         activation: ``none``, or ``gelu_tanh``, ``torch.nn.functional.gelu`` with ``approximate="tanh"``.
         gate: [B, 1, N] for x [B, l, K], any of these dtypes, or None: each image's factor for its tokens.
         residual: [..., N], any of these dtypes, or None.
-        constant_weight: that the last op of this library on the stream has not written weight or bias: true of a
+        constant_weight: that no op of this library that may still be running writes weight or bias, as is true of a
             model's parameters.
 
     Returns: [..., N], contiguous, of the residual's dtype, else of x's (under autocast, of autocast's).
@@ -74,16 +74,17 @@ def linear(
     return result
 
 
-# Numbers of x beyond which its way to every multiprocessor takes longer than the weight's from memory.
-_FEW_NUMBERS = 2**15
-_MOST_DEPTH = 6400  # of which a block holds its part of the weight
+# Beyond so many rows their way to every multiprocessor takes longer than the weight's from memory: measured with FlexVAR
+# d16 on an H200. Each block holds its part of a weight of so much depth, at most.
+_FEW_ROWS, _FEW_DEEP_ROWS, _DEEP, _DEEPEST = 50, 32, 2048, 6400
 
 
 def _are_few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel for few rows takes these, on the GPU that it was measured on."""
     columns, depth = weight.shape
     return (
-        x.numel() <= _FEW_NUMBERS and depth % 32 == 0 and depth <= _MOST_DEPTH and columns % 8 == 0
+        x.numel() <= depth * (_FEW_ROWS if depth <= _DEEP else _FEW_DEEP_ROWS)
+        and depth % 32 == 0 and depth <= _DEEPEST and columns % 8 == 0
         and has_warpgroup_products(x.device)
     )  # fmt: skip
 
