@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "testing/ptx_on_cpu.h"
+#include "common/ptx.cuh"
 
 namespace flexvar::emulation {
 
