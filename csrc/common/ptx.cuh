@@ -323,10 +323,9 @@ __device__ __forceinline__ uint64_t tile_descriptor(const void* tile, int elemen
 // The same without a swizzle.
 template <class T>
 __device__ __forceinline__ uint64_t matrix_descriptor(const ChunkedMatrix<T>& matrix) {
-  const uint32_t low = (shared_address(matrix.data) >> 4) +
-                       (static_cast<uint32_t>(matrix.chunk_stride / 8) << 16) +
-                       static_cast<uint32_t>(matrix.offset / 8);
-  return low | static_cast<uint64_t>(matrix.group_stride / 8) << 32;
+  return (shared_address(matrix.data) & 0x3ffffu) >> 4 |
+         static_cast<uint64_t>(matrix.chunk_stride / 8) << 16 |
+         static_cast<uint64_t>(matrix.group_stride / 8) << 32;
 }
 #endif
 

@@ -15,13 +15,11 @@ FLEXVAR_HOST_DEVICE constexpr int swizzled_column(int row, int column) {
 
 // A matrix in shared memory without a swizzle, for products of a warpgroup over a depth of 16: rows
 // are two chunks of 8 elements (16 bytes), and the same chunk of 8 rows is contiguous. Strides in
-// elements. It begins `offset` elements, a multiple of 8, behind `data`, which is aligned to 16
-// bytes; where the compiler knows it, that costs next to nothing.
+// elements. It may begin at any 16 bytes.
 template <class T>
 struct ChunkedMatrix {
   const T* data;
   int chunk_stride, group_stride;  // to the other chunk; to the next 8 rows
-  int offset = 0;
 };
 
 }  // namespace flexvar::ptx

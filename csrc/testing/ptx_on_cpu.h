@@ -125,7 +125,7 @@ void warpgroup_multiply(float (&d)[kColumns][4], const ChunkedMatrix<T>& a,
                         const ChunkedMatrix<T>& b, Location where = Location::current()) {
   const auto in = [](const ChunkedMatrix<T>& matrix) {
     return [matrix](int row, int column) {
-      return matrix.data + matrix.offset + row / 8 * matrix.group_stride + row % 8 * 8 +
+      return matrix.data + row / 8 * matrix.group_stride + row % 8 * 8 +
              column / 8 * matrix.chunk_stride;
     };
   };
