@@ -48,6 +48,7 @@ __device__ inline uint32_t left_row_behind(const SampleStorage& shared, uint32_t
   const auto first =
       static_cast<int32_t>(row + gridDim.x - blockIdx.x) / static_cast<int32_t>(gridDim.x);
   uint32_t marks = 0xffffffffu << first % 32;
+#pragma unroll 1
   for (int32_t word = first / 32; word < kWarps; ++word) {
     marks &= shared.left[word];
     if (marks != 0)
@@ -72,9 +73,6 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
     return ptx::computed_here(threadIdx.x) / 32 == kWarps / 2 + cutting_warp(row);
   };
   const auto logits_of = [&](uint32_t row) { return params.logits + int64_t{row} * n; };
-  const auto row_behind = [&](uint32_t row) {
-    return params.only_left ? left_row_behind<kWarps>(shared, row) : row + gridDim.x;
-  };
 
   const auto begin_row = [&](uint32_t row) {
     if (row < params.rows && params.pieces > 0) copy_row<kThreads>(resident, logits_of(row), n);
@@ -96,15 +94,20 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
   }
   bool is_there = false;
 #pragma unroll 1
-  for (uint32_t row = params.only_left ? row_behind(blockIdx.x - gridDim.x) : blockIdx.x;
-       row < params.rows; row = row_behind(row)) {
+  for (uint32_t last = blockIdx.x - gridDim.x;;) {
+    const uint32_t row =
+        params.only_left ? left_row_behind<kWarps>(shared, last) : last + gridDim.x;
+    if (row >= params.rows) break;
+    last = row;
     if (!is_there) {
       begin_row(row);
       choose_pivot(row);
       ptx::cp_async_wait();
       __syncthreads();
     }
-    const auto begin_next = [&] { begin_row(row_behind(row)); };
+    // Few rows are left by the warps: none is copied ahead.
+    const auto next_row = [&] { return params.only_left ? UINT32_MAX : row + gridDim.x; };
+    const auto begin_next = [&] { begin_row(next_row()); };
     int32_t token = kUnsuited;
     if constexpr (!kCuts) {
       if (params.pieces > 0) {
@@ -112,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
       }
     } else if (params.pivot_rank > 0) {
       token = draw_from_candidates<kThreads>(
-          params, row, resident, cutting_warp(row), begin_next,
-          [&] { choose_pivot(row_behind(row)); }, shared);
+          params, row, resident, cutting_warp(row), begin_next, [&] { choose_pivot(next_row()); },
+          shared);
     }
     is_there = token != kUnsuited;
     if (token <= kUnsuited) {
@@ -123,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
           params, row, is_resident ? static_cast<const T*>(resident) : logits_of(row), shared);
       __syncthreads();
     }
+    is_there = is_there && !params.only_left;
     if (token >= -1) params.tokens[row] = token;
   }
 }

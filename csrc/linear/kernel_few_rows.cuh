@@ -35,6 +35,16 @@ __host__ __device__ constexpr int few_rows_stride(int features) {
   return features % 2 == 0 ? features * 8 + 8 : features * 8;
 }
 
+// Sixteens of rows whose numbers are under way at a time: fewer where products by shuffles take
+// registers.
+__host__ __device__ constexpr int few_rows_under_way() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return 4;
+#else
+  return 8;
+#endif
+}
+
 // Bytes of dynamic shared memory: the weight's part, then sums in its place.
 template <int kRowTiles, int kFeatures>
 int64_t few_rows_shared_bytes(int64_t depth) {
@@ -57,7 +67,7 @@ struct alignas(2 * sizeof(T)) ElementPair {
 template <class T, int kRowTiles, int kFeatures>
 __global__ void __launch_bounds__(kFewRowsThreads, 2)
     linear_few_rows_kernel(LinearFewRowsCudaParams<T> params) {
-  constexpr int kBatch = 8 / kRowTiles;  // rounds whose rows are under way at a time
+  constexpr int kBatch = few_rows_under_way() / kRowTiles;  // rounds that are loaded at a time
   ptx::griddepcontrol_launch_dependents();
   if (!params.constant) ptx::griddepcontrol_wait();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
