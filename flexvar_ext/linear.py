@@ -35,8 +35,9 @@ def linear(
     matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
     a forward-mode one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed:
     it is computed from the sums before they are rounded. On Hopper up to 50 rows (32 where K is more than 2048) are
-    multiplied by a kernel that fetches the weight while the kernels before it still run, if ``constant_weight`` says that it may; a row
-    of its result depends on the row and the weight alone, to the bit.
+    multiplied by a kernel of this library, whose time is the weight's way from memory: where ``constant_weight`` allows
+    it, that begins while the kernels before it still run. A row of its result depends on the row and the weight alone,
+    to the bit.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; K >= 1.
@@ -74,8 +75,8 @@ def linear(
     return result
 
 
-# Beyond so many rows their way to every multiprocessor takes longer than the weight's from memory: measured with FlexVAR
-# d16 on an H200. Each block holds its part of a weight of so much depth, at most.
+# Beyond so many rows their way to every multiprocessor takes longer than the weight's from memory: measured with d16 on
+# an H200. Each block holds its part of a weight of so much depth, at most.
 _FEW_ROWS, _FEW_DEEP_ROWS, _DEEP, _DEEPEST = 50, 32, 2048, 6400
 
 
