@@ -31,8 +31,8 @@ def test_a_slow_run_warns(monkeypatch, tmp_path, bfloat16):
     config = TrainingConfig(steps=1, batch_size=1, warmup_steps=0, bfloat16=bfloat16)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Not of 8 pixels: torch's bfloat16 gradient of a convolution of stride 2 on a map of one pixel holds memory that
-        # nobody wrote (oneDNN on AVX512-BF16).
+        # Not of 8 pixels: torch's bfloat16 gradient of a convolution of stride 2 on a map of one pixel holds memory
+        # that nobody wrote (oneDNN on AVX512-BF16).
         train_classifier([ShapeDataset(8, 32, 32)], tmp_path, config, progress=False)
     assert any("loop of scalars" in str(one.message) for one in caught) == bfloat16
 
