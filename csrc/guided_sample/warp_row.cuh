@@ -1,7 +1,8 @@
 // A row that one warp samples alone, for many rows: nothing waits for other warps, and what is done
 // once for a row costs one warp's instructions. The row streams through registers, and the logits
 // above a pivot stay in shared memory, in order. A histogram of these candidates holds counts and
-// masses at once; in the bin where a limit is reached, tokens are ranked.
+// masses at once; in the bin where a limit is reached, tokens are ranked. A row that does not suit
+// (infinities, a crowded bin, a sample that misleads twice) is marked for guided_sample_kernel.
 #pragma once
 
 #include "guided_sample/candidates.cuh"
