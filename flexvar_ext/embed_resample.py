@@ -75,15 +75,16 @@ def embed_resample(
 
 
 def _fit(indices: Tensor, codebook: Tensor, size: tuple[int, int], normalize: bool, mode: str) -> bool:
-    """Whether these are right and small: a quick look (``alike``), right or not at all."""
+    """Whether these are right: a quick look (``alike``), right or not at all."""
     if not (alike((indices,), 3, _INT64) and alike((codebook,), 2, WITH_FLOAT64, beside=indices)):
         return False
     if type(size) is not tuple or len(size) != 2 or type(normalize) is not bool or mode not in MODES:
         return False
     height, width = size
-    if type(height) is not int or type(width) is not int:
+    if type(height) is not int or type(width) is not int or not (0 < height < 2**31 and 0 < width < 2**31):
         return False
-    return 0 < height < 2**12 and 0 < width < 2**12 and 0 < indices.numel() < 2**23
+    batch, grid_height, grid_width = indices.shape
+    return grid_height > 0 and grid_width > 0 and batch * height * width * codebook.shape[1] < 2**48
 
 
 def _check(indices: Tensor, codebook: Tensor, size: tuple[int, int], normalize: bool, mode: str) -> None:

@@ -255,6 +255,7 @@ def test_autocast_keeps_the_dtype(device):
 
 
 I, C = torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(5, 4)  # noqa: E741
+MANY = torch.zeros(1, 1, 1, dtype=torch.int64).expand(2**22, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,7 @@ I, C = torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(5, 4)  # noqa: E741
         (I, C, 3, {}, ValueError, r"size must be \(height, width\), got 3"),
         (I, C, (3, 0), {}, ValueError, r"size must be positive, got \(3, 0\)"),
         (I, C, (2**31 - 1, 2**31 - 1), {}, ValueError, r"size must make fewer than 2\*\*48 elements, got \(2147483647"),
+        (MANY, C.repeat(1, 16), (4095, 4095), {}, ValueError, r"size must make fewer than 2\*\*48 elements"),
         (I, C, (3, 3), {"mode": "lanczos"}, ValueError, "mode must be one of .*, got 'lanczos'"),
         (I, C, (3, 3), {"normalize": 1}, TypeError, "normalize must be a bool, got int"),
     ],
