@@ -104,7 +104,10 @@ def linear(
     residual: Tensor | None = None,
     constant_weight: bool = False,
 ) -> Tensor:
-    """[..., K], [N, K] -> [..., N]: residual + gate * activation(x @ weight.T + bias), in the residual's dtype."""
+    """[..., K], [N, K] -> [..., N]: residual + gate * activation(x @ weight.T + bias), in the residual's dtype.
+
+    ``constant_weight`` changes nothing here.
+    """
     if not torch.is_autocast_enabled(x.device.type):  # autocast casts them itself, the weight once for many calls
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     out = F.linear(x, weight, bias)

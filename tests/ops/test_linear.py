@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +97,22 @@ def test_gelu_in_the_product_is_as_accurate_as_behind_it(rows, dtype):
         (ops.linear(**tensors, activation="gelu_tanh") - exact).norm().item() for ops in (flexvar_ext, reference)
     )
     assert error <= 1.1 * own
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "is_few"),
+    [
+        (1, 32, 8, True), (50, 1024, 3072, True), (51, 1024, 3072, False), (50, 2048, 8, True), (32, 4096, 1024, True),
+        (33, 4096, 1024, False), (2, 6400, 8, True), (2, 6432, 8, False), (2, 48, 8, False), (2, 64, 12, False),
+    ],
+)  # fmt: skip
+def test_which_products_are_of_few_rows(monkeypatch, rows, depth, columns, is_few):
+    module = sys.modules["flexvar_ext.linear"]
+    monkeypatch.setattr(module, "has_warpgroup_products", lambda device: True)
+    x, weight = torch.empty(1, rows, depth), torch.empty(columns, depth)
+    assert module._are_few_rows(x, weight) == is_few
+    monkeypatch.setattr(module, "has_warpgroup_products", lambda device: False)
+    assert not module._are_few_rows(x, weight)
 
 
 def test_gelu_over_its_whole_range():
