@@ -47,10 +47,10 @@ void launch(const Plan& plan, GuidedSampleCudaParams<T> params, int64_t multipro
   if (plan.pieces == 0) params.pivot_rank = 0;
   // Blocks have few rows each: what one of them takes longer for, bisected rows, others make up
   // for.
-  const int64_t kRowsPerBlock = params.only_left ? kThreads : 4;
+  const int64_t rows_per_block = params.only_left ? kThreads : 4;
   const int64_t blocks = std::min<int64_t>(
       params.rows,
-      std::max(multiprocessors * plan.blocks, divide_up(int64_t{params.rows}, kRowsPerBlock)));
+      std::max(multiprocessors * plan.blocks, divide_up(int64_t{params.rows}, rows_per_block)));
   allow_shared_memory(kernel, plan.shared_bytes, kOp);
   const auto shared_bytes = static_cast<size_t>(plan.shared_bytes);
   if (params.only_left) {

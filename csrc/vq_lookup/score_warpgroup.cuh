@@ -1,5 +1,5 @@
-// Scores of many normalised rows by products of warpgroups (sm_90a): at twice the rate of those of
-// warps, and without instructions for the codes' fragments.
+// Scores of many normalised rows by products of warpgroups (sm_90a), without instructions for the
+// codes' fragments.
 #pragma once
 
 #include "common/ptx.cuh"
