@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "scale_attention/kernel_plain.cuh"
+#include "scale_attention/kernel_tensor_core.cuh"
 #include "scale_attention/kernel_tensor_core_backward.cuh"
 
 namespace flexvar {

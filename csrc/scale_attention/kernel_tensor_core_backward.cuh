@@ -3,7 +3,7 @@
 // Only for the products with gradients are rows normalised, and rounded to 16 bits.
 #pragma once
 
-#include "scale_attention/kernel_tensor_core.cuh"
+#include "scale_attention/tensor_core_tiles.cuh"
 
 namespace flexvar {
 
