@@ -34,7 +34,7 @@ def linear(
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
     matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
     a forward-mode one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed:
-    it is computed from the sums before they are rounded. On Hopper up to 50 rows (32 where K is more than 2048) are
+    it is computed from the sums before they are rounded. On Hopper few rows (50 where K is 1024, 32 where it is 4096) are
     multiplied by a kernel of this library, whose time is the weight's way from memory: where ``constant_weight`` allows
     it, that begins while the kernels before it still run. A row of its result depends on the row and the weight alone,
     to the bit.
@@ -75,16 +75,16 @@ def linear(
     return result
 
 
-# Beyond so many rows their way to every multiprocessor takes longer than the weight's from memory: measured with d16 on
-# an H200. Each block holds its part of a weight of so much depth, at most.
-_FEW_ROWS, _FEW_DEEP_ROWS, _DEEP, _DEEPEST = 50, 32, 2048, 6400
+# Numbers of x beyond which their way to every multiprocessor takes longer than the weight's from memory: measured with
+# d16 and d24 on an H200. Each block holds its part of a weight of so much depth, at most.
+_FEW, _FEW_OF_DEEP, _DEEP, _DEEPEST = 50 * 1024, 32 * 4096, 2048, 6400
 
 
 def _are_few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel for few rows takes these, on the GPU that it was measured on."""
     columns, depth = weight.shape
     return (
-        x.numel() <= depth * (_FEW_ROWS if depth <= _DEEP else _FEW_DEEP_ROWS)
+        x.numel() <= (_FEW if depth <= _DEEP else _FEW_OF_DEEP)
         and depth % 32 == 0 and depth <= _DEEPEST and columns % 8 == 0
         and has_warpgroup_products(x.device)
     )  # fmt: skip

@@ -102,8 +102,9 @@ def test_gelu_in_the_product_is_as_accurate_as_behind_it(rows, dtype):
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "is_few"),
     [
-        (1, 32, 8, True), (50, 1024, 3072, True), (51, 1024, 3072, False), (50, 2048, 8, True), (32, 4096, 1024, True),
-        (33, 4096, 1024, False), (2, 6400, 8, True), (2, 6432, 8, False), (2, 48, 8, False), (2, 64, 12, False),
+        (1, 32, 8, True), (50, 1024, 3072, True), (51, 1024, 3072, False), (33, 1536, 8, True), (34, 1536, 8, False),
+        (32, 4096, 1024, True), (33, 4096, 1024, False), (21, 6144, 8, True), (22, 6144, 8, False), (2, 6400, 8, True),
+        (2, 6432, 8, False), (2, 48, 8, False), (2, 64, 12, False),
     ],
 )  # fmt: skip
 def test_which_products_are_of_few_rows(monkeypatch, rows, depth, columns, is_few):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -209,14 +210,30 @@ class Block(nn.Module):
                 [B, 1, 6, width].
             generator: draws the dropped paths, in training mode.
         """
-        own = None if self.shared_adaln else self.ada_lin(condition).view(-1, 1, 6, self.width)
-        vectors = self.ada_gss + condition if own is None else own
-        wide = _wide(vectors)
-        gamma1, gamma2, _, _, shift1, shift2 = wide.unbind(2)
-        scale1, scale2 = (wide[:, :, 2:4] + 1).unbind(2)
-        if self.training and self.drop_path > 0:
-            gamma1 = gamma1 * self._kept_paths(gamma1, generator)
-            gamma2 = gamma2 * self._kept_paths(gamma2, generator)
+        vectors = _wide(self._vectors(condition))
+        modulation = self._modulation(vectors, vectors[:, :, 2:4] + 1)
+        if not (self.training and self.drop_path > 0):
+            return modulation
+        gamma1, gamma2 = (gamma * self._kept_paths(gamma, generator) for gamma in modulation[:2])
+        return modulation._replace(gamma1=gamma1, gamma2=gamma2)
+
+    @staticmethod
+    def modulations(blocks: Sequence[Block], condition: Tensor) -> list[Modulation]:
+        """Those of all blocks in evaluation mode, alike: on a GPU their products follow each other without a break."""
+        vectors = _wide(torch.stack([block._vectors(condition) for block in blocks]))
+        scales = vectors[:, :, :, 2:4] + 1
+        return [block._modulation(*own) for block, *own in zip(blocks, vectors, scales, strict=True)]
+
+    def _vectors(self, condition: Tensor) -> Tensor:
+        """[B, 1, 6, width]: gamma, scale and shift, each of attention and of the feed-forward network."""
+        if self.shared_adaln:
+            return self.ada_gss + condition
+        vectors: Tensor = self.ada_lin(condition)
+        return vectors.view(-1, 1, 6, self.width)
+
+    def _modulation(self, vectors: Tensor, scales: Tensor) -> Modulation:
+        gamma1, gamma2, _, _, shift1, shift2 = vectors.unbind(2)
+        scale1, scale2 = scales.unbind(2)
         bias, q_scale = self.attn.constants()
         return Modulation(gamma1, gamma2, scale1, scale2, shift1, shift2, bias, q_scale)
 

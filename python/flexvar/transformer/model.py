@@ -183,7 +183,7 @@ class FlexVARTransformer(nn.Module):
             ),
             start=condition.unsqueeze(1) + self.pos_start,
             positions=self._positions.get(self.pos_1LC, schedule, self.backend),
-            modulations=[block.modulation(shared) for block in self._typed_blocks],
+            modulations=Block.modulations(self._typed_blocks, shared),
             head_modulation=self.head_nm.modulation(activated),
         )
 
