@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/cuda_launch.h"
+#include "common/divide_up.h"
 #include "common/tensor_memory.h"
 #include "embed_resample/arguments.h"
 #include "embed_resample/kernel.cuh"
@@ -31,18 +32,28 @@ void by_element(Element element, const Body& body) {
   }
 }
 
-template <class T, class Real, class Out>
-void launch_resample(const EmbedSource<T, Real>& source, const EmbedShape& s, void* out,
-                     bool adjoint, cudaStream_t stream, const char* op) {
-  const EmbedResampleCudaParams<T, Real, Out> params{
-      source,
-      static_cast<Out*>(out),
-      s.batch,
-      s.dim,
-      {make_resample_axis<Real>(s.mode, s.in_height, s.height), adjoint},
-      {make_resample_axis<Real>(s.mode, s.in_width, s.width), adjoint}};
-  launch_kernel(op, stream, embed_resample_kernel<T, Real, Out>,
-                grid_size(embed_resample_blocks(params), op), kEmbedThreads, 0, params);
+// `rows` are the codes, or the tokens' gradients; `out` the tokens, or gradients of the cells.
+template <bool kAdjoint, class T, class Real>
+void launch_resample(const int64_t* indices, const Tensor& rows, const EmbedShape& s,
+                     bool normalize, Tensor& out, cudaStream_t stream, const char* op) {
+  const int64_t tiles_y = divide_up(kAdjoint ? s.in_height : s.height, kEmbedTile);
+  const int64_t tiles_x = divide_up(kAdjoint ? s.in_width : s.width, kEmbedTile);
+  const int64_t channels = divide_up(s.dim, kEmbedChannels);
+  const unsigned blocks = grid_size(tiles_x * tiles_y * s.batch * channels, op);
+  using Params = EmbedResampleCudaParams<T, Real, kAdjoint>;
+  const Params params{indices,
+                      static_cast<const T*>(rows.const_data_ptr()),
+                      static_cast<typename Params::Out*>(out.mutable_data_ptr()),
+                      rows.numel() / s.dim,
+                      s.dim,
+                      normalize,
+                      make_resample_axis<Real>(s.mode, s.in_height, s.height),
+                      make_resample_axis<Real>(s.mode, s.in_width, s.width),
+                      tiles_x,
+                      tiles_y,
+                      s.batch};
+  launch_overlapping(op, stream, embed_resample_kernel<T, Real, kAdjoint>, blocks, kEmbedThreads, 0,
+                     params);
 }
 
 // The values of a flat int64 tensor in ascending order, and where they stood, ascending for equals.
@@ -63,13 +74,11 @@ Tensor embed_resample_cuda(const Tensor& indices, const Tensor& codebook, int64_
   Tensor tokens = empty_contiguous({s.batch, height * width, s.dim}, codebook.scalar_type(),
                                    device_of(codebook));
   if (tokens.numel() == 0) return tokens;
-  const Tensor rows = as_contiguous(indices);
+  const Tensor cells = as_contiguous(indices);
   const Tensor codes = as_contiguous(codebook);
   by_element(s.element, [&]<class T, class Real>(T, Real) {
-    const EmbedSource<T, Real> source{rows.const_data_ptr<int64_t>(),
-                                      static_cast<const T*>(codes.const_data_ptr()), s.num_codes,
-                                      normalize};
-    launch_resample<T, Real, T>(source, s, tokens.mutable_data_ptr(), false, scope.stream(), op);
+    launch_resample<false, T, Real>(cells.const_data_ptr<int64_t>(), codes, s, normalize, tokens,
+                                    scope.stream(), op);
   });
   return tokens;
 }
@@ -89,12 +98,10 @@ Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
   Tensor grad_codebook;
   by_element(s.element, [&]<class T, class Real>(T, Real) {
     Tensor grid = empty_contiguous({cells, s.dim}, kRealType<Real>, device_of(codes));
-    const EmbedSource<T, Real> source{nullptr, static_cast<const T*>(tokens.const_data_ptr()), 0,
-                                      false};
-    launch_resample<T, Real, Real>(source, s, grid.mutable_data_ptr(), true, scope.stream(), op);
+    launch_resample<true, T, Real>(nullptr, tokens, s, false, grid, scope.stream(), op);
     grad_codebook = empty_contiguous({s.num_codes, s.dim}, kRealType<Real>, device_of(codes));
-    const Tensor run_sums = empty_contiguous({(cells + kEmbedRun - 1) / kEmbedRun, s.dim},
-                                             kRealType<Real>, device_of(codes));
+    const Tensor run_sums =
+        empty_contiguous({divide_up(cells, kEmbedRun), s.dim}, kRealType<Real>, device_of(codes));
     const EmbedScatterCudaParams<T, Real> params{grid.const_data_ptr<Real>(),
                                                  sorted.template const_data_ptr<int64_t>(),
                                                  order.template const_data_ptr<int64_t>(),
@@ -105,13 +112,11 @@ Tensor embed_resample_backward_cuda(const Tensor& grad, const Tensor& indices,
                                                  s.num_codes,
                                                  s.dim,
                                                  normalize};
-    const auto blocks = [&](int64_t warps) {
-      return grid_size((warps + kEmbedWarps - 1) / kEmbedWarps, op);
-    };
-    launch_kernel(op, scope.stream(), embed_sum_runs_kernel<T, Real>, blocks(params.runs()),
-                  kEmbedThreads, 0, params);
-    launch_kernel(op, scope.stream(), embed_scatter_kernel<T, Real>, blocks(s.num_codes),
-                  kEmbedThreads, 0, params);
+    const auto blocks = [&](int64_t warps) { return grid_size(divide_up(warps, kEmbedWarps), op); };
+    launch_overlapping(op, scope.stream(), embed_sum_runs_kernel<T, Real>, blocks(params.runs()),
+                       kEmbedSumThreads, 0, params);
+    launch_overlapping(op, scope.stream(), embed_scatter_kernel<T, Real>, blocks(s.num_codes),
+                       kEmbedSumThreads, 0, params);
   });
   return torch::stable::to(grad_codebook, codebook.scalar_type());
 }

@@ -4,180 +4,252 @@
 // has. No atomics, every sum in a fixed order.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
+#include "common/divide_up.h"
+#include "common/fast_divisor.h"
+#include "common/ptx.cuh"
 #include "embed_resample/norm.h"
 #include "resample/taps.cuh"
 
 namespace flexvar {
 
-constexpr int kEmbedWarps = 8;
-constexpr int kEmbedThreads = 32 * kEmbedWarps;
-constexpr int kEmbedTile = 8;       // a block's tile of outputs: a row for each warp
-constexpr int kEmbedChannels = 32;  // a block's channels: a lane for each
-static_assert(kEmbedTile == kEmbedWarps);
+// 8 lanes of a warp own an output, and before that a source: lane l has channels l, l + 8, l + 16
+// and l + 24 of the block's 32. Each access of a warp to memory then is four whole sectors (of
+// float), whatever the number of channels and the alignment.
+constexpr unsigned kEmbedTile = 8;  // side of a block's tile of outputs
+constexpr unsigned kEmbedLanes = 8, kEmbedLaneChannels = 4;
+constexpr unsigned kEmbedChannels = kEmbedLanes * kEmbedLaneChannels;
+constexpr unsigned kEmbedSlots = kEmbedTile * kEmbedTile;  // outputs, or sources, at once
+constexpr unsigned kEmbedThreads = kEmbedSlots * kEmbedLanes;
 
 // Side of the square of sources in shared memory: enough for a bicubic upsampling's tile at once.
 template <class Real>
-constexpr int kEmbedPatch = sizeof(Real) == sizeof(double) ? 8 : 12;
+constexpr unsigned kEmbedPatch = sizeof(Real) == sizeof(double) ? 8 : 12;
 
-template <class T, class Real>
-struct EmbedSource {
-  const int64_t* indices;  // [B, H, W] codes to gather, or null: `values` are the sources
-  const T* values;         // codebook [num_codes, dim], or [B, H * W, dim]
-  int64_t num_codes;
+template <class T, class Real, bool kAdjoint>
+struct EmbedResampleCudaParams {
+  using Out = std::conditional_t<kAdjoint, Real, T>;
+  const int64_t* indices;  // [B, H, W] of the rows to gather; the adjoint has all, in their order
+  const T* rows;           // [num_rows, dim]: the codebook, or gradients of the tokens
+  Out* out;                // [B, h * w, dim]
+  int64_t num_rows;
+  int64_t dim;
   bool normalize;
+  ResampleAxis<Real> y, x;
+  FastDivisor tiles_x, tiles_y, batch;  // of a block's number, in this order; then the channels
 };
 
-template <class T, class Real, class Out>
-struct EmbedResampleCudaParams {
-  EmbedSource<T, Real> source;
-  Out* out;  // [B, y.out_size() * x.out_size(), dim]
-  int64_t batch;
-  int64_t dim;
-  TapAxis<Real> y, x;
+template <class Real>
+struct EmbedTileAxis {
+  unsigned start[kEmbedTile], end[kEmbedTile];  // the sources of each output
+  Real weight[kEmbedTile][kEmbedPatch<Real>];   // of those in the patch
+};
+
+template <class Real>
+struct alignas(kEmbedLaneChannels * sizeof(Real)) EmbedLane {
+  Real x[kEmbedLaneChannels];
 };
 
 template <class Real>
 struct EmbedStorage {
-  Real patch[kEmbedPatch<Real>][kEmbedPatch<Real>][kEmbedChannels];
-  Real weight_y[kEmbedTile][kEmbedPatch<Real>];
-  Real weight_x[kEmbedTile][kEmbedPatch<Real>];
-  int64_t start_y[kEmbedTile], end_y[kEmbedTile];
-  int64_t start_x[kEmbedTile], end_x[kEmbedTile];
+  EmbedLane<Real> patch[kEmbedPatch<Real>][kEmbedPatch<Real>][kEmbedLanes];
+  EmbedTileAxis<Real> y, x;
 };
 
-template <class Real>
-__device__ __forceinline__ Real sum_of_warp(Real x) {
+// A lane's channels of a row, from `first` on, of which the row has `count`; 0 for others.
+template <class Real, class T>
+__device__ __forceinline__ EmbedLane<Real> load_lane(const T* first, unsigned count) {
+  EmbedLane<Real> lane;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
+  for (unsigned k = 0; k < kEmbedLaneChannels; ++k) {
+    lane.x[k] = k * kEmbedLanes < count ? load_real<Real>(first + k * kEmbedLanes) : Real(0);
+  }
+  return lane;
 }
 
-// 1 / max(|code|, kMinCodeNorm), for all lanes of the warp that calls it.
-template <class T, class Real>
-__device__ Real inverse_norm(const T* code, int64_t dim) {
-  Real squares = 0;
-  for (int64_t c = threadIdx.x % 32; c < dim; c += 32) {
-    const Real x = load_real<Real>(code + c);
-    squares += x * x;
-  }
-  const Real norm = sqrt(sum_of_warp(squares));
+// Of `size` channels those from `first` on, as far as a block has them.
+__device__ __forceinline__ unsigned channels_from(int64_t first, int64_t size) {
+  return static_cast<unsigned>(resample_min(resample_max(size - first, 0), kEmbedChannels));
+}
+
+template <class Real>
+__device__ __forceinline__ Real inverse_norm(Real squares) {
+  const Real norm = sqrt(squares);
   return Real(1) / (norm > Real(kMinCodeNorm) ? norm : Real(kMinCodeNorm));
 }
 
-// The warp's channels of one source: its lane's value, NaN where the index is not a code.
+// Of a row (none: null) of which the lane's channels in the block are here; longer ones are read
+// anew. Adds in the order of inverse_norm_of_code.
 template <class T, class Real>
-__device__ Real load_source(const EmbedSource<T, Real>& source, int64_t cell, int64_t channel,
-                            int64_t dim) {
-  if (source.indices == nullptr) {
-    return channel < dim ? load_real<Real>(source.values + cell * dim + channel) : Real(0);
+__device__ __forceinline__ Real inverse_norm_of_row(const EmbedLane<Real>& lane, const T* row,
+                                                    int64_t dim) {
+  Real squares[kEmbedLaneChannels];
+#pragma unroll
+  for (unsigned k = 0; k < kEmbedLaneChannels; ++k) squares[k] = lane.x[k] * lane.x[k];
+  if (dim > kEmbedChannels && row != nullptr) {
+#pragma unroll
+    for (unsigned k = 0; k < kEmbedLaneChannels; ++k) squares[k] = 0;
+#pragma unroll 1
+    for (int64_t c = threadIdx.x % kEmbedLanes; c < dim; c += kEmbedChannels) {
+      const EmbedLane<Real> part = load_lane<Real>(row + c, channels_from(c, dim));
+#pragma unroll
+      for (unsigned k = 0; k < kEmbedLaneChannels; ++k) squares[k] += part.x[k] * part.x[k];
+    }
   }
-  const int64_t index = source.indices[cell];
-  if (index < 0 || index >= source.num_codes) return Real(NAN);
-  const T* code = source.values + index * dim;
-  const Real scale = source.normalize ? inverse_norm<T, Real>(code, dim) : Real(1);
-  return channel < dim ? scale * load_real<Real>(code + channel) : Real(0);
+  Real sum = (squares[0] + squares[2]) + (squares[1] + squares[3]);
+#pragma unroll
+  for (unsigned offset = kEmbedLanes / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  }
+  return inverse_norm(sum);
 }
 
-// Weights of the sources [begin, begin + kEmbedPatch) for each output of the tile, where they lie
-// in the output's range.
+// To the sums of output (i, j) of the tile what lies in the patch from source (y0, x0) on.
 template <class Real>
-__device__ void fill_patch_weights(Real (&weight)[kEmbedTile][kEmbedPatch<Real>],
-                                   const int64_t (&start)[kEmbedTile],
-                                   const int64_t (&end)[kEmbedTile], const TapAxis<Real>& taps,
-                                   int64_t first, int size, int64_t begin) {
-  constexpr int patch = kEmbedPatch<Real>;
-  for (int j = static_cast<int>(threadIdx.x); j < size * patch; j += kEmbedThreads) {
-    const int i = j / patch, k = j % patch;
-    if (begin + k >= start[i] && begin + k < end[i]) {
-      weight[i][k] = tap_weight(taps, first + i, begin + k);
+__device__ __forceinline__ void add_patch(EmbedLane<Real>& sum, const EmbedStorage<Real>& shared,
+                                          unsigned i, unsigned j, unsigned lane, unsigned y0,
+                                          unsigned x0) {
+  constexpr unsigned patch = kEmbedPatch<Real>;
+  const unsigned first_y = max(shared.y.start[i], y0), end_y = min(shared.y.end[i], y0 + patch);
+  const unsigned first_x = max(shared.x.start[j], x0), end_x = min(shared.x.end[j], x0 + patch);
+  for (unsigned y = first_y; y < end_y; ++y) {
+    const Real weight_y = shared.y.weight[i][y - y0];
+#pragma unroll 4
+    for (unsigned x = first_x; x < end_x; ++x) {
+      const Real weight = weight_y * shared.x.weight[j][x - x0];
+      const EmbedLane<Real> source = shared.patch[y - y0][x - x0][lane];
+#pragma unroll
+      for (unsigned k = 0; k < kEmbedLaneChannels; ++k) sum.x[k] += weight * source.x[k];
     }
   }
 }
 
-template <class T, class Real, class Out>
+template <class T, class Real, bool kAdjoint>
 __global__ void __launch_bounds__(kEmbedThreads, 2)
-    embed_resample_kernel(EmbedResampleCudaParams<T, Real, Out> params) {
-  constexpr int patch = kEmbedPatch<Real>;
+    embed_resample_kernel(EmbedResampleCudaParams<T, Real, kAdjoint> params) {
+  constexpr unsigned patch = kEmbedPatch<Real>;
+  // Sources of a lane under way at once: two are all that a tile of an upsampling has.
+  constexpr unsigned ahead = patch * patch > kEmbedSlots ? 2 : 1;
+  static_assert(kEmbedTile * patch <= kEmbedThreads / 2);
   auto& shared = shared_storage<EmbedStorage<Real>>();
-  const int64_t height = params.y.out_size(), width = params.x.out_size();
-  const int64_t in_height = params.y.in_size(), in_width = params.x.in_size();
-  const int64_t tiles_x = (width + kEmbedTile - 1) / kEmbedTile;
-  const int64_t tiles_y = (height + kEmbedTile - 1) / kEmbedTile;
-  int64_t block = blockIdx.x;
-  const int64_t left = block % tiles_x * kEmbedTile;
-  block /= tiles_x;
-  const int64_t top = block % tiles_y * kEmbedTile;
-  block /= tiles_y;
-  const int64_t image = block % params.batch;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t channel = block / params.batch * kEmbedChannels + lane;
-  const int rows = static_cast<int>(resample_min(kEmbedTile, height - top));
-  const int columns = static_cast<int>(resample_min(kEmbedTile, width - left));
+  ptx::griddepcontrol_launch_dependents();
+  const unsigned row_of_tiles = params.tiles_x.quotient(blockIdx.x);
+  const unsigned left = params.tiles_x.remainder(blockIdx.x) * kEmbedTile;
+  const unsigned image_and_channels = params.tiles_y.quotient(row_of_tiles);
+  const unsigned top = params.tiles_y.remainder(row_of_tiles) * kEmbedTile;
+  const int64_t image = params.batch.remainder(image_and_channels);
+  const unsigned lane = threadIdx.x % kEmbedLanes;
+  const unsigned slot = threadIdx.x / kEmbedLanes;
+  const int64_t channel =
+      int64_t{params.batch.quotient(image_and_channels)} * kEmbedChannels + lane;
+  const unsigned channels = channels_from(channel, params.dim);
+  const TapAxis<Real> taps_y{params.y, kAdjoint}, taps_x{params.x, kAdjoint};
+  const unsigned rows = static_cast<unsigned>(resample_min(taps_y.out_size() - top, kEmbedTile));
+  const unsigned columns =
+      static_cast<unsigned>(resample_min(taps_x.out_size() - left, kEmbedTile));
 
-  if (threadIdx.x < static_cast<unsigned>(rows)) {
-    const TapRange range = tap_range(params.y, top + threadIdx.x);
-    shared.start_y[threadIdx.x] = range.start;
-    shared.end_y[threadIdx.x] = range.start + range.count;
-  } else if (threadIdx.x >= 32 && threadIdx.x < static_cast<unsigned>(32 + columns)) {
-    const int j = static_cast<int>(threadIdx.x) - 32;
-    const TapRange range = tap_range(params.x, left + j);
-    shared.start_x[j] = range.start;
-    shared.end_x[j] = range.start + range.count;
-  }
+  // Each half of the block calls body(tile, taps, first output, outputs, number of the thread) for
+  // an axis. What it takes of the parameters is computed anew: in registers it would be too much.
+  const auto for_axes = [&](const auto& body) {
+    const unsigned thread = ptx::computed_here(static_cast<int>(threadIdx.x));
+    const bool of_x = thread >= kEmbedThreads / 2;
+    const TapAxis<Real> taps{of_x ? params.x : params.y, kAdjoint};
+    body(of_x ? shared.x : shared.y, taps, of_x ? left : top, of_x ? columns : rows,
+         thread % (kEmbedThreads / 2));
+  };
+  for_axes([](EmbedTileAxis<Real>& tile, const TapAxis<Real>& taps, unsigned first_output,
+              unsigned outputs, unsigned number) {
+    if (number >= outputs) return;
+    const TapRange range = tap_range(taps, first_output + number);
+    tile.start[number] = static_cast<unsigned>(range.start);
+    tile.end[number] = static_cast<unsigned>(range.start + range.count);
+  });
   __syncthreads();
+  ptx::griddepcontrol_wait();
 
-  Real sum[kEmbedTile];
+  const unsigned i = slot / kEmbedTile, j = slot % kEmbedTile;
+  const bool active = i < rows && j < columns;
+  EmbedLane<Real> sum;
 #pragma unroll
-  for (int j = 0; j < kEmbedTile; ++j) sum[j] = no_taps(params.y);
-  const int64_t last_y = shared.end_y[rows - 1], last_x = shared.end_x[columns - 1];
-  for (int64_t y0 = shared.start_y[0]; y0 < last_y; y0 += patch) {
-    for (int64_t x0 = shared.start_x[0]; x0 < last_x; x0 += patch) {
-      if (y0 > shared.start_y[0] || x0 > shared.start_x[0]) __syncthreads();
-      fill_patch_weights(shared.weight_y, shared.start_y, shared.end_y, params.y, top, rows, y0);
-      fill_patch_weights(shared.weight_x, shared.start_x, shared.end_x, params.x, left, columns,
-                         x0);
-      const int patch_rows = static_cast<int>(resample_min(patch, last_y - y0));
-      const int patch_columns = static_cast<int>(resample_min(patch, last_x - x0));
-      for (int cell = warp; cell < patch_rows * patch_columns; cell += kEmbedWarps) {
-        const int r = cell / patch_columns, s = cell % patch_columns;
-        shared.patch[r][s][lane] = load_source(
-            params.source, (image * in_height + y0 + r) * in_width + x0 + s, channel, params.dim);
-      }
-      __syncthreads();
-      if (warp >= rows) continue;
-      const int first_row = static_cast<int>(resample_max(shared.start_y[warp] - y0, 0));
-      const int end_row = static_cast<int>(resample_min(shared.end_y[warp] - y0, patch));
+  for (unsigned k = 0; k < kEmbedLaneChannels; ++k) sum.x[k] = no_taps(taps_y);
+  const unsigned first_y = shared.y.start[0], last_y = shared.y.end[rows - 1];
+  const unsigned first_x = shared.x.start[0], last_x = shared.x.end[columns - 1];
+  for (unsigned y0 = first_y; y0 < last_y; y0 += patch) {
+    for (unsigned x0 = first_x; x0 < last_x; x0 += patch) {
+      const unsigned patch_columns = min(last_x - x0, patch);
+      const unsigned cells = min(last_y - y0, patch) * patch_columns;
+      const unsigned reciprocal = 0xffffu / patch_columns + 1;  // exact for so few cells
+      if (y0 > first_y || x0 > first_x) __syncthreads();        // the patch before has been read
+#pragma unroll 1
+      for (unsigned base = 0; base < cells; base += ahead * kEmbedSlots) {
+        int64_t row[ahead];
 #pragma unroll
-      for (int j = 0; j < kEmbedTile; ++j) {
-        if (j >= columns) continue;
-        const int first_column = static_cast<int>(resample_max(shared.start_x[j] - x0, 0));
-        const int end_column = static_cast<int>(resample_min(shared.end_x[j] - x0, patch));
-        for (int r = first_row; r < end_row; ++r) {
-          for (int s = first_column; s < end_column; ++s) {
-            sum[j] += shared.weight_y[warp][r] * shared.weight_x[j][s] * shared.patch[r][s][lane];
+        for (unsigned n = 0; n < ahead; ++n) {
+          const unsigned cell = base + n * kEmbedSlots + slot, r = cell * reciprocal >> 16;
+          row[n] = -1;
+          if (cell < cells) {
+            row[n] = (image * taps_y.in_size() + y0 + r) * taps_x.in_size() + x0 + cell -
+                     r * patch_columns;
+            if constexpr (!kAdjoint) row[n] = params.indices[row[n]];
           }
         }
+        // The weights, while the indices are under way.
+        if (base == 0) {
+          for_axes([&](EmbedTileAxis<Real>& tile, const TapAxis<Real>& taps, unsigned first_output,
+                       unsigned outputs, unsigned number) {
+            const unsigned output = number / patch, column = number % patch;
+            const unsigned source = (&tile == &shared.x ? x0 : y0) + column;
+            if (output < outputs && source >= tile.start[output] && source < tile.end[output]) {
+              tile.weight[output][column] = tap_weight(taps, first_output + output, source);
+            }
+          });
+        }
+        EmbedLane<Real> values[ahead];
+#pragma unroll
+        for (unsigned n = 0; n < ahead; ++n) {
+          if (row[n] < 0 || row[n] >= params.num_rows) {
+            row[n] = -1;
+#pragma unroll
+            for (unsigned k = 0; k < kEmbedLaneChannels; ++k) values[n].x[k] = Real(NAN);
+          } else {
+            values[n] = load_lane<Real>(params.rows + row[n] * params.dim + channel, channels);
+          }
+        }
+#pragma unroll
+        for (unsigned n = 0; n < ahead; ++n) {
+          const unsigned cell = base + n * kEmbedSlots + slot, r = cell * reciprocal >> 16;
+          if (base + n * kEmbedSlots >= cells) break;
+          if (!kAdjoint && params.normalize) {
+            const T* all = row[n] < 0 ? nullptr : params.rows + row[n] * params.dim;
+            const Real scale = inverse_norm_of_row(values[n], all, params.dim);
+#pragma unroll
+            for (unsigned k = 0; k < kEmbedLaneChannels; ++k) values[n].x[k] *= scale;
+          }
+          if (cell < cells) shared.patch[r][cell - r * patch_columns][lane] = values[n];
+        }
       }
+      __syncthreads();
+      if (active) add_patch(sum, shared, i, j, lane, y0, x0);
     }
   }
-  if (warp >= rows || channel >= params.dim) return;
-  Out* out = params.out + ((image * height + top + warp) * width + left) * params.dim + channel;
+  if (!active) return;
+  const int64_t token = (image * taps_y.out_size() + top + i) * taps_x.out_size() + left + j;
+  typename EmbedResampleCudaParams<T, Real, kAdjoint>::Out* out =
+      params.out + token * params.dim + channel;
 #pragma unroll
-  for (int j = 0; j < kEmbedTile; ++j) {
-    if (j < columns) store_real(out + j * params.dim, sum[j]);
+  for (unsigned k = 0; k < kEmbedLaneChannels; ++k) {
+    if (k * kEmbedLanes < channels) store_real(out + k * kEmbedLanes, sum.x[k]);
   }
 }
 
-template <class T, class Real, class Out>
-int64_t embed_resample_blocks(const EmbedResampleCudaParams<T, Real, Out>& params) {
-  return (params.x.out_size() + kEmbedTile - 1) / kEmbedTile *
-         ((params.y.out_size() + kEmbedTile - 1) / kEmbedTile) * params.batch *
-         ((params.dim + kEmbedChannels - 1) / kEmbedChannels);
-}
+constexpr int kEmbedWarps = 8;  // of a block that sums cells
+constexpr int kEmbedSumThreads = 32 * kEmbedWarps;
 
 // Cells that a warp sums, consecutive ones of the sorted: a code of many cells has many warps.
 constexpr int64_t kEmbedRun = 64;
+constexpr int kEmbedAhead = 8;  // whose gradients are under way at once
 
 template <class T, class Real>
 struct EmbedScatterCudaParams {
@@ -192,62 +264,103 @@ struct EmbedScatterCudaParams {
   int64_t dim;
   bool normalize;
 
-  __host__ __device__ int64_t runs() const { return (num_cells + kEmbedRun - 1) / kEmbedRun; }
+  __host__ __device__ int64_t runs() const { return divide_up(num_cells, kEmbedRun); }
 };
 
 // A warp for each run: of every code in it the sum of the cells' gradients.
 template <class T, class Real>
-__global__ void __launch_bounds__(kEmbedThreads, 2)
+__global__ void __launch_bounds__(kEmbedSumThreads, 2)
     embed_sum_runs_kernel(EmbedScatterCudaParams<T, Real> params) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const int64_t run = blockIdx.x * static_cast<int64_t>(kEmbedWarps) + threadIdx.x / 32;
   if (run >= params.runs()) return;
+  const int64_t lane = threadIdx.x % 32, dim = params.dim;
   const int64_t begin = run * kEmbedRun;
-  const int64_t run_end = resample_min(begin + kEmbedRun, params.num_cells);
-  for (int64_t first = begin, end = begin; first < run_end; first = end) {
-    const int64_t v = params.sorted[first];
-    while (end < run_end && params.sorted[end] == v) ++end;
-    if (v < 0 || v >= params.num_codes) continue;
-    const bool began_before = first == begin && begin > 0 && params.sorted[begin - 1] == v;
-    Real* const out =
-        began_before ? params.run_sums + run * params.dim : params.grad_codebook + v * params.dim;
-    for (int64_t c = threadIdx.x % 32; c < params.dim; c += 32) {
-      Real sum = 0;
-#pragma unroll 4
-      for (int64_t i = first; i < end; ++i) {
-        sum += params.grad_grid[params.cells[i] * params.dim + c];
+  const int64_t end = resample_min(begin + kEmbedRun, params.num_cells);
+  // The code whose sum an earlier run has begun, if it is one.
+  const int64_t before = begin > 0 ? params.sorted[begin - 1] : -1;
+  for (int64_t channel = 0; channel < dim; channel += 32) {
+    const int64_t c = channel + lane;
+    Real sum = 0;
+    for (int64_t first = begin; first < end; first += 32) {
+      // Each lane looks at a cell: where its gradient is, whether it is the last of its code's in
+      // the run, and where the sum goes then.
+      const int64_t i = first + lane, v = i < end ? params.sorted[i] : -1;
+      const int64_t from = i < end ? params.cells[i] * dim : 0;
+      const unsigned last =
+          __ballot_sync(0xffffffffu, i + 1 == end || (i + 1 < end && params.sorted[i + 1] != v));
+      Real* const target = v < 0 || v >= params.num_codes ? nullptr
+                           : v == before                  ? params.run_sums + run * dim
+                                                          : params.grad_codebook + v * dim;
+#pragma unroll 1
+      for (int next = 0; next < 32; next += kEmbedAhead) {
+        Real grad[kEmbedAhead];
+#pragma unroll
+        for (int k = 0; k < kEmbedAhead; ++k) {
+          const Real* source = params.grad_grid + __shfl_sync(0xffffffffu, from, next + k);
+          grad[k] = first + next + k < end && c < dim ? source[c] : Real(0);
+        }
+#pragma unroll
+        for (int k = 0; k < kEmbedAhead; ++k) {
+          sum += grad[k];
+          if ((last >> (next + k) & 1) == 0) continue;
+          Real* const out = reinterpret_cast<Real*>(
+              __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(target), next + k));
+          if (out != nullptr && c < dim) out[c] = sum;
+          sum = 0;
+        }
       }
-      out[c] = sum;
     }
   }
 }
 
-// The first of `sorted` that is not below `value`.
+// The first of `sorted` that is not below `value`, which all lanes of the warp look for.
 __device__ inline int64_t lower_bound(const int64_t* sorted, int64_t count, int64_t value) {
-  int64_t first = 0;
-  while (first < count) {
-    const int64_t middle = first + (count - first) / 2;
-    if (sorted[middle] < value) {
-      first = middle + 1;
-    } else {
-      count = middle;
-    }
+  int64_t first = 0, end = count;
+  while (first < end) {
+    const int64_t step = divide_up(end - first, 32), i = first + (threadIdx.x % 32 + 1) * step - 1;
+    first += __popc(__ballot_sync(0xffffffffu, i < end && sorted[i] < value)) * step;
+    end = resample_min(end, first + step - 1);
   }
   return first;
+}
+
+template <class Real>
+__device__ __forceinline__ Real sum_of_warp(Real x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+template <class T, class Real>
+__device__ Real inverse_norm_of_code(const T* code, int64_t dim) {
+  Real squares = 0;
+  for (int64_t c = threadIdx.x % 32; c < dim; c += 32) {
+    const Real x = load_real<Real>(code + c);
+    squares += x * x;
+  }
+  return inverse_norm(sum_of_warp(squares));
 }
 
 // A warp for each code, after the runs: the sum g of all its cells' gradients and, with e = c / n,
 // n = max(|c|, kMinCodeNorm), the gradient (g - e (e . g)) / n through the normalisation, or g / n
 // where the norm is clamped.
 template <class T, class Real>
-__global__ void __launch_bounds__(kEmbedThreads, 2)
+__global__ void __launch_bounds__(kEmbedSumThreads, 2)
     embed_scatter_kernel(EmbedScatterCudaParams<T, Real> params) {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const int64_t v = blockIdx.x * static_cast<int64_t>(kEmbedWarps) + threadIdx.x / 32;
   if (v >= params.num_codes) return;
   const int64_t dim = params.dim;
   const int64_t lane = threadIdx.x % 32;
   Real* out = params.grad_codebook + v * dim;
   const int64_t first = lower_bound(params.sorted, params.num_cells, v);
-  const int64_t end = lower_bound(params.sorted, params.num_cells, v + 1);
+  const int64_t beside = first + lane;  // most codes have few cells
+  int64_t end = first + __popc(__ballot_sync(
+                            0xffffffffu, beside < params.num_cells && params.sorted[beside] == v));
+  if (end == first + 32) end += lower_bound(params.sorted + end, params.num_cells - end, v + 1);
   const T* code = params.codebook + v * dim;
   Real product = 0;
   for (int64_t c = lane; c < dim; c += 32) {
@@ -260,7 +373,7 @@ __global__ void __launch_bounds__(kEmbedThreads, 2)
     product += sum * load_real<Real>(code + c);
   }
   if (!params.normalize || first == end) return;
-  const Real inverse = inverse_norm<T, Real>(code, dim);
+  const Real inverse = inverse_norm_of_code<T, Real>(code, dim);
   const bool clamped = inverse >= Real(1 / kMinCodeNorm);
   const Real along = clamped ? Real(0) : sum_of_warp(product) * inverse * inverse;
   for (int64_t c = lane; c < dim; c += 32) {

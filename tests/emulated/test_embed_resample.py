@@ -13,7 +13,7 @@ SHAPES = [
     (1, (10, 10), (13, 13), 30, 32),
     (2, (5, 3), (9, 17), 9, 7),
     (1, (20, 17), (5, 3), 50, 4),
-    (1, (3, 4), (4, 6), 6, 70),
+    (2, (3, 4), (4, 6), 6, 70),
 ]
 
 
@@ -74,8 +74,9 @@ def test_inputs_that_lie_otherwise(launch_in_every_order):
     check(launch_in_every_order, *nothing, (9, 10), "area", True, 1e-5)
 
 
-def test_index_outside_the_codebook_gives_nan(launch_in_every_order):
-    indices, codebook, _ = problem(SHAPES[1])
+@pytest.mark.parametrize("channels", [32, 40])  # more than a block has: codes are read once more for their norms
+def test_index_outside_the_codebook_gives_nan(launch_in_every_order, channels):
+    indices, codebook, _ = problem((1, (10, 10), (13, 13), 30, channels))
     arguments = (codebook, 13, 13, True, "bilinear")
     (expected,) = launch_in_every_order("embed_resample", indices, *arguments)
     for bad in (-1, 30, 2**62, -(2**63)):
