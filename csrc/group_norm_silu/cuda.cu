@@ -83,14 +83,14 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     params.out = out.mutable_data_ptr();
     params.eps = static_cast<float>(eps);
     params.silu = silu;
-    const auto launch = [&](auto kernel, const GroupNormPlan& of) {
+    const auto launch = [&](auto kernel, const GroupNormPlan& of, size_t shared_bytes) {
       launch_overlapping(op, scope.stream(), kernel, grid_size(of.blocks(), op),
-                         static_cast<unsigned>(of.threads()), 0, params);
+                         static_cast<unsigned>(of.threads()), shared_bytes, params);
     };
     if constexpr (kVector > 1) {
       if (const auto held = plan_for_held_groups(plan, kVector)) {
         params.plan = *held;
-        return launch(&group_norm_silu_held_kernel<T, kVector>, params.plan);
+        return launch(&group_norm_silu_held_kernel<T, kVector>, params.plan, 0);
       }
     }
     params.plan = plan_for_moments(plan);
@@ -104,8 +104,9 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
     params.group_parts = whole_groups ? 1 : group_bundles;
     Tensor parts = pairs(maps, maps.groups(), int64_t(params.plan.chunks) * params.group_parts);
     params.parts = data(parts);
-    launch(&group_norm_moments_kernel<T, kVector>, params.plan);
-    launch(&group_norm_silu_apply_kernel<T, kVector>, params.result_plan);
+    launch(&group_norm_moments_kernel<T, kVector>, params.plan, moments_shared_bytes(params));
+    launch(&group_norm_silu_apply_kernel<T, kVector>, params.result_plan,
+           apply_shared_bytes(params));
   });
   return {as_dtype(out, dtype), statistics};
 }

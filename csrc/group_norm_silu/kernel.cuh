@@ -143,20 +143,33 @@ __device__ __forceinline__ float elements_of_chunk(const GroupNormSiluCudaParams
   return static_cast<float>(items << params.bundle_bits);
 }
 
-// Parts of a bundle, one for each row of the block; row 0 then holds those of the chunk. Rows have
-// an odd stride, which keeps the lanes that add a bundle's up from sharing banks.
-template <int kVector>
-struct GroupNormMomentsStorage {
-  float mean[(kVector + 1) * kGroupNormMomentsThreads];
-  float squares[(kVector + 1) * kGroupNormMomentsThreads];
+// In shared memory: parts of the bundles, one for each row of the block; row 0 then holds those of
+// the chunk. Rows have an odd stride, which keeps the lanes that add a bundle up from sharing
+// banks.
+struct GroupNormRows {
+  int bundles, stride;
+  float *mean, *squares;
 };
+inline __host__ __device__ int group_norm_bundles(const GroupNormPlan& plan, int bundle_bits) {
+  return plan.channels_last ? plan.block_channels >> bundle_bits : 1;
+}
+inline size_t moments_shared_bytes(const GroupNormSiluCudaParams& params) {
+  const int stride = group_norm_bundles(params.plan, params.bundle_bits) | 1;
+  return sizeof(float) * 2 * params.plan.rows * stride;
+}
+__device__ __forceinline__ GroupNormRows
+rows_in_shared_memory(const GroupNormSiluCudaParams& params) {
+  const int bundles = group_norm_bundles(params.plan, params.bundle_bits), stride = bundles | 1;
+  auto* const mean = dynamic_shared<float>();
+  return {bundles, stride, mean, mean + params.plan.rows * stride};
+}
 
 // Differences are taken from the first of at most kGroupNormMaxItems elements of a channel: being
 // one of them, it cannot be so far from their mean that their squares swallow the variance.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
     group_norm_moments_kernel(GroupNormSiluCudaParams params) {
-  auto& shared = shared_storage<GroupNormMomentsStorage<kVector>>();
+  const GroupNormRows shared = rows_in_shared_memory(params);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const GroupNormPlan& plan = params.plan;
@@ -168,10 +181,7 @@ __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
   const T* source =
       static_cast<const T*>(params.x) + place.offset + (place.begin + place.row) * place.stride;
   // Where the thread's own moments are.
-  const int bundles =
-      plan.channels_last ? plan.block_channels >> params.bundle_bits : 1;  // of the block
-  const int row_stride = bundles | 1;
-  const int at = place.row * row_stride + ((place.column * kVector) >> params.bundle_bits);
+  const int at = place.row * shared.stride + ((place.column * kVector) >> params.bundle_bits);
   int count = 0;
   GroupNormVector<T, kVector> loaded[kGroupNormBatch];
 #pragma unroll
@@ -246,15 +256,15 @@ __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
   const GroupNormChannels channels = channels_of_block(plan, place);
   const int block_bundles = plan.channels_last ? channels.count >> params.bundle_bits : 1;
   const float elements = elements_of_chunk(params, place.chunk);
-  const int row_lanes = lanes_for(bundles, plan.rows);
+  const int row_lanes = lanes_for(shared.bundles, plan.rows);
   const int each = items / plan.rows, rows_with_more = items % plan.rows;
   const auto of_row = static_cast<float>(each << params.bundle_bits);
   const auto of_longer_row = static_cast<float>((each + 1) << params.bundle_bits);
   for_each_unit(block_bundles, row_lanes, [&](int bundle, int lane, bool valid) {
     const auto row = [&](int i) {
       return GroupNormPart{i < rows_with_more ? of_longer_row : of_row,
-                           shared.mean[i * row_stride + bundle],
-                           shared.squares[i * row_stride + bundle]};
+                           shared.mean[i * shared.stride + bundle],
+                           shared.squares[i * shared.stride + bundle]};
     };
     const int rows = valid ? min(plan.rows, items) : 0;
     const float2 merged = merge_parts(rows, elements, lane, row_lanes, row);
@@ -284,20 +294,27 @@ __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
   });
 }
 
-// What a block needs of its groups and channels.
-template <int kVector>
-struct GroupNormApplyStorage {
-  float2 group[kVector * kGroupNormThreads];  // mean, reciprocal deviation
-  alignas(32) float weight[kVector * kGroupNormThreads];
-  alignas(32) float bias[kVector * kGroupNormThreads];
+// In shared memory, as large as the block's channels: what it needs of its groups and of them.
+struct GroupNormApplyShared {
+  float2* group;  // mean, reciprocal deviation
+  float *weight, *bias;
 };
+inline size_t apply_shared_bytes(const GroupNormSiluCudaParams& params) {
+  return (sizeof(float2) + 2 * sizeof(float)) * params.result_plan.block_channels;
+}
+__device__ __forceinline__ GroupNormApplyShared
+apply_in_shared_memory(const GroupNormSiluCudaParams& params) {
+  const int channels = params.result_plan.block_channels;
+  auto* const group = dynamic_shared<float2>();
+  auto* const weight = reinterpret_cast<float*>(group + channels);
+  return {group, weight, weight + channels};
+}
 
 // Of the groups of the block's channels, from the parts of the moments: to shared memory and, where
 // a group begins in the first chunk, to where the backward finds them. Returns the first group.
-template <int kVector>
 __device__ __forceinline__ int group_statistics(const GroupNormSiluCudaParams& params,
                                                 const GroupNormPlace& place,
-                                                GroupNormApplyStorage<kVector>& shared) {
+                                                const GroupNormApplyShared& shared) {
   const GroupNormPlan& plan = params.plan;
   const GroupNormChannels channels = channels_of_block(params.result_plan, place);
   const int size = plan.group_channels, per_chunk = params.group_parts;
@@ -352,7 +369,7 @@ __device__ __forceinline__ void copy_weight_and_bias(float* weight, float* bias,
 template <class T, int kVector>
 __global__ void __launch_bounds__(kGroupNormThreads, 4)
     group_norm_silu_apply_kernel(GroupNormSiluCudaParams params) {
-  auto& shared = shared_storage<GroupNormApplyStorage<kVector>>();
+  const GroupNormApplyShared shared = apply_in_shared_memory(params);
   const GroupNormPlan& plan = params.result_plan;
   const GroupNormPlace place = group_norm_place<kVector>(plan);
   // Of the chunk's items, those from the thread's next one on; it has every plan.rows'th of them.
@@ -370,7 +387,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 4)
   copy_weight_and_bias<T>(shared.weight, shared.bias, params, channels_of_block(plan, place));
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int first_group = group_statistics<kVector>(params, place, shared);
+  const int first_group = group_statistics(params, place, shared);
   if (rest <= 0) return;
   float mean[kVector], factor[kVector], bias[kVector];
   int group = group_of(plan, place.channel);
