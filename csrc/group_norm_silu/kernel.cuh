@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
   }
   while (rest > 0) {
     int taken = 0;
-    float shift[kVector], sum[kVector] = {}, square_sum[kVector] = {};
+    float shift[kVector], sum[kVector] = {}, square_sum[kVector] = {};  // of differences
 #pragma unroll
     for (int j = 0; j < kVector; ++j) shift[j] = loaded[0][j];
     for (int batch = 0; batch < kGroupNormMaxItems / kGroupNormBatch && rest > 0; ++batch) {
@@ -213,23 +213,24 @@ __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
     }
     const auto more = static_cast<float>(taken);
     const float inverse = ptx::reciprocal_approx(more);
+    float mean[kVector], squares[kVector];
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const float from_shift = sum[j] * inverse;
       const float around_mean = fmaf(-sum[j], from_shift, square_sum[j]);
-      sum[j] = shift[j] + from_shift;
-      square_sum[j] = around_mean < 0 ? 0.0f : around_mean;  // NaN stays
+      mean[j] = shift[j] + from_shift;
+      squares[j] = around_mean < 0 ? 0.0f : around_mean;  // NaN stays
     }
-    // Neighbours that belong together, which have as many elements.
+    // To the first element of each bundle what the others, which have as many items, hold.
 #pragma unroll
     for (int width = 1; width < kVector; width *= 2) {
       if (width >> params.bundle_bits == 0) {
         const float half = 0.5f * static_cast<float>(taken * width);
 #pragma unroll
         for (int j = 0; j < kVector; j += 2 * width) {
-          const float difference = sum[j + width] - sum[j];
-          sum[j] = fmaf(difference, 0.5f, sum[j]);
-          square_sum[j] += fmaf(half * difference, difference, square_sum[j + width]);
+          const float difference = mean[j + width] - mean[j];
+          mean[j] = fmaf(difference, 0.5f, mean[j]);
+          squares[j] += fmaf(half * difference, difference, squares[j + width]);
         }
       }
     }
@@ -239,15 +240,15 @@ __global__ void __launch_bounds__(kGroupNormMomentsThreads, 2)
     for (int j = 0; j < kVector; ++j) {
       const int bundle = j >> params.bundle_bits;
       if (bundle << params.bundle_bits != j) continue;
-      float& mean = shared.mean[at + bundle];
-      float& squares = shared.squares[at + bundle];
+      float& mean_so_far = shared.mean[at + bundle];
+      float& squares_so_far = shared.squares[at + bundle];
       if (count == 0) {
-        mean = sum[j];
-        squares = square_sum[j];
+        mean_so_far = mean[j];
+        squares_so_far = squares[j];
       } else {
-        const float difference = sum[j] - mean;
-        mean = fmaf(difference, share, mean);
-        squares += fmaf(weight * difference, difference, square_sum[j]);
+        const float difference = mean[j] - mean_so_far;
+        mean_so_far = fmaf(difference, share, mean_so_far);
+        squares_so_far += fmaf(weight * difference, difference, squares[j]);
       }
     }
     count += taken;
