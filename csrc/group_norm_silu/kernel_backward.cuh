@@ -80,7 +80,7 @@ struct GroupNormSumsStorage {
 };
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kGroupNormThreads)
+__global__ void __launch_bounds__(kGroupNormThreads, 2)
     group_norm_silu_backward_sums_kernel(GroupNormSiluBackwardCudaParams params) {
   auto& shared = shared_storage<GroupNormSumsStorage<kVector>>();
   const GroupNormPlan& plan = params.plan;
