@@ -11,8 +11,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # (shape [B, C, H, W], groups): one element; nothing in vectors; vectors of channels or of pixels alone; several chunks;
 # more vectors of channels than a block has threads; groups that are not vectors; groups that several blocks share, two
-# channels at a time. With the channels last, groups that a block holds: of several vectors, of more pixels than a thread
-# has items. What a block does not hold: too many pixels, the last chunk short of rows; too many vectors; three pairs.
+# channels at a time. With the channels last, groups that a block holds: of several vectors, of several items a thread.
+# What a block does not hold: too many pixels, the last chunk short of rows; too many vectors; three pairs.
 CASES = [
     ((1, 1, 1, 1), 1),
     ((2, 6, 3, 5), 3),
