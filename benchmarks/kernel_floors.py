@@ -202,7 +202,7 @@ def works() -> list[Work]:
         Work("residual_layer_norm_modulate", width_1024, bytes=channels * (4 + 2 + 4 + 2)),
         # Maps larger than the cache are read twice; SiLU takes an exponential and a reciprocal.
         Work("group_norm_silu", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 3 * maps,
-             exponentials=2 * maps, launches=3),
+             exponentials=2 * maps, overlapping_launches=1),
         Work("group_norm_silu_backward", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 5 * maps,
              exponentials=4 * maps, launches=4),
         *(conv3x3_up(batch, *level) for batch in (1, 64) for level in ((512, 16), (256, 64), (128, 128))),

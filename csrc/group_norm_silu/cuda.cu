@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <bit>
 #include <initializer_list>
 #include <tuple>
 
@@ -74,28 +75,38 @@ std::tuple<Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_in, int64_t num_
       empty_contiguous({maps.images(), maps.groups(), 2}, ScalarType::Float, device_of(x));
   with_plan(maps, aligned({&x, &out}), op, [&]<class T, int kVector>(const GroupNormPlan& plan) {
     GroupNormSiluCudaParams params{};
-    params.plan = plan_for_moments(plan);
-    params.result_plan = plan_for_result(plan);
-    const bool whole_groups =
-        maps.channels_last() && plan.block_channels % plan.group_channels == 0;
-    params.part_channels = whole_groups ? plan.group_channels : 1;
-    Tensor parts = pairs(maps, maps.groups(),
-                         int64_t(params.plan.chunks) * plan.group_channels / params.part_channels);
     params.x = x.const_data_ptr();
     params.weight = weight.const_data_ptr();
     params.bias = bias.const_data_ptr();
     params.narrow = narrow;
-    params.parts = data(parts);
     params.statistics = statistics.mutable_data_ptr<float>();
     params.out = out.mutable_data_ptr();
     params.eps = static_cast<float>(eps);
     params.silu = silu;
-    const auto launch = [&](auto kernel, const GroupNormPlan& of) {
+    const auto launch = [&](auto kernel, const GroupNormPlan& of, size_t shared_bytes) {
       launch_overlapping(op, scope.stream(), kernel, grid_size(of.blocks(), op),
-                         static_cast<unsigned>(of.threads()), 0, params);
+                         static_cast<unsigned>(of.threads()), shared_bytes, params);
     };
-    launch(&group_norm_moments_kernel<T, kVector>, params.plan);
-    launch(&group_norm_silu_apply_kernel<T, kVector>, params.result_plan);
+    if constexpr (kVector > 1) {
+      if (const auto held = plan_for_held_groups(plan, kVector)) {
+        params.plan = *held;
+        return launch(&group_norm_silu_held_kernel<T, kVector>, params.plan, 0);
+      }
+    }
+    params.plan = plan_for_moments(plan);
+    params.result_plan = plan_for_result(plan);
+    const bool whole_groups =
+        maps.channels_last() && plan.block_channels % plan.group_channels == 0;
+    const int bundle = group_norm_bundle(plan, kVector);
+    const int group_bundles = plan.group_channels / (maps.channels_last() ? bundle : 1);
+    params.bundle_bits = std::countr_zero(static_cast<unsigned>(bundle));
+    params.part_bundles = whole_groups ? group_bundles : 1;
+    params.group_parts = whole_groups ? 1 : group_bundles;
+    Tensor parts = pairs(maps, maps.groups(), int64_t(params.plan.chunks) * params.group_parts);
+    params.parts = data(parts);
+    launch(&group_norm_moments_kernel<T, kVector>, params.plan, moments_shared_bytes(params));
+    launch(&group_norm_silu_apply_kernel<T, kVector>, params.result_plan,
+           apply_shared_bytes(params));
   });
   return {as_dtype(out, dtype), statistics};
 }

@@ -31,8 +31,8 @@ struct GroupNormSiluBackwardCudaParams {
 };
 
 __device__ __forceinline__ int64_t group_of(const GroupNormPlan& plan, const GroupNormPlace& place,
-                                            int64_t channel) {
-  return place.image * plan.groups + static_cast<int>(channel) / plan.group_channels;
+                                            int channel) {
+  return place.image * plan.groups + group_of(plan, channel);
 }
 
 // add(row, row + step) for rows in a tree, all columns of the block side by side: what is left
@@ -80,7 +80,7 @@ struct GroupNormSumsStorage {
 };
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kGroupNormThreads)
+__global__ void __launch_bounds__(kGroupNormThreads, 2)
     group_norm_silu_backward_sums_kernel(GroupNormSiluBackwardCudaParams params) {
   auto& shared = shared_storage<GroupNormSumsStorage<kVector>>();
   const GroupNormPlan& plan = params.plan;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kGroupNormThreads)
     float mean[kVector], factor[kVector], weight[kVector], bias[kVector];
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const int64_t channel = channel_of(plan, place, j);
+      const int channel = channel_of(plan, place, j);
       const float* const statistics = params.statistics + 2 * group_of(plan, place, channel);
       mean[j] = statistics[0];
       factor[j] = statistics[1];
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kGroupNormThreads)
   float product_mean[kVector], grad_mean[kVector];
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    const int64_t channel = channel_of(plan, place, j);
+    const int channel = channel_of(plan, place, j);
     const int64_t group = group_of(plan, place, channel);
     const float2 means = params.group_means[group];
     mean[j] = params.statistics[2 * group];

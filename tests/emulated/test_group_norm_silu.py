@@ -10,7 +10,9 @@ EPS = 1e-6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # (shape [B, C, H, W], groups): one element; nothing in vectors; vectors of channels or of pixels alone; several chunks;
-# more vectors of channels than a block has threads; groups that are not vectors.
+# more vectors of channels than a block has threads; groups that are not vectors; groups that several blocks share, two
+# channels at a time. With the channels last, groups that a block holds: of several vectors, of several items a thread.
+# What a block does not hold: too many pixels, the last chunk short of rows; too many vectors; three pairs.
 CASES = [
     ((1, 1, 1, 1), 1),
     ((2, 6, 3, 5), 3),
@@ -20,6 +22,12 @@ CASES = [
     ((1, 3, 33, 35), 1),
     ((1, 1056, 2, 2), 32),
     ((2, 24, 4, 4), 8),
+    ((1, 1056, 2, 2), 16),
+    ((2, 24, 5, 7), 2),
+    ((1, 8, 24, 26), 1),
+    ((1, 8, 48, 50), 2),
+    ((1, 132, 2, 2), 1),
+    ((1, 24, 9, 9), 4),
 ]
 
 
@@ -64,7 +72,7 @@ def test_shapes(launch_in_every_order, shape, groups, channels_last, misalignmen
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(launch_in_every_order, dtype, channels_last, silu):
-    for shape, groups in CASES[1:3] + CASES[7:]:
+    for shape, groups in CASES[1:3] + CASES[7:10]:
         check(launch_in_every_order, *maps(shape, dtype, channels_last), groups, silu)
 
 
@@ -118,7 +126,12 @@ def normalised(launch, x, groups, silu):
 # The last one: more pixels of a channel than one thread takes differences from the same number for.
 @pytest.mark.parametrize(
     ("shape", "groups", "channels_last"),
-    [((1, 8, 24, 24), 2, False), ((1, 8, 24, 24), 2, True), ((1, 255, 47, 47), 3, True)],
+    [
+        ((1, 8, 24, 24), 2, False),
+        ((1, 8, 24, 24), 2, True),
+        ((1, 8, 48, 50), 2, True),
+        ((1, 255, 92, 92), 3, True),
+    ],
 )
 def test_mean_far_from_zero(launch_once, shape, groups, channels_last):
     x = draw(*shape, seed=1) * 1e-2 + 100
@@ -140,9 +153,13 @@ def test_values_that_are_not_finite_stay_in_their_group(launch_once, value, chan
     assert torch.equal(out[1, :4], expected[1, :4])
 
 
+# The last one: in a batch its blocks write more of the result.
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_an_image_is_the_same_in_any_batch(launch_once, channels_last):
-    x = stored(draw(3, 8, 20, 20, seed=1), channels_last)
-    together = normalised(launch_once, x, 4, True)
-    for image in range(3):
-        assert torch.equal(normalised(launch_once, x[image : image + 1], 4, True), together[image : image + 1])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 8, 20, 20), 4), ((3, 8, 20, 20), 2), ((2, 8, 48, 50), 2), ((2, 129, 33, 34), 3)]
+)
+def test_an_image_is_the_same_in_any_batch(launch_once, shape, groups, channels_last):
+    x = stored(draw(*shape, seed=1), channels_last)
+    together = normalised(launch_once, x, groups, True)
+    for image in range(shape[0]):
+        assert torch.equal(normalised(launch_once, x[image : image + 1], groups, True), together[image : image + 1])

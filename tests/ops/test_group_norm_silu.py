@@ -187,7 +187,10 @@ def test_autocast_gives_what_the_next_layer_reads(device, dtype, x_dtype, memory
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize(("shape", "groups"), [((3, 32, 40, 41), 8), ((3, 6, 5, 5), 3), ((4, 8, 90, 90), 4)])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((3, 32, 40, 41), 8), ((3, 6, 5, 5), 3), ((4, 8, 90, 90), 4), ((3, 64, 16, 15), 2), ((12, 64, 80, 80), 32)],
+)
 def test_images_are_the_same_in_any_batch(device, shape, groups, memory_format, dtype):
     given = arguments(shape, dtype, device, memory_format=memory_format)
     x = given["x"].requires_grad_()
