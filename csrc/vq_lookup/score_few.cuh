@@ -20,6 +20,7 @@ __host__ __device__ constexpr int vq_few_rows(int steps) {
 struct VqScoreFewParams {
   VqProblem problem;
   VqDirectRows latents, codes;
+  bool resampled;       // latents are the kernel before's, launched behind all that wrote codes
   float* group_maxima;  // [N][stages * kVqChunksPerStage][kVqSubgroups]
 };
 
@@ -68,6 +69,7 @@ template <int kSteps>
 __global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
     vq_score_few_kernel(VqScoreFewParams params) {
   ptx::griddepcontrol_launch_dependents();
+  if (!params.resampled) ptx::griddepcontrol_wait();
   auto& shared = shared_storage<VqFewStorage<kSteps>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int run = static_cast<int>(params.problem.run);
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
   float* out = params.group_maxima + row * row_length + chunk * kVqSubgroups + lane % 4;
 
   VqFewCodes<kSteps> codes(params.codes, stage);
+  if (params.resampled) ptx::griddepcontrol_wait();
   {
     const int own = static_cast<int>(threadIdx.x / 4);
     VqQuarterRow<kSteps> latents[kFragments];
