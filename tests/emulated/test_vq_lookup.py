@@ -234,7 +234,7 @@ def test_multiscale_dims(launch_in_every_order, dim):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("batch", "dim"), [(2, 8), (4, 16)], ids=["one channel a thread", "four"])
 def test_rows_resampled_to_the_last_bit(launch_in_every_order, mode, batch, dim):
-    """Every row has codes one bit from it, and windows are up to 35 columns wide."""
+    """Codes a bit apart in one component of every row; windows of up to 35 columns."""
     latent, scales = randn(batch, dim, 5, 35), [(1, 1), (2, 2), (3, 4), (7, 1)]
     parts = [
         flexvar_ext.reference.resample2d(latent.double(), scale, mode=mode[0], antialias=mode[1]) for scale in scales
