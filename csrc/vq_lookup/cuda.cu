@@ -63,11 +63,13 @@ void with_steps(const VqProblem& problem, Launch launch) {
   }
 }
 
-void launch_prepare(const VqPrepareParams& params, cudaStream_t stream, const char* op) {
-  const int64_t rows = params.code_rows + params.latent_rows;
-  const auto kernel =
-      params.source.num_scales > 0 ? vq_prepare_kernel<true> : vq_prepare_kernel<false>;
-  launch_kernel(op, stream, kernel, vq_prepare_grid(rows), kVqPrepareThreads, 0, params);
+// `overlap`: behind the kernel that resamples the latents.
+void launch_prepare(const VqPrepareParams& params, bool overlap, cudaStream_t stream,
+                    const char* op) {
+  const auto launch =
+      overlap ? launch_overlapping<VqPrepareParams> : launch_kernel<VqPrepareParams>;
+  launch(op, stream, vq_prepare_kernel, grid_size(vq_prepare_blocks(params.problem), op),
+         kVqPrepareThreads, 0, params);
 }
 
 bool has_warpgroups(const char* op) {
@@ -106,11 +108,12 @@ void launch_score_and_resolve(const VqResolveParams& params, cudaStream_t stream
 }
 
 void look_up_few(const VqProblem& problem, const VqDirectRows& latents, const VqDirectRows& codes,
-                 const Tensor& codebook, int64_t* indices, cudaStream_t stream, const char* op) {
+                 bool resampled, DevicePlace device, int64_t* indices, cudaStream_t stream,
+                 const char* op) {
   const int64_t groups = problem.stages * kVqChunksPerStage * kVqSubgroups;
-  Tensor maxima = torch::stable::new_empty(codebook, {problem.num_latents, groups});
+  Tensor maxima = empty_contiguous({problem.num_latents, groups}, ScalarType::Float, device);
   VqResolveFewParams params{};
-  params.scores = {problem, latents, codes, maxima.mutable_data_ptr<float>()};
+  params.scores = {problem, latents, codes, resampled, maxima.mutable_data_ptr<float>()};
   const VqErrorBound bound = vq_error_bound(problem);
   params.reach = vq_unit_reach(bound);
   params.cosine_reach = static_cast<float>(2.001 * vq_cosine_bound(problem));
@@ -118,7 +121,8 @@ void look_up_few(const VqProblem& problem, const VqDirectRows& latents, const Vq
   with_steps(problem, [&](auto steps) {
     if constexpr (steps > 0) {
       const dim3 grid(grid_size(problem.parts, op), grid_size(problem.row_tiles, op));
-      launch_kernel(op, stream, vq_score_few_kernel<steps>, grid, kVqFewThreads, 0, params.scores);
+      launch_overlapping(op, stream, vq_score_few_kernel<steps>, grid, kVqFewThreads, 0,
+                         params.scores);
       const int64_t blocks = divide_up(problem.num_latents, kVqResolveFewThreads / 32);
       launch_overlapping(op, stream, vq_resolve_few_kernel<steps>, grid_size(blocks, op),
                          kVqResolveFewThreads, 0, params);
@@ -130,37 +134,33 @@ bool in_fours(const float* rows, int64_t dim) {
   return dim % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(float4) == 0;
 }
 
-// `scales` is empty for a matrix of latents [N, C]; else source says what is resampled.
-Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, int64_t num_latents,
-               const Tensor& codebook, bool normalize, const char* op) {
-  const CudaScope scope(codebook);
-  Tensor indices = empty_contiguous({num_latents}, ScalarType::Long, device_of(codebook));
-  if (num_latents == 0) return indices;
-  const int64_t largest = int64_t(1) << 31;
-  STD_TORCH_CHECK(codebook.size(0) < largest && codebook.size(1) < largest, op,
+constexpr int64_t kVqLargest = int64_t(1) << 31;
+
+// Looks up `num_latents` rows in contiguous codes. `resampled`: by the kernel launched just before.
+void look_up(const float* latents, int64_t num_latents, bool resampled, const Tensor& codes,
+             bool normalize, int64_t* indices, cudaStream_t stream, const char* op) {
+  if (num_latents == 0) return;
+  STD_TORCH_CHECK(codes.size(0) < kVqLargest && codes.size(1) < kVqLargest, op,
                   ": codebook must have fewer than 2^31 rows and columns");
-  const Tensor codes = as_contiguous(codebook);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, op);
-  VqPrepareParams prepare{};
   const int64_t dim = codes.size(1);
   const auto* code_values = codes.const_data_ptr<float>();
-  const bool can_be_direct = scales.empty() && in_fours(source.latents, dim) &&
-                             in_fours(code_values, dim) && num_latents < largest / 4 &&
-                             codes.size(0) < largest / 4;
+  const bool can_be_direct = in_fours(latents, dim) && in_fours(code_values, dim) &&
+                             num_latents < kVqLargest / 4 && codes.size(0) < kVqLargest / 4;
+  VqPrepareParams prepare{};
   prepare.problem = plan_vq_lookup(num_latents, codes.size(0), static_cast<int>(dim), normalize,
                                    can_be_direct, has_warpgroups(op), multiprocessors);
   if (prepare.problem.few) {
-    look_up_few(prepare.problem,
-                {source.latents, static_cast<int>(num_latents), prepare.problem.dim},
-                {code_values, static_cast<int>(codes.size(0)), prepare.problem.dim}, codes,
-                indices.mutable_data_ptr<int64_t>(), scope.stream(), op);
-    return indices;
+    look_up_few(prepare.problem, {latents, static_cast<int>(num_latents), prepare.problem.dim},
+                {code_values, static_cast<int>(codes.size(0)), prepare.problem.dim}, resampled,
+                device_of(codes), indices, stream, op);
+    return;
   }
   VqResolveParams resolve{};
   resolve.problem = prepare.problem;
   resolve.bound = vq_error_bound(prepare.problem);
   resolve.unit_reach = vq_unit_reach(resolve.bound);
-  resolve.indices = indices.mutable_data_ptr<int64_t>();
+  resolve.indices = indices;
   Layout sizes(nullptr);
   lay_out(prepare.problem, sizes);
   Tensor memory = empty_contiguous({sizes.used()}, ScalarType::Byte, device_of(codes));
@@ -168,29 +168,32 @@ Tensor look_up(VqLatentSource source, const std::vector<VqScaleSize>& scales, in
   prepare.workspace = lay_out(prepare.problem, layout);
   resolve.workspace = prepare.workspace;
   prepare.codebook = code_values;
-  prepare.source = source;
-  prepare.code_rows = prepare.problem.padded_codes();
+  prepare.latents = latents;
   if (!normalize) {
-    check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), scope.stream()),
-               op, "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(prepare.workspace.max_code_norm, 0, sizeof(float), stream), op,
+               "cudaMemsetAsync");
   }
-  if (scales.empty()) {
-    prepare.latent_rows = num_latents;
-    launch_prepare(prepare, scope.stream(), op);
-  }
+  launch_prepare(prepare, resampled && normalize, stream, op);
+  launch_score_and_resolve(resolve, stream, op);
+}
+
+// The rows of all tokens. Several launches wait for each other, so whatever overlaps the last one
+// finds the others done.
+void resample(VqResampleParams params, const std::vector<VqScaleSize>& scales, cudaStream_t stream,
+              const char* op) {
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, op);
   for (size_t first = 0; first < scales.size(); first += kVqMaxScales) {
     const size_t end = std::min(scales.size(), first + kVqMaxScales);
-    VqLatentSource& part = prepare.source;
-    part.num_scales = static_cast<int>(end - first);
-    std::copy(scales.begin() + first, scales.begin() + end, part.scales);
-    part.first_token = scales[first].first_token;
-    part.end_token = end < scales.size() ? scales[end].first_token : source.tokens;
-    prepare.latent_rows = num_latents / source.tokens * (part.end_token - part.first_token);
-    launch_prepare(prepare, scope.stream(), op);
-    prepare.code_rows = 0;
+    params.num_scales = static_cast<int>(end - first);
+    std::copy(scales.begin() + first, scales.begin() + end, params.scales);
+    params.first_token = scales[first].first_token;
+    params.end_token = end < scales.size() ? scales[end].first_token : params.tokens;
+    const bool many = vq_has_many_rows(params, multiprocessors);
+    const int64_t blocks = vq_resample_blocks(params, many ? kVqChannelsOfManyRows : 1);
+    launch_overlapping(op, stream,
+                       many ? vq_resample_kernel<kVqChannelsOfManyRows> : vq_resample_kernel<1>,
+                       grid_size(blocks, op), kVqResampleThreads, 0, params);
   }
-  launch_score_and_resolve(resolve, scope.stream(), op);
-  return indices;
 }
 
 void check_codebook(const Tensor& latents, const Tensor& codebook, const char* op) {
@@ -207,10 +210,12 @@ Tensor vq_lookup_cuda(const Tensor& latents, const Tensor& codebook, bool normal
   check_rank(latents, 2, op, "latents");
   check_dtype(latents, ScalarType::Float, op, "latents");
   check_codebook(latents, codebook, op);
-  const Tensor rows = as_contiguous(latents);
-  VqLatentSource source{};
-  source.latents = rows.const_data_ptr<float>();
-  return look_up(source, {}, rows.size(0), codebook, normalize, op);
+  const CudaScope scope(latents);
+  const Tensor rows = as_contiguous(latents), codes = as_contiguous(codebook);
+  Tensor indices = empty_contiguous({rows.size(0)}, ScalarType::Long, device_of(rows));
+  look_up(rows.const_data_ptr<float>(), rows.size(0), false, codes, normalize,
+          indices.mutable_data_ptr<int64_t>(), scope.stream(), op);
+  return indices;
 }
 
 Tensor vq_lookup_multiscale_cuda(const Tensor& latent, const Tensor& codebook,
@@ -224,22 +229,33 @@ Tensor vq_lookup_multiscale_cuda(const Tensor& latent, const Tensor& codebook,
                   ": heights and widths must pair up");
   check_side(latent.size(2), op, "latent's height");
   check_side(latent.size(3), op, "latent's width");
-  const Tensor images = as_contiguous(latent);
-  VqLatentSource source{};
-  source.latents = images.const_data_ptr<float>();
-  source.mode = parse_resample_mode(mode, antialias, op);
-  source.height = static_cast<int>(images.size(2));
-  source.width = static_cast<int>(images.size(3));
+  STD_TORCH_CHECK(latent.size(0) < kVqLargest && latent.size(1) < kVqLargest, op,
+                  ": latent must have fewer than 2^31 images and channels");
+  const CudaScope scope(latent);
+  const Tensor images = as_contiguous(latent), codes = as_contiguous(codebook);
+  VqResampleParams params{};
+  params.images = images.const_data_ptr<float>();
+  params.mode = parse_resample_mode(mode, antialias, op);
+  params.num_images = static_cast<int>(images.size(0));
+  params.channels = static_cast<int>(images.size(1));
+  params.height = static_cast<int>(images.size(2));
+  params.width = static_cast<int>(images.size(3));
   std::vector<VqScaleSize> scales;
   for (size_t i = 0; i < heights.size(); ++i) {
     check_side(heights[i], op, "a scale's height");
     check_side(widths[i], op, "a scale's width");
-    scales.push_back({source.tokens, static_cast<int>(heights[i]), static_cast<int>(widths[i])});
-    source.tokens += heights[i] * widths[i];
+    scales.push_back({params.tokens, static_cast<int>(heights[i]), static_cast<int>(widths[i])});
+    params.tokens += heights[i] * widths[i];
   }
-  const Tensor indices =
-      look_up(source, scales, images.size(0) * source.tokens, codebook, normalize, op);
-  return torch::stable::view(indices, {images.size(0), source.tokens});
+  const int64_t num_latents = images.size(0) * params.tokens;
+  const DevicePlace device = device_of(images);
+  Tensor rows = empty_contiguous({num_latents, images.size(1)}, ScalarType::Float, device);
+  Tensor indices = empty_contiguous({images.size(0), params.tokens}, ScalarType::Long, device);
+  params.rows = rows.mutable_data_ptr<float>();
+  if (num_latents > 0) resample(params, scales, scope.stream(), op);
+  look_up(params.rows, num_latents, true, codes, normalize, indices.mutable_data_ptr<int64_t>(),
+          scope.stream(), op);
+  return indices;
 }
 
 FLEXVAR_LAUNCHERS(m) {

@@ -61,34 +61,47 @@ __device__ __forceinline__ bool vq_is_regular(float squares) {
   return squares > kVqLeastSquares && squares < kVqMostSquares;
 }
 
-// Normalises a row, and gives |row|²: NaN where it is not finite, and then its components are zero.
-template <int kSteps>
-__device__ __forceinline__ float vq_normalize(VqQuarterRow<kSteps>& row, bool exists) {
-  float squares = row.template dot<float>(row);
-  float scale = rsqrtf(squares);
-  const bool irregular = exists && !vq_is_regular(squares);
-  squares = 1;
-  if (__any_sync(0xffffffffu, irregular)) {
-    const double exact = row.template dot<double>(row);
-    const double exact_scale = vq_scale(exact);
-    if (irregular) {
+// Normalises rows side by side, and gives |row|²: NaN where it is not finite, and then its
+// components are zero.
+template <int kSteps, int kRows>
+__device__ __forceinline__ void vq_normalize(VqQuarterRow<kSteps> (&rows)[kRows],
+                                             const bool (&exist)[kRows], float (&squares)[kRows]) {
+  float scales[kRows];
+  bool irregular[kRows], any_irregular = false;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    squares[r] = rows[r].template dot<float>(rows[r]);
+    irregular[r] = exist[r] && !vq_is_regular(squares[r]);
+    any_irregular |= irregular[r];
+    scales[r] = exist[r] ? rsqrtf(squares[r]) : 0.0f;
+    squares[r] = 1;
+  }
+  if (__any_sync(0xffffffffu, any_irregular)) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const double exact = rows[r].template dot<double>(rows[r]);
+      const double exact_scale = vq_scale(exact);
+      if (!irregular[r]) continue;
       const bool finite = vq_is_finite(exact);
-      squares = finite ? static_cast<float>(exact * exact_scale * exact_scale) : NAN;
-      scale = 1;
+      squares[r] = finite ? static_cast<float>(exact * exact_scale * exact_scale) : NAN;
+      scales[r] = 1;
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-        for (float& value : row.values[k]) value = finite ? vq_scaled(value, exact_scale) : 0.0f;
+        for (float& value : rows[r].values[k]) {
+          value = finite ? vq_scaled(value, exact_scale) : 0.0f;
+        }
       }
     }
   }
-  if (!exists) scale = 0;
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-    for (float& value : row.values[k]) value *= scale;
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (float& value : rows[r].values[k]) value *= scales[r];
+    }
   }
-  return squares;
 }
 
 __device__ __forceinline__ uint32_t vq_half_pair(float low, float high) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "vq_lookup/prepare.cuh"
+#include "vq_lookup/resample.cuh"
 #include "vq_lookup/resolve.cuh"
 #include "vq_lookup/resolve_few.cuh"
 #include "vq_lookup/score_few.cuh"

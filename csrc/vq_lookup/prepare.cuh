@@ -2,106 +2,38 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "resample/weights.h"
 #include "vq_lookup/exact_row.cuh"
 #include "vq_lookup/workspace.cuh"
 
 namespace flexvar {
 
-// Scales of a pyramid that one launch handles; the launcher goes through more in several.
-constexpr int kVqMaxScales = 32;
-
-struct VqScaleSize {
-  int64_t first_token;
-  int height, width;
-};
-
-// Rows of latents: a matrix, or resampled images.
-struct VqLatentSource {
-  const float* latents;  // [N, C], or [B, C, height, width] with num_scales > 0
-  ResampleMode mode;
-  int height, width;
-  int64_t tokens;  // of one image, all scales together
-  int num_scales;
-  VqScaleSize scales[kVqMaxScales];  // consecutive ones
-  int64_t first_token, end_token;    // that they cover
-};
-
 struct VqPrepareParams {
   VqProblem problem;
   VqWorkspace workspace;
   const float* codebook;  // [V, C]
-  VqLatentSource source;
-  int64_t code_rows;    // padded_codes, or 0 when another launch has prepared them
-  int64_t latent_rows;  // of this launch
+  const float* latents;   // [N, C]
 };
 
 constexpr int kVqPrepareThreads = 256;
 constexpr int kVqRowsPerBlock = kVqPrepareThreads / kVqLanesPerRow;
 
-// One latent of a pyramid: a token of an image, resampled to the token's scale.
-struct VqResampledLatent {
-  const float* first_line;  // of channel 0, from the first column on
-  int64_t line, plane;
-  ResampleAxis<float> row_axis, column_axis;
-  ResampleWindow<float> row_window, column_window;
-
-  __device__ __forceinline__ VqResampledLatent(const VqLatentSource& source, int channels,
-                                               int64_t n)
-      : line(source.width), plane(static_cast<int64_t>(source.height) * source.width) {
-    const int64_t token = n % source.tokens;
-    const VqScaleSize* scale = source.scales + source.num_scales - 1;
-    while (scale->first_token > token) --scale;
-    row_axis = make_resample_axis<float>(source.mode, source.height, scale->height);
-    column_axis = make_resample_axis<float>(source.mode, source.width, scale->width);
-    row_window = resample_window(row_axis, (token - scale->first_token) / scale->width);
-    column_window = resample_window(column_axis, (token - scale->first_token) % scale->width);
-    first_line = source.latents + n / source.tokens * channels * plane + row_window.start * line +
-                 column_window.start;
-  }
-  __device__ __forceinline__ float operator()(int channel) const {
-    double sum = 0;
-    for (int64_t i = 0; i < row_window.count; ++i) {
-      const float* pixels = first_line + channel * plane + i * line;
-      const float row_weight = resample_weight(row_axis, row_window, i);
-      for (int64_t j = 0; j < column_window.count; ++j) {
-        // The weight in fp32, so that the product is exact in double.
-        const float weight = row_weight * resample_weight(column_axis, column_window, j);
-        sum += static_cast<double>(weight) * static_cast<double>(pixels[j]);
-      }
-    }
-    return static_cast<float>(sum);
-  }
-};
-
-// kPyramid: latents are resampled.
-template <bool kPyramid>
-__global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
-    vq_prepare_kernel(VqPrepareParams params) {
+// Latents may be those of the kernel before, the codebook not.
+__global__ void __launch_bounds__(kVqPrepareThreads, 4) vq_prepare_kernel(VqPrepareParams params) {
   ptx::griddepcontrol_launch_dependents();
   const VqProblem& problem = params.problem;
   const VqWorkspace& workspace = params.workspace;
-  const VqLatentSource& source = params.source;
   const int dim = problem.dim, padded_dim = problem.padded_dim, tensor_dim = problem.tensor_dim;
   const int part = static_cast<int>(threadIdx.x % kVqLanesPerRow);
   const int64_t row = blockIdx.x * static_cast<int64_t>(kVqRowsPerBlock) +
                       static_cast<int>(threadIdx.x / kVqLanesPerRow);
-  const bool is_code = row < params.code_rows;
-  int64_t n = is_code ? row : row - params.code_rows;
-  const bool in_range = is_code || n < params.latent_rows;
-  if (kPyramid && !is_code && in_range) {
-    // The launch's rows are numbered image by image over the tokens of its scales.
-    const int64_t tokens = source.end_token - source.first_token;
-    n = n / tokens * source.tokens + source.first_token + n % tokens;
-  }
+  const int64_t code_rows = problem.padded_codes();
+  const bool is_code = row < code_rows;
+  const int64_t n = is_code ? row : row - code_rows;
+  const bool in_range = is_code || n < problem.num_latents;
   const bool real = in_range && (!is_code || n < problem.num_codes);
   float* out = (is_code ? workspace.codes : workspace.latents) + n * padded_dim;
-  const float* in = (is_code ? params.codebook : source.latents) + n * dim;
-  if (kPyramid && !is_code && in_range) {
-    const VqResampledLatent latent(source, dim, n);
-    for (int c = part; c < dim; c += kVqLanesPerRow) out[c] = latent(c);
-    in = out;
-  }
+  const float* in = (is_code ? params.codebook : params.latents) + n * dim;
+  if (!is_code) ptx::griddepcontrol_wait();
 
   // A thread holds its first components in registers and reads the others twice.
   constexpr int kHeld = 8;
@@ -159,8 +91,8 @@ __global__ void __launch_bounds__(kVqPrepareThreads, kPyramid ? 2 : 4)
   }
 }
 
-inline dim3 vq_prepare_grid(int64_t rows) {
-  return dim3(static_cast<unsigned>((rows + kVqRowsPerBlock - 1) / kVqRowsPerBlock));
+inline int64_t vq_prepare_blocks(const VqProblem& problem) {
+  return divide_up(problem.padded_codes() + problem.num_latents, kVqRowsPerBlock);
 }
 
 }  // namespace flexvar

@@ -20,6 +20,7 @@ __host__ __device__ constexpr int vq_few_rows(int steps) {
 struct VqScoreFewParams {
   VqProblem problem;
   VqDirectRows latents, codes;
+  bool resampled;       // latents are the kernel before's, launched behind all that wrote codes
   float* group_maxima;  // [N][stages * kVqChunksPerStage][kVqSubgroups]
 };
 
@@ -40,15 +41,16 @@ class VqFewCodes {
 
   // Normalises them.
   __device__ __forceinline__ void store(VqTensorStorage<kSteps>& shared, int buffer) {
+    float squares[2];
+    vq_normalize(rows_, exist_, squares);
+    const auto part = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int code = code_of(0, i);
-      const float squares = vq_normalize(rows_[i], exist_[i]);
+      const unsigned code = threadIdx.x / 4 + i * (kVqFewThreads / 4);
       vq_store_half(shared.codes[buffer][code], rows_[i]);
       // As matrix products have it in their sums, for either row.
-      if (threadIdx.x % 4 < 2) {
-        shared.starts[buffer][code / 2][code % 2 + threadIdx.x % 4 * 2] =
-            vq_start(squares, exist_[i]);
+      if (part < 2) {
+        shared.starts[buffer][code / 2][code % 2 + part * 2] = vq_start(squares[i], exist_[i]);
       }
     }
   }
@@ -67,6 +69,7 @@ template <int kSteps>
 __global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
     vq_score_few_kernel(VqScoreFewParams params) {
   ptx::griddepcontrol_launch_dependents();
+  if (!params.resampled) ptx::griddepcontrol_wait();
   auto& shared = shared_storage<VqFewStorage<kSteps>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int run = static_cast<int>(params.problem.run);
@@ -84,18 +87,21 @@ __global__ void __launch_bounds__(kVqFewThreads, kSteps <= 3 ? kVqFewBlocks : 1)
   float* out = params.group_maxima + row * row_length + chunk * kVqSubgroups + lane % 4;
 
   VqFewCodes<kSteps> codes(params.codes, stage);
+  if (params.resampled) ptx::griddepcontrol_wait();
   {
     const int own = static_cast<int>(threadIdx.x / 4);
     VqQuarterRow<kSteps> latents[kFragments];
+    bool exist[kFragments];
+    float squares[kFragments];
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
+      exist[m] = first_row + own + m * kFragmentRows < params.latents.count;
       latents[m] = VqQuarterRow<kSteps>(params.latents, first_row + own + m * kFragmentRows);
     }
+    vq_normalize(latents, exist, squares);
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
-      const int place = own + m * kFragmentRows;
-      vq_normalize(latents[m], first_row + place < params.latents.count);
-      vq_store_half(shared.latents[place], latents[m]);
+      vq_store_half(shared.latents[own + m * kFragmentRows], latents[m]);
     }
   }
   for (int buffer = 0; stage < end; ++stage, buffer ^= 1) {

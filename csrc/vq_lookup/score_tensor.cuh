@@ -62,10 +62,12 @@ __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& sh
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) maxima[m][0] = maxima[m][1] = kVqAbsentScore;
+  const auto* lines = &shared.codes[buffer][first_code + lane % 8];
+  const auto* starts_of_pairs = &shared.starts[buffer][first_code / 2 + lane % 4];
 #pragma unroll(kUnroll)
-  for (int n = 0; n < kVqChunkCodes; n += 8) {
+  for (int n = 0; n < kVqChunkCodes / 8; ++n) {
     uint32_t codes[kSteps][2];
-    const auto* line = shared.codes[buffer][first_code + n + lane % 8];
+    const __half* line = lines[n * 8];
 #pragma unroll
     for (int k = 0; k + 1 < kSteps; k += 2) {
       uint32_t pair[4];
@@ -78,8 +80,7 @@ __device__ __forceinline__ void vq_score_chunk(const VqTensorStorage<kSteps>& sh
     if constexpr (kSteps % 2 == 1) {
       ptx::ldmatrix_x2(codes[kSteps - 1], line + (kSteps - 1) * 16 + lane / 8 % 2 * 8);
     }
-    const float4 start =
-        *reinterpret_cast<const float4*>(shared.starts[buffer][(first_code + n) / 2 + lane % 4]);
+    const float4 start = *reinterpret_cast<const float4*>(starts_of_pairs[n * 4]);
     const float starts[4] = {start.x, start.y, start.z, start.w};
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {

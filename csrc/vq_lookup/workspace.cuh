@@ -1,6 +1,8 @@
-// Nearest codes on a GPU, in three kernels, or two for few latents:
+// Nearest codes on a GPU, in three kernels, or two for few latents, behind one that resamples
+// latents for a pyramid of scales:
 //
-//   prepare  normalises codes and latents (after resampling them, for a pyramid of scales)
+//   resample a row of latents for every token
+//   prepare  normalises codes and latents
 //   score    the score x·e - |e|²/2 of every pair, with tensor cores or in fp32, of which it keeps
 //            the three largest maxima over groups of 16 codes: no [N, V] matrix is written
 //   resolve  scores once more the codes of every group whose maximum lies within twice the error

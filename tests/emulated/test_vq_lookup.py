@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import flexvar_ext
+
 MODES = [("nearest", False), ("bilinear", False), ("bilinear", True), ("bicubic", False), ("area", False)]
 
 
@@ -205,8 +207,7 @@ def test_inputs_that_lie_otherwise(launch_in_every_order):
     check(launch_in_every_order, randn(0, 32), randn(100, 32, seed=1))
 
 
-def check_multiscale(launch, latent, scales, mode, normalize):
-    codebook = randn(100, 8, seed=1)
+def check_multiscale(launch, latent, codebook, scales, mode, normalize):
     arguments = (latent, codebook, *map(list, zip(*scales, strict=True)), normalize, *mode)
     (indices,) = launch("vq_lookup_multiscale", *arguments, multiprocessors=1)
     assert torch.equal(indices, torch.ops.flexvar.vq_lookup_multiscale(*arguments))
@@ -215,11 +216,38 @@ def check_multiscale(launch, latent, scales, mode, normalize):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_multiscale(launch_in_every_order, mode, normalize):
+    scales, codebook = [(1, 1), (2, 3), (7, 5), (4, 9)], randn(100, 8, seed=1)
+    check_multiscale(launch_in_every_order, randn(2, 8, 7, 5), codebook, scales, mode, normalize)
+    last = randn(2, 7, 5, 8).permute(0, 3, 1, 2)
+    check_multiscale(launch_in_every_order, last, codebook, scales[:2], mode, normalize)
+
+
+@pytest.mark.parametrize("dim", [6, 16], ids=["prepared", "four channels a thread"])
+def test_multiscale_dims(launch_in_every_order, dim):
     scales = [(1, 1), (2, 3), (7, 5), (4, 9)]
-    check_multiscale(launch_in_every_order, randn(2, 8, 7, 5), scales, mode, normalize)
-    check_multiscale(launch_in_every_order, randn(2, 7, 5, 8).permute(0, 3, 1, 2), scales[:2], mode, normalize)
+    for normalize in (True, False):
+        for mode in MODES:
+            latent, codebook = randn(2, dim, 7, 5), randn(100, dim, seed=1)
+            check_multiscale(launch_in_every_order, latent, codebook, scales, mode, normalize)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("batch", "dim"), [(2, 8), (4, 16)], ids=["one channel a thread", "four"])
+def test_rows_resampled_to_the_last_bit(launch_in_every_order, mode, batch, dim):
+    """Codes a bit apart in one component of every row; windows of up to 35 columns."""
+    latent, scales = randn(batch, dim, 5, 35), [(1, 1), (2, 2), (3, 4), (7, 1)]
+    parts = [
+        flexvar_ext.reference.resample2d(latent.double(), scale, mode=mode[0], antialias=mode[1]) for scale in scales
+    ]
+    rows = torch.cat([part.flatten(2).transpose(1, 2).flatten(0, 1) for part in parts]).float()
+    above, below = rows.clone(), rows.clone()
+    n = torch.arange(len(rows))
+    above[n, n % dim] = above[n, n % dim].nextafter(torch.tensor(9.0))
+    below[n, n % dim] = below[n, n % dim].nextafter(torch.tensor(-9.0))
+    codebook = torch.cat([above, rows, below])
+    check_multiscale(launch_in_every_order, latent, codebook, scales, mode, False)
 
 
 def test_more_scales_than_a_launch_takes(launch_in_every_order):
     scales = [(1 + i % 3, 1 + i % 4) for i in range(33)]
-    check_multiscale(launch_in_every_order, randn(2, 8, 7, 5), scales, ("area", False), True)
+    check_multiscale(launch_in_every_order, randn(2, 8, 7, 5), randn(100, 8, seed=1), scales, ("area", False), True)

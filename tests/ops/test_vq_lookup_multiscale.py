@@ -121,6 +121,25 @@ def test_repeats_and_thread_counts_are_bit_equal(device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch", [1, 64])
+def test_devices_agree_and_graphs_replay(batch):
+    scales = [(side, side) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
+    latent, codebook = randn(batch, 32, 16, 16), randn(8912, 32, seed=1)
+    on_gpu, codes = latent.cuda(), codebook.cuda()
+    expected = flexvar_ext.vq_lookup_multiscale(on_gpu, codes, scales)
+    assert torch.equal(expected.cpu(), flexvar_ext.vq_lookup_multiscale(latent, codebook, scales))
+    upside_down = flexvar_ext.vq_lookup_multiscale(on_gpu.flip(2), codes, scales)
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(on_gpu)
+    with torch.cuda.graph(graph):
+        indices = flexvar_ext.vq_lookup_multiscale(static, codes, scales)
+    for _ in range(20):
+        for images, found in ((on_gpu, expected), (on_gpu.flip(2), upside_down)):
+            static.copy_(images)
+            graph.replay()
+            assert torch.equal(indices, found)
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_instruction_sets(monkeypatch, instruction_set):
     monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
