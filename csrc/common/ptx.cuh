@@ -479,30 +479,77 @@ __device__ __forceinline__ void prefetch(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(pointer)));
 }
 
+// --- Pairs of 16-bit floats ----------------------------------------------------------------------
+
+// T: __half or __nv_bfloat16, two of them in a word. All bits of those that are above the floor's;
+// NaN is not.
+template <class T>
+__device__ __forceinline__ uint32_t above_mask(uint32_t pair, uint32_t floor) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __hgt2_mask(reinterpret_cast<const __half2&>(pair),
+                       reinterpret_cast<const __half2&>(floor));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    return __hgt2_mask(reinterpret_cast<const __nv_bfloat162&>(pair),
+                       reinterpret_cast<const __nv_bfloat162&>(floor));
+  }
+}
+
 // --- Lists in shared memory ---------------------------------------------------------------------
 
-// The end of a list of floats, where a thread appends those above a floor: two instructions without
-// a branch behind the comparison, where the compiler takes more.
+// The end of a list of float, __half or __nv_bfloat16, where a thread appends those above a floor:
+// two instructions without a branch behind the comparison, where the compiler takes more.
+template <class T>
 class ListEnd {
  public:
-  __device__ __forceinline__ explicit ListEnd(const float* place)
-      : address_(shared_address(place)) {}
-  __device__ __forceinline__ ListEnd behind(uint32_t floats) const {
+  __device__ __forceinline__ explicit ListEnd(const T* place) : address_(shared_address(place)) {}
+  __device__ __forceinline__ ListEnd behind(uint32_t elements) const {
     ListEnd end = *this;
-    end.address_ += floats * static_cast<uint32_t>(sizeof(float));
+    end.address_ += elements * static_cast<uint32_t>(sizeof(T));
     return end;
   }
-  __device__ __forceinline__ void append_above(float floor, float x) {
-    asm volatile(
-        "{\n"
-        ".reg .pred is_above;\n"
-        "setp.gt.f32 is_above, %1, %2;\n"
-        "@is_above st.shared.f32 [%0], %1;\n"
-        "@is_above add.u32 %0, %0, 4;\n"
-        "}\n"
-        : "+r"(address_)
-        : "f"(x), "f"(floor)
-        : "memory");
+  // Of a word's one or two elements, those above the floor's.
+  __device__ __forceinline__ void append_above(uint32_t floor, uint32_t word) {
+    if constexpr (sizeof(T) == 4) {
+      asm volatile(
+          "{\n"
+          ".reg .pred is_above;\n"
+          "setp.gt.f32 is_above, %1, %2;\n"
+          "@is_above st.shared.f32 [%0], %1;\n"
+          "@is_above add.u32 %0, %0, 4;\n"
+          "}\n"
+          : "+r"(address_)
+          : "f"(__uint_as_float(word)), "f"(__uint_as_float(floor))
+          : "memory");
+    } else {
+#define FLEXVAR_APPEND_PAIR(compare, other) \
+  asm volatile(                             \
+      "{\n"                                 \
+      ".reg .pred first, second;\n"         \
+      ".reg .b32 bit;\n"                    \
+      ".reg .b16 low, high;\n"              \
+      "mov.b32 {low, high}, %1;\n" compare  \
+      "@first st.shared.b16 [%0], low;\n"   \
+      "@first add.u32 %0, %0, 2;\n"         \
+      "@second st.shared.b16 [%0], high;\n" \
+      "@second add.u32 %0, %0, 2;\n"        \
+      "}\n"                                 \
+      : "+r"(address_)                      \
+      : "r"(word), "r"(other)               \
+      : "memory")
+      if constexpr (std::is_same_v<T, __half>) {
+        FLEXVAR_APPEND_PAIR("setp.gt.f16x2 first|second, %1, %2;\n", floor);
+      } else {
+#if __CUDA_ARCH__ >= 900
+        FLEXVAR_APPEND_PAIR("setp.gt.bf16x2 first|second, %1, %2;\n", floor);
+#else
+        FLEXVAR_APPEND_PAIR(
+            "and.b32 bit, %2, 1;\nsetp.ne.u32 first, bit, 0;\nsetp.lt.s32 second, %2, 0;\n",
+            above_mask<T>(word, floor));
+#endif
+      }
+#undef FLEXVAR_APPEND_PAIR
+    }
   }
 
  private:
@@ -531,6 +578,12 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // registers from before a loop.
 __device__ __forceinline__ int computed_here(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+template <class T>
+__device__ __forceinline__ const T* computed_here(const T* x) {  // of global memory
+  asm volatile("" : "+l"(x));
+  __builtin_assume(__isGlobal(x));
   return x;
 }
 

@@ -37,12 +37,12 @@ FLEXVAR_HOST_DEVICE float fused_multiply_add(float a, float b, float c) {
 #endif
 }
 
-// The upper `count` (0 to 31) bits of x, as a number.
+// The upper bits of x as a number: as many as the lower five bits of `count` say.
 FLEXVAR_HOST_DEVICE uint32_t upper_bits(uint32_t x, uint32_t count) {
 #ifdef __CUDA_ARCH__
   return __funnelshift_l(x, 0, count);
 #else
-  return x >> 1 >> (31u - count);
+  return x >> 1 >> (~count & 31u);
 #endif
 }
 
@@ -58,14 +58,14 @@ FLEXVAR_HOST_DEVICE uint32_t token_weight(float logit, float maximum) {
   const uint32_t t = __builtin_bit_cast(uint32_t, shifted);
   // 2^(g - 1) for g in [1, 2): from 1 to less than 2 for every one of the 2^18 fractions, so that
   // its mantissa, with the leading 1, is the result in units of 2^-23.
-  const float g = __builtin_bit_cast(float, 0x3f800000u | (t << 5 & 0x7fffe0u));
+  const float g = __builtin_bit_cast(float, 0x3f800000u + (t & 0x3ffffu) * 32);
   float power = 0x1.b7f730p-7f;
   power = fused_multiply_add(power, g, -0x1.7fd96ap-10f);
   power = fused_multiply_add(power, g, 0x1.5226b4p-3f);
   power = fused_multiply_add(power, g, 0x1.41077ep-2f);
   power = fused_multiply_add(power, g, 0x1.04d2a4p-1f);
   // The last bit of the exponent of [1, 2) is set, so it serves as the leading 1.
-  return upper_bits(__builtin_bit_cast(uint32_t, power) << 8, t >> 18 & 31);
+  return upper_bits(__builtin_bit_cast(uint32_t, power) << 8, t >> 18);
 }
 
 // Tokens are ordered by key (descending), then index. Kept are those with less than `limit` mass

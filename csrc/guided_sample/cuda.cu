@@ -78,7 +78,7 @@ bool launch_warps(GuidedSampleCudaParams<T> params, int64_t multiprocessors, cud
   params.pivot_rank = rank;
   params.capacity = guided_sample_capacity(n, rank, params.top_k);
   launch_kernel(kOp, stream, guided_sample_warp_kernel<T>, params.rows, 32,
-                sizeof(WarpRowStorage) + sizeof(float) * params.capacity, params);
+                sizeof(WarpRowStorage) + sizeof(T) * params.capacity, params);
   return true;
 }
 

@@ -66,12 +66,13 @@ inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, doubl
   return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
 }
 
-// Room for the candidates above such a pivot of most rows, a multiple of 128.
+// Room for the candidates above such a pivot of most rows: an odd multiple of 64.
 inline int32_t guided_sample_capacity(int64_t vocabulary, int32_t rank, int64_t top_k) {
-  const double most = rank + kPivotSlack + 2.5 * std::sqrt(rank);
-  const double candidates = fmax(512, most / kPivotSample * static_cast<double>(vocabulary));
-  return static_cast<int32_t>(top_k == 0 ? kMaxCandidates : fmin(candidates, kMaxCandidates)) /
-         128 * 128;
+  const double most = rank + kPivotSlack + 2 * std::sqrt(rank);
+  const double candidates = fmax(576, most / kPivotSample * static_cast<double>(vocabulary));
+  const auto room =
+      static_cast<int32_t>(top_k == 0 ? kMaxCandidates : fmin(candidates, kMaxCandidates));
+  return ((room / 64 - 1) | 1) * 64;
 }
 
 template <class T>

@@ -78,6 +78,19 @@ struct Float16 {
   Float16& operator/=(Float16 other) { return *this = *this / other; }
 };
 
+// The greatest number of the format that is not above x.
+template <class T>
+constexpr T encode16_down(float x) {
+  T rounded = x;
+  if (float(rounded) > x) {
+    const bool is_zero = (rounded.bits & 0x7fff) == 0, is_negative = (rounded.bits & 0x8000) != 0;
+    rounded.bits = static_cast<uint16_t>(is_zero       ? 0x8001
+                                         : is_negative ? rounded.bits + 1
+                                                       : rounded.bits - 1);
+  }
+  return rounded;
+}
+
 template <class T>
 struct alignas(4) Pair16 {
   T x, y;
@@ -103,6 +116,7 @@ using nv_bfloat162 = __nv_bfloat162;
 inline float __half2float(__half x) { return x; }
 inline __half __float2half(float x) { return x; }
 inline __half __float2half_rn(float x) { return x; }
+inline __half __float2half_rd(float x) { return flexvar::emulation::encode16_down<__half>(x); }
 inline __half __double2half(double x) { return x; }
 inline float2 __half22float2(__half2 v) { return {v.x, v.y}; }
 inline __half2 __float22half2_rn(float2 v) { return {v.x, v.y}; }
@@ -121,6 +135,9 @@ inline __half __ushort_as_half(uint16_t bits) { return std::bit_cast<__half>(bit
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
+inline __nv_bfloat16 __float2bfloat16_rd(float x) {
+  return flexvar::emulation::encode16_down<__nv_bfloat16>(x);
+}
 inline __nv_bfloat16 __double2bfloat16(double x) { return x; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {v.x, v.y}; }

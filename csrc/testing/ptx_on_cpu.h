@@ -164,21 +164,42 @@ inline uint32_t warp_inclusive_sum(uint32_t x, Location where = Location::curren
 
 inline void prefetch(const void*) {}
 
+template <class T>
+T half_of(uint32_t pair, int i) {
+  return std::bit_cast<T>(static_cast<uint16_t>(pair >> 16 * i));
+}
+template <class T>
+uint32_t above_mask(uint32_t pair, uint32_t floor) {
+  return (half_of<T>(pair, 0) > half_of<T>(floor, 0) ? 0xffffu : 0) |
+         (half_of<T>(pair, 1) > half_of<T>(floor, 1) ? 0xffff0000u : 0);
+}
+
+template <class T>
 class ListEnd {
  public:
-  explicit ListEnd(float* place) : place_(place) {}
-  ListEnd behind(uint32_t floats) const { return ListEnd(place_ + floats); }
-  void append_above(float floor, float x) {
-    if (x > floor) *place_++ = x;
+  explicit ListEnd(T* place) : place_(place) {}
+  ListEnd behind(uint32_t elements) const { return ListEnd(place_ + elements); }
+  void append_above(uint32_t floor, uint32_t word) {
+    if constexpr (sizeof(T) == 4) {
+      if (std::bit_cast<T>(word) > std::bit_cast<T>(floor)) *place_++ = std::bit_cast<T>(word);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (half_of<T>(word, i) > half_of<T>(floor, i)) *place_++ = half_of<T>(word, i);
+      }
+    }
   }
 
  private:
-  float* place_;
+  T* place_;
 };
 
 inline void griddepcontrol_wait() { emulation::wait_for_earlier_launches(); }
 inline void griddepcontrol_launch_dependents() {}
 inline int computed_here(int x) { return x; }
+template <class T>
+const T* computed_here(const T* x) {
+  return x;
+}
 inline uint32_t difference_bits(float a, float b) {
   return std::isnan(a - b) ? 0x7fffffffu : std::bit_cast<uint32_t>(a - b);
 }

@@ -83,6 +83,16 @@ def test_rows_that_a_warp_samples(launch_once, vocabulary, dtype):
         check(launch_once, logits, top_k, top_p, multiprocessors=1)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (0, 0.9)])
+@pytest.mark.parametrize("descending", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sorted_rows(launch_once, dtype, descending, top_k, top_p):
+    """A warp's candidates lie side by side, whole octets of every lane."""
+    logits = 3 * torch.randn(1, 8, 8912, generator=torch.Generator().manual_seed(top_k)).to(dtype)
+    logits = logits.sort(descending=descending).values.repeat(2, 1, 1)
+    check(launch_once, logits, top_k, top_p, multiprocessors=1)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (0, 0.95)])
 @pytest.mark.parametrize("shift", [-4, -0.9, 0.9, 4])
 def test_second_pivot(launch_once, shift, top_k, top_p):
@@ -94,7 +104,7 @@ def test_second_pivot(launch_once, shift, top_k, top_p):
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
-@pytest.mark.parametrize("values", [2, 9, 40])
+@pytest.mark.parametrize("values", [2, 5, 9, 40])
 def test_crowded_bins(launch_once, values, top_p):
     """Candidates of a few values each, which one logit far above them puts into one bin: ties at every threshold."""
     generator = torch.Generator().manual_seed(values)
