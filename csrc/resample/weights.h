@@ -61,6 +61,36 @@ FLEXVAR_HOST_DEVICE ResampleAxis<Real> make_resample_axis(ResampleMode mode, int
   return {mode, in_size, out_size, static_cast<Real>(in_size) / static_cast<Real>(out_size)};
 }
 
+// Where output i lies among the inputs: scale * (i + 1/2), and that less 1/2. Windows and weights
+// are computed from it at several places, which must round it alike, or a window would not be that
+// of its weights: on CUDA the compiler is not to choose which products and sums it fuses.
+template <typename Real>
+FLEXVAR_HOST_DEVICE Real resample_center(const ResampleAxis<Real>& axis, int64_t i) {
+  const Real position = static_cast<Real>(i) + Real(0.5);
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    return __dmul_rn(axis.scale, position);
+  } else {
+    return __fmul_rn(axis.scale, position);
+  }
+#else
+  return axis.scale * position;
+#endif
+}
+template <typename Real>
+FLEXVAR_HOST_DEVICE Real resample_source(const ResampleAxis<Real>& axis, int64_t i) {
+  const Real position = static_cast<Real>(i) + Real(0.5);
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    return __fma_rn(axis.scale, position, -0.5);
+  } else {
+    return __fmaf_rn(axis.scale, position, -0.5f);
+  }
+#else
+  return axis.scale * position - Real(0.5);
+#endif
+}
+
 // The triangle filter of bilinear_antialias is stretched when the image shrinks.
 template <typename Real>
 FLEXVAR_HOST_DEVICE Real antialias_width(const ResampleAxis<Real>& axis) {
@@ -74,7 +104,7 @@ template <typename Real>
 FLEXVAR_HOST_DEVICE ResampleWindow<Real> antialias_window(const ResampleAxis<Real>& axis,
                                                           int64_t i) {
   const Real width = antialias_width(axis);
-  const Real center = axis.scale * (static_cast<Real>(i) + Real(0.5));
+  const Real center = resample_center(axis, i);
   const int64_t start = resample_max(static_cast<int64_t>(center - width + Real(0.5)), int64_t(0));
   const int64_t end = resample_min(static_cast<int64_t>(center + width + Real(0.5)), axis.in_size);
   const int64_t count = end - start;
@@ -102,7 +132,7 @@ FLEXVAR_HOST_DEVICE ResampleWindow<Real> resample_window(const ResampleAxis<Real
   }
   if (axis.mode == ResampleMode::bilinear_antialias) return antialias_window(axis, i);
 
-  Real source = axis.scale * (static_cast<Real>(i) + Real(0.5)) - Real(0.5);
+  Real source = resample_source(axis, i);
   if (axis.mode == ResampleMode::bilinear) {
     if (source < Real(0)) source = Real(0);
     const int64_t start = resample_min(static_cast<int64_t>(source), last);

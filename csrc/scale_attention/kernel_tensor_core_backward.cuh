@@ -19,11 +19,14 @@ struct TensorCoreBackwardShared {
   static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 96 ? 32 : 16;
   HalfTile<T, kTensorCoreRows, kDim> first_rows;
   HalfTile<T, kTensorCoreRows, kDim> second_rows;
-  HalfTile<T, kColumns, kDim> first_columns[2];
-  HalfTile<T, kColumns, kDim> second_columns[2];
+  // Of the tile whose products end, of the one at hand and of the next one.
+  static constexpr int kStages = 3;
+  HalfTile<T, kColumns, kDim> first_columns[kStages];
+  HalfTile<T, kColumns, kDim> second_columns[kStages];
   float inverse_lengths[kTensorCoreRows];  // of the keys in rows
   // Of the queries in columns.
-  float logsumexp[2][kColumns], delta[2][kColumns], q_inverse_lengths[2][kColumns];
+  float logsumexp[kStages][kColumns], delta[kStages][kColumns],
+      q_inverse_lengths[kStages][kColumns];
 };
 
 // Starts copying numbers [begin, begin + kCount) to shared memory by the threads from
@@ -87,6 +90,96 @@ __device__ __forceinline__ float remove_radial_part(float (&sums)[kDimTiles][4],
   return product;
 }
 
+// The products of a tile of columns: scores and their gradients, which the next tile's follow
+// before those that add up the gradients have ended.
+template <class T, int kDim>
+struct BackwardTile {
+  using Shared = TensorCoreBackwardShared<T, kDim>;
+  static constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
+
+  float weights[kTiles][4], grad_scores[kTiles][4];
+
+  // Where products of a warpgroup run beside other instructions.
+  __device__ __forceinline__ static bool is_asynchronous() {
+    return kColumns == 64 && kDim == 64 && ptx::has_warpgroup_products();
+  }
+
+  // The rows' products with the columns of a stage: those for the weights are a group, those for
+  // grad_scores the beginning of one.
+  __device__ __forceinline__ void begin(const Shared& shared, int stage, int warp_row) {
+    if constexpr (kColumns == 64 && kDim == 64) {
+      if (is_asynchronous()) {
+        begin_tile_scores(weights, shared.first_rows, shared.first_columns[stage]);
+        ptx::warpgroup_commit();
+        begin_tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage]);
+        return;
+      }
+    }
+    tile_scores_by_warps(weights, shared.first_rows, shared.first_columns[stage], warp_row);
+    tile_scores_by_warps(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
+  }
+  // Before products that read or write registers that others have written.
+  __device__ __forceinline__ static void fence() {
+    if (is_asynchronous()) ptx::warpgroup_begin();
+  }
+  __device__ __forceinline__ static void commit() {
+    if (is_asynchronous()) ptx::warpgroup_commit();
+  }
+  // The products for the weights end first; where that is waited for a loop later the compiler does
+  // not understand it, and puts all products one behind the other.
+  __device__ __forceinline__ void wait_for_weights() {
+    if (is_asynchronous()) ptx::warpgroup_wait<1>();
+    hold(weights);
+  }
+  __device__ __forceinline__ void wait_for_all() {
+    if (is_asynchronous()) ptx::warpgroup_wait<0>();
+    hold(grad_scores);
+  }
+  __device__ __forceinline__ static void hold(float (&registers)[kTiles][4]) {
+    if constexpr (kColumns == 64 && kDim == 64) {
+      if (is_asynchronous()) ptx::hold_registers(registers);
+    }
+  }
+};
+
+// Factors of 16 bits and the sums that their products with columns add up to.
+template <class T, int kDim>
+struct BackwardSums {
+  static constexpr int kTiles = BackwardTile<T, kDim>::kTiles;
+
+  float sums[kDim / 8][4];
+  uint32_t left[kTiles / 2][4];
+
+  __device__ __forceinline__ void pack(const float (&factors)[kTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) pack_left<T>(left[n], factors, n);
+    hold();
+  }
+  __device__ __forceinline__ void hold() {
+    if constexpr (kTiles == 8 && kDim == 64) {
+      if (ptx::has_warpgroup_products()) {
+        ptx::hold_registers(sums);
+        ptx::hold_registers(left);
+      }
+    }
+  }
+  template <int kColumns>
+  __device__ __forceinline__ void begin_adding(const HalfTile<T, kColumns, kDim>& columns) {
+    if constexpr (kTiles == 8 && kDim == 64) {
+      if (ptx::has_warpgroup_products()) return begin_tile_accumulate(sums, left, columns);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+#pragma unroll
+      for (int d = 0; d < kDim / 8; d += 2) {
+        uint32_t right[4];
+        load_right_transposed(right, columns, n * 16, d * 8);
+        multiply_pair<T>(sums[d], sums[d + 1], left[n], right);
+      }
+    }
+  }
+};
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
@@ -110,8 +203,11 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
                   params.q.token_stride, tile.query_begin, tile.query_end);
   copy_rows_async(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
                   params.grad_out.token_stride, tile.query_begin, tile.query_end);
-  keys.start(shared.first_columns[0], tile.key_end);
-  values.start(shared.second_columns[0], tile.key_end);
+  const auto copy_columns_async = [&](int stage, int begin) {
+    keys.start(shared.first_columns[stage], tile.key_end - begin);
+    values.start(shared.second_columns[stage], tile.key_end - begin);
+  };
+  copy_columns_async(0, 0);
 
   float logsumexp[2], delta[2];  // the former in base 2
   float row_factor[2];           // of a row's products, to scores in base 2
@@ -127,45 +223,72 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     row_factor[half] = valid && q_inverse != nullptr ? factor * q_inverse[token] : factor;
   }
 
-  float grad[kDim / 8][4] = {};
-  int stage = 0;
-  for (int begin = 0; begin < tile.key_end; begin += kColumns, stage ^= 1) {
-    const int next = begin + kColumns;
-    wait_for_tile();
-    if (next < tile.key_end) {
-      keys.start(shared.first_columns[stage ^ 1], tile.key_end - next);
-      values.start(shared.second_columns[stage ^ 1], tile.key_end - next);
-    }
-    float weights[kTiles][4], grad_scores[kTiles][4];
-    tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
-    tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
-    const auto differentiate = [&]<bool kMasked>() {
+  BackwardSums<T, kDim> grad{};
+  BackwardTile<T, kDim> products;
+  wait_for_tile();
+  if (kColumns < tile.key_end) copy_columns_async(1, kColumns);
+  grad.hold();
+  products.fence();
+  products.begin(shared, 0, warp_row);
+  products.commit();
+  products.wait_for_weights();
+  auto& weights = products.weights;
+  auto& grad_scores = products.grad_scores;
+  int stage = 0, begin = 0;
+  const auto weigh = [&]<bool kMasked>() {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = begin + n * 8 + 2 * t + i % 2;
-          const bool valid = !kMasked || key < tile.key_end;
-          if (valid && k_inverse != nullptr) weights[n][i] *= k_inverse[key];
-          const float weight =
-              valid ? ptx::exp2_approx(weights[n][i] * row_factor[i / 2] - logsumexp[i / 2]) : 0.0f;
-          grad_scores[n][i] = weight * (grad_scores[n][i] - delta[i / 2]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int key = begin + n * 8 + 2 * t + i % 2;
+        const bool valid = !kMasked || key < tile.key_end;
+        if (valid && k_inverse != nullptr) weights[n][i] *= k_inverse[key];
+        weights[n][i] =
+            valid ? ptx::exp2_approx(weights[n][i] * row_factor[i / 2] - logsumexp[i / 2]) : 0.0f;
       }
-    };
-    if (next <= tile.key_end) {
-      differentiate.template operator()<false>();
-    } else {
-      differentiate.template operator()<true>();
     }
+  };
+  // The gradients of the scores, and in 16 bits what they are multiplied by.
+  const auto differentiate = [&]<bool kMasked>() {
+    weigh.template operator()<kMasked>();
+    products.wait_for_all();
+    grad.hold();
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        grad_scores[n][i] = weights[n][i] * (grad_scores[n][i] - delta[i / 2]);
+      }
+    }
+    grad.pack(grad_scores);
     if (k_inverse != nullptr) {
       __syncthreads();  // all have multiplied the keys as they are
       scale_copied_rows(shared.first_columns[stage], k_inverse, begin, tile.key_end);
       ptx::fence_for_warpgroup();
       __syncthreads();
     }
-    tile_accumulate(grad, grad_scores, shared.first_columns[stage]);
+  };
+  const auto begin_adding = [&] { grad.begin_adding(shared.first_columns[stage]); };
+  for (; begin + kColumns < tile.key_end; begin += kColumns) {
+    differentiate.template operator()<false>();
+    const int next = begin + kColumns, next_stage = stage < Shared::kStages - 1 ? stage + 1 : 0;
+    wait_for_tile();  // the next one; nobody reads the last one any more
+    if (next + kColumns < tile.key_end) {
+      copy_columns_async(next_stage < Shared::kStages - 1 ? next_stage + 1 : 0, next + kColumns);
+    }
+    products.fence();
+    products.begin(shared, next_stage, warp_row);
+    begin_adding();
+    products.commit();
+    products.wait_for_weights();
+    stage = next_stage;
   }
+  differentiate.template operator()<true>();
+  products.fence();
+  begin_adding();
+  products.commit();
+  products.wait_for_all();
+  grad.hold();
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -174,7 +297,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     if (q_inverse != nullptr) {
       const float inverse = token < tile.query_end ? q_inverse[token] : 0.0f;
       const float product =
-          remove_radial_part(grad, half, shared.first_rows, warp_row + g + 8 * half, inverse);
+          remove_radial_part(grad.sums, half, shared.first_rows, warp_row + g + 8 * half, inverse);
       if (token < tile.query_end && t == 0) {
         static_cast<float*>(params.grad_q_scale_parts)[head * params.query_count + token] =
             product * static_cast<float>(params.softmax_scale);
@@ -184,7 +307,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     if (token >= tile.query_end) continue;
     store_row(static_cast<T*>(params.grad_q) +
                   contiguous_offset<kDim>(head, params.heads, params.query_count, token),
-              grad, half, row_scale);
+              grad.sums, half, row_scale);
   }
 }
 
@@ -231,51 +354,87 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     shared.inverse_lengths[row] = token < tile.key_end ? k_inverse[token] : 0.0f;
   }
 
-  float grad_keys[kDim / 8][4] = {}, grad_values[kDim / 8][4] = {};
-  int stage = 0;
-  for (int begin = tile.query_begin; begin < tokens; begin += kColumns, stage ^= 1) {
-    const int next = begin + kColumns;
-    wait_for_tile();
-    if (next < tokens) copy_columns_async(stage ^ 1, next);
-    float weights[kTiles][4], grad_scores[kTiles][4];
-    tile_scores(weights, shared.first_rows, shared.first_columns[stage], warp_row);
-    tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
-    const auto differentiate = [&]<bool kMasked>() {
+  BackwardSums<T, kDim> grad_keys{}, grad_values{};
+  BackwardTile<T, kDim> products;
+  wait_for_tile();
+  if (tile.query_begin + kColumns < tokens) copy_columns_async(1, tile.query_begin + kColumns);
+  grad_keys.hold();
+  grad_values.hold();
+  products.fence();
+  products.begin(shared, 0, warp_row);
+  products.commit();
+  products.wait_for_weights();
+  auto& weights = products.weights;
+  auto& grad_scores = products.grad_scores;
+  int stage = 0, begin = tile.query_begin;
+  const auto weigh = [&]<bool kMasked>() {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int column = n * 8 + 2 * t + i;
-          const bool valid = !kMasked || begin + column < tokens;
-          const float base = shared.logsumexp[stage][column] * static_cast<float>(kAttentionLog2E);
-          const float shift = shared.delta[stage][column];
-          const float column_factor =
-              q_inverse != nullptr ? factor * shared.q_inverse_lengths[stage][column] : factor;
+      for (int i = 0; i < 2; ++i) {
+        const int column = n * 8 + 2 * t + i;
+        const bool valid = !kMasked || begin + column < tokens;
+        const float base = shared.logsumexp[stage][column] * static_cast<float>(kAttentionLog2E);
+        const float column_factor =
+            q_inverse != nullptr ? factor * shared.q_inverse_lengths[stage][column] : factor;
 #pragma unroll
-          for (int j = i; j < 4; j += 2) {
-            if (q_inverse != nullptr) {
-              weights[n][j] *= shared.inverse_lengths[warp_row + g + j / 2 * 8];
-            }
-            weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * column_factor - base) : 0.0f;
-            grad_scores[n][j] = weights[n][j] * (grad_scores[n][j] - shift);
+        for (int j = i; j < 4; j += 2) {
+          if (q_inverse != nullptr) {
+            weights[n][j] *= shared.inverse_lengths[warp_row + g + j / 2 * 8];
           }
+          weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * column_factor - base) : 0.0f;
         }
       }
-    };
-    if (next <= tokens) {
-      differentiate.template operator()<false>();
-    } else {
-      differentiate.template operator()<true>();
     }
+  };
+  // The gradients of the scores, and in 16 bits what they are multiplied by.
+  const auto differentiate = [&]<bool kMasked>() {
+    weigh.template operator()<kMasked>();
+    products.wait_for_all();
+    grad_keys.hold();
+    grad_values.hold();
+    grad_values.pack(weights);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float shift = shared.delta[stage][n * 8 + 2 * t + i % 2];
+        grad_scores[n][i] = weights[n][i] * (grad_scores[n][i] - shift);
+      }
+    }
+    grad_keys.pack(grad_scores);
     if (q_inverse != nullptr) {
       __syncthreads();  // all have multiplied the queries as they are
       scale_copied_rows(shared.first_columns[stage], q_inverse, begin, tokens);
       ptx::fence_for_warpgroup();
       __syncthreads();
     }
-    tile_accumulate(grad_keys, grad_scores, shared.first_columns[stage]);
-    tile_accumulate(grad_values, weights, shared.second_columns[stage]);
+  };
+  const auto begin_adding = [&] {
+    grad_values.begin_adding(shared.second_columns[stage]);
+    grad_keys.begin_adding(shared.first_columns[stage]);
+  };
+  for (; begin + kColumns < tokens; begin += kColumns) {
+    differentiate.template operator()<false>();
+    const int next = begin + kColumns, next_stage = stage < Shared::kStages - 1 ? stage + 1 : 0;
+    wait_for_tile();  // the next one; nobody reads the last one any more
+    if (next + kColumns < tokens) {
+      copy_columns_async(next_stage < Shared::kStages - 1 ? next_stage + 1 : 0, next + kColumns);
+    }
+    products.fence();
+    products.begin(shared, next_stage, warp_row);
+    begin_adding();
+    products.commit();
+    products.wait_for_weights();
+    stage = next_stage;
   }
+  differentiate.template operator()<true>();
+  products.fence();
+  begin_adding();
+  products.commit();
+  products.wait_for_all();
+  grad_keys.hold();
+  grad_values.hold();
 
   const float scale = static_cast<float>(params.softmax_scale) *
                       q_scale_of<float>(params.q_scale, head, params.heads);
@@ -285,13 +444,13 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     float row_scale = scale;
     if (q_inverse != nullptr) {
       const float inverse = shared.inverse_lengths[warp_row + g + 8 * half];
-      remove_radial_part(grad_keys, half, shared.first_rows, warp_row + g + 8 * half, inverse);
+      remove_radial_part(grad_keys.sums, half, shared.first_rows, warp_row + g + 8 * half, inverse);
       row_scale *= inverse;
     }
     if (token >= tile.key_end) continue;
     const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
-    store_row(static_cast<T*>(params.grad_k) + offset, grad_keys, half, row_scale);
-    store_row(static_cast<T*>(params.grad_v) + offset, grad_values, half, 1.0f);
+    store_row(static_cast<T*>(params.grad_k) + offset, grad_keys.sums, half, row_scale);
+    store_row(static_cast<T*>(params.grad_v) + offset, grad_values.sums, half, 1.0f);
   }
 }
 

@@ -18,6 +18,8 @@ from flexvar.tokenizer.config import TokenizerConfig
 from flexvar.tokenizer.convolution import Conv1x1, Conv3x3
 from flexvar.tokenizer.upsampling import Upsample
 
+_MAX_PIXELS_BY_PRODUCTS = 1024  # of a map, in AttentionBlock
+
 
 def _arranged(x: Tensor, backend: str) -> Tensor:
     """Channels last for the native backend, which every later map then is."""
@@ -62,6 +64,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int, *, backend: str) -> None:
         super().__init__()
+        self.backend = check_backend(backend)
         self.norm = Norm(channels, norm_groups, silu=False, backend=backend)
         self.q = Conv1x1(channels, channels, backend=backend)
         self.k = Conv1x1(channels, channels, backend=backend)
@@ -70,9 +73,17 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels, normed = (tensor.permute(0, 2, 3, 1).flatten(1, 2) for tensor in (x, self.norm(x)))
-        q, k, v = (projection.of_pixels(normed).unsqueeze(1) for projection in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, h*w, channels], scale channels**-0.5
+        attended = self._attend(*(projection.of_pixels(normed) for projection in (self.q, self.k, self.v)))
         return self.proj_out.of_pixels(attended, residual=pixels).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, h*w, channels] each; scores are scaled by channels**-0.5."""
+        # torch's fused kernels for so many channels take twice as long as two products, while scores fit the L2 cache.
+        has_few_scores = q.shape[1] <= _MAX_PIXELS_BY_PRODUCTS and q.dtype in (torch.float16, torch.bfloat16)
+        if not (self.backend == "native" and q.is_cuda and has_few_scores) or torch.is_grad_enabled():
+            return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        scores = torch.bmm(q, k.mT, out_dtype=torch.float32) * q.shape[2] ** -0.5
+        return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
 
 
 class Downsample(nn.Module):
