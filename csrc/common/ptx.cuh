@@ -7,6 +7,7 @@
 
 #include "common/cuda.cuh"
 #include "common/swizzle.h"
+#include "common/tensor_map.h"
 
 namespace flexvar::ptx {
 
@@ -257,6 +258,76 @@ __device__ __forceinline__ void fence_for_warpgroup() {
 #endif
 }
 
+// --- Copies by the copy engine, and their barriers ----------------------------------------------
+
+// Whether tiles can be copied by the engine: where products of a warpgroup take them.
+__host__ __device__ constexpr bool has_copy_engine() { return has_warpgroup_products(); }
+
+// A barrier in shared memory. Its phases end one after the other, each when as many threads as it
+// was made for have arrived and the bytes they announced are there. Whoever waits says which phase
+// it means by its parity: that of the first one is 0.
+struct Mbarrier {
+  uint64_t state;
+};
+
+// Before anybody else uses the barrier; that needs mbarriers_are_ready and a barrier of the block.
+__device__ __forceinline__ void mbarrier_init(Mbarrier& barrier, int arrivals) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(&barrier)),
+               "r"(arrivals)
+               : "memory");
+#endif
+}
+// Behind the mbarrier_inits of a thread.
+__device__ __forceinline__ void mbarriers_are_ready() { fence_for_warpgroup(); }
+// The end of a barrier that nobody uses any more: another may begin in its place.
+__device__ __forceinline__ void mbarrier_end(Mbarrier& barrier) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];\n" ::"r"(shared_address(&barrier)) : "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier& barrier) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(&barrier))
+               : "memory");
+#endif
+}
+// Arrives, and announces that many bytes of copies for this phase.
+__device__ __forceinline__ void mbarrier_arrive_and_expect(Mbarrier& barrier, int bytes) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(&barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_wait(Mbarrier& barrier, int parity) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{.reg .pred done;\nwait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra wait;}\n" ::"r"(
+          shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// Copies one box of a tensor (common/tensor_map.h) to `shared`, at a multiple of 1024 bytes, and
+// tells `barrier` when it is there; zeros from outside of the tensor. Boxes of rows of 64 16-bit
+// elements arrive at swizzled_column. One thread calls it.
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int row, int head,
+                                         int image, Mbarrier& barrier) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(0), "r"(row), "r"(head), "r"(image), "r"(shared_address(&barrier))
+      : "memory");
+#endif
+}
+
+// --- Registers of products of a warpgroup --------------------------------------------------------
+
 #define FLEXVAR_FRAGMENT(kind, d) kind(d[0]), kind(d[1]), kind(d[2]), kind(d[3])
 #define FLEXVAR_FRAGMENTS_4(kind, d, i)                           \
   FLEXVAR_FRAGMENT(kind, d[i]), FLEXVAR_FRAGMENT(kind, d[i + 1]), \
@@ -397,6 +468,38 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[kColumns][4],
     FLEXVAR_MULTIPLY_COLUMNS("=f", "bf16")
   }
 #undef FLEXVAR_MULTIPLY_COLUMNS
+#undef FLEXVAR_MULTIPLY
+#endif
+}
+
+// The same where a is in registers: 16 columns of the 64 rows.
+template <bool kAdd, class T>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], const uint32_t (&a)[4],
+                                                   const T* b, int depth) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t right = tile_descriptor(b, depth);
+#define FLEXVAR_MULTIPLY(type, kind)                                                           \
+  asm volatile(                                                                                \
+      "{.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                           \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FLEXVAR_ACCUMULATOR_LIST \
+      ", {%32, %33, %34, %35}, %36, add, 1, 1, 0;}\n"                                          \
+      : FLEXVAR_ACCUMULATORS(kind, d)                                                          \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right), "n"(kAdd ? 1 : 0)              \
+      : "memory")
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kAdd) {
+      FLEXVAR_MULTIPLY("f16", "+f");
+    } else {
+      FLEXVAR_MULTIPLY("f16", "=f");
+    }
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    if constexpr (kAdd) {
+      FLEXVAR_MULTIPLY("bf16", "+f");
+    } else {
+      FLEXVAR_MULTIPLY("bf16", "=f");
+    }
+  }
 #undef FLEXVAR_MULTIPLY
 #endif
 }

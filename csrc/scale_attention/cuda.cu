@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cuda_launch.h"
+#include "common/cuda_tensor_map.h"
 #include "common/tensor_memory.h"
 #include "scale_attention/checks.h"
 #include "scale_attention/kernel.cuh"
@@ -29,6 +30,24 @@ Tensor with_copyable_rows(const Tensor& t) {
       empty_contiguous({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), device_of(t));
   torch::stable::copy_(copy, t);
   return copy;
+}
+
+// A head's first `tokens` tokens in tiles of 64.
+TensorMap map_of(const Tensor& t, int64_t tokens, const char* op) {
+  return tensor_map_of({t.const_data_ptr(), t.size(0), t.size(2), tokens, t.size(3), t.stride(0),
+                        t.stride(2), t.stride(1), kTensorCoreRows},
+                       op);
+}
+// For kernels whose code for this device has the copy engine.
+template <class Kernels>
+AttentionMaps maps_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t keys,
+                      const char* op) {
+  if constexpr (Kernels::kHasCopyEngine) {
+    if (device_attribute(cudaDevAttrComputeCapabilityMajor, op) == 9) {
+      return {map_of(q, q.size(1), op), map_of(k, keys, op), map_of(v, keys, op)};
+    }
+  }
+  return {};
 }
 
 // Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
@@ -102,19 +121,21 @@ std::tuple<Tensor, Tensor, Tensor> scale_attention_cuda(const Tensor& q_in, cons
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
   const std::optional<Tensor> q_scale = contiguous_or_none(q_scale_in);
-  const AttentionForwardCuda params{view_of(q),
-                                    view_of(k),
-                                    view_of(v),
-                                    out.mutable_data_ptr(),
-                                    logsumexp.mutable_data_ptr(),
-                                    heads,
-                                    tokens,
-                                    softmax_scale,
-                                    data_or_null(q_scale),
-                                    inverse_lengths_of(inverse_lengths, 0),
-                                    inverse_lengths_of(inverse_lengths, 1)};
+  AttentionForwardCuda params{{},
+                              view_of(q),
+                              view_of(k),
+                              view_of(v),
+                              out.mutable_data_ptr(),
+                              logsumexp.mutable_data_ptr(),
+                              heads,
+                              tokens,
+                              softmax_scale,
+                              data_or_null(q_scale),
+                              inverse_lengths_of(inverse_lengths, 0),
+                              inverse_lengths_of(inverse_lengths, 1)};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
+    params.maps = maps_of<Kernels>(q, k, v, tokens, kOp);
     const std::vector<QueryTile> tiles =
         Kernels::kJoinsScales ? joined_query_tiles(scale_lengths, Kernels::kForwardRows)
                               : query_tiles(scale_lengths, Kernels::kForwardRows);
@@ -201,12 +222,13 @@ Tensor scale_attention_step_cuda(const Tensor& q_in, const Tensor& k_in, const T
   const Tensor q = with_copyable_rows(q_in), k = with_copyable_rows(k_in),
                v = with_copyable_rows(v_in);
   const std::optional<Tensor> logit_bound = contiguous_or_none(logit_bound_in);
-  AttentionForwardCuda params{view_of(q), view_of(k), view_of(v), out.mutable_data_ptr(),
-                              nullptr,    heads,      tokens,     softmax_scale};
+  AttentionForwardCuda params{{},      view_of(q), view_of(k), view_of(v),   out.mutable_data_ptr(),
+                              nullptr, heads,      tokens,     softmax_scale};
   params.logit_bound = data_or_null(logit_bound);
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
     using A = AttentionArithmetic<T>;
+    params.maps = maps_of<Kernels>(q, k, v, kv_length, kOp);
     const std::vector<QueryTile> tiles = step_tiles(tokens, kv_length, Kernels::kForwardRows);
     const int64_t count = static_cast<int64_t>(tiles.size()) * batch * heads;
     const int64_t blocks =

@@ -22,6 +22,7 @@ struct AttentionKernels {
   static constexpr auto kGradKeys = &attention_grad_keys_plain<T, kDim>;
   using ForwardShared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
   using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
+  static constexpr bool kHasCopyEngine = false;
   static constexpr bool kJoinsScales = false;  // in the forward pass's tiles of queries
   static constexpr int kForwardRows = ForwardShared::Tile::kRows;
   static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
@@ -37,6 +38,7 @@ struct AttentionKernels<T, kDim, true> {
   static constexpr auto kGradKeys = &attention_grad_keys_tensor_core<T, kDim>;
   using ForwardShared = TensorCoreForwardShared<T, kDim>;
   using BackwardShared = TensorCoreBackwardShared<T, kDim>;
+  static constexpr bool kHasCopyEngine = kDim == 64;  // where a device has it
   static constexpr bool kJoinsScales = true;
   static constexpr int kForwardRows = kTensorCoreRows;
   static constexpr int kForwardColumns = ForwardShared::kColumns;

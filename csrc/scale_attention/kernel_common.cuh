@@ -7,6 +7,7 @@
 #include "common/fast_divisor.h"
 #include "common/inverse_length.h"
 #include "common/ptx.cuh"
+#include "common/tensor_map.h"
 #include "scale_attention/tile.h"
 
 namespace flexvar {
@@ -51,9 +52,15 @@ struct AttentionPart {
 constexpr double kAttentionLog2E = 1.4426950408889634074;
 constexpr double kAttentionLn2 = 0.69314718055994530942;
 
+// Boxes of 64 tokens of a head, for the copy engine. Only where kernels use it.
+struct AttentionMaps {
+  TensorMap q, k, v;
+};
+
 // The grid of every kernel is (B * H heads times tiles), of the forward pass with parts in its
 // third dimension; A is the type of the arithmetic, float or (for double) double.
 struct AttentionForwardCuda {
+  AttentionMaps maps;
   AttentionCudaTensor q, k, v;
   void* out;        // [B, L, H, D], contiguous
   void* logsumexp;  // A [B, H, L], or null

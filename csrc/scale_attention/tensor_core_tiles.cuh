@@ -115,6 +115,20 @@ __device__ __forceinline__ void copy_rows_async(HalfTile<T, kRows, kDim>& shared
   RowCopies<T, kDim>(head, token_stride, begin).start(shared, end - begin);
 }
 
+// Zeros in those of rows [begin, begin + kCount) that come from `first` on, by kThreads threads.
+template <int kCount, int kThreads, class T, int kRows, int kDim>
+__device__ __forceinline__ void clear_rows(HalfTile<T, kRows, kDim>& tile, int first, int begin) {
+  constexpr int kChunks = kDim / 8;
+  static_assert(kCount * kChunks % kThreads == 0 && kThreads % kChunks == 0);
+  // Few tiles are cut off.
+  const unsigned thread = ptx::computed_here(static_cast<int>(threadIdx.x % kThreads));
+#pragma unroll
+  for (int pass = 0; pass < kCount * kChunks / kThreads; ++pass) {
+    const int row = begin + static_cast<int>(thread / kChunks) + pass * (kThreads / kChunks);
+    if (row >= first) *reinterpret_cast<uint4*>(tile.at(row, thread % kChunks * 8)) = {};
+  }
+}
+
 // Until all copies have arrived, and the block is done with the tiles before: the next ones may be
 // copied over those. The fence waits for every copy that is under way, so none for later is yet.
 __device__ __forceinline__ void wait_for_tile() {

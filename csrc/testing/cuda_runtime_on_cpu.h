@@ -13,7 +13,11 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice,
   cudaErrorInvalidDeviceFunction,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -31,7 +35,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   flexvar::emulation::count_question();
   const flexvar::emulation::Options& device = flexvar::emulation::device_options();
   *value = attribute == cudaDevAttrMultiProcessorCount ? device.multiprocessors
-                                                       : static_cast<int>(device.shared_memory);
+           : attribute == cudaDevAttrComputeCapabilityMajor
+               ? (device.warpgroups ? 9 : 8)
+               : static_cast<int>(device.shared_memory);
   return cudaSuccess;
 }
 

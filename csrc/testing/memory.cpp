@@ -140,7 +140,7 @@ enum class Access { read, write, atomic };
       message = "write to an input: " + message + "the buffer is read-only";
       break;
     case in_flight:
-      message = "too early: " + message + "a cp.async to it is under way";
+      message = "too early: " + message + "a copy to it is under way";
       break;
     default:
       message = "race: " + message + describe_epoch({record}) + " " + earlier +

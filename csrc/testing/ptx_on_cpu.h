@@ -145,6 +145,48 @@ void warpgroup_multiply_rows(float (&d)[8][4], const uint32_t (&a)[4], const T* 
   });
 }
 
+// Where a is in registers: 16 columns of the 64 rows.
+template <bool kAdd, class T>
+void warpgroup_multiply(float (&d)[8][4], const uint32_t (&a)[4], const T* b, int depth,
+                        Location where = Location::current()) {
+  begin_product([&d, &a, b, depth, where] {
+    const int lane = emulation::current_lane();
+    for (int n = 0; n < 8; ++n) {
+      if (!kAdd) std::fill_n(d[n], 4, 0.0f);
+      uint32_t right[2];
+      const int row = n * 8 + lane % 8;
+      ldmatrix_x2(right, b + row * 64 + swizzled_column(row, depth + lane / 8 % 2 * 8), where);
+      mma_m16n8k16<T>(d[n], a, right, where);
+    }
+  });
+}
+
+inline bool has_copy_engine() { return has_warpgroup_products(); }
+struct Mbarrier {
+  uint64_t state;
+};
+inline void mbarrier_init(Mbarrier& barrier, int arrivals, Location where = Location::current()) {
+  emulation::mbarrier_init(&barrier, arrivals, where);
+}
+inline void mbarriers_are_ready() {}
+inline void mbarrier_end(Mbarrier& barrier, Location where = Location::current()) {
+  emulation::mbarrier_end(&barrier, where);
+}
+inline void mbarrier_arrive(Mbarrier& barrier, Location where = Location::current()) {
+  emulation::mbarrier_arrive(&barrier, 0, where);
+}
+inline void mbarrier_arrive_and_expect(Mbarrier& barrier, int bytes,
+                                       Location where = Location::current()) {
+  emulation::mbarrier_arrive(&barrier, bytes, where);
+}
+inline void mbarrier_wait(Mbarrier& barrier, int parity, Location where = Location::current()) {
+  emulation::mbarrier_wait(&barrier, parity, where);
+}
+inline void copy_box(void* shared, const TensorMap& map, int row, int head, int image,
+                     Mbarrier& barrier, Location where = Location::current()) {
+  emulation::copy_box(shared, map, row, head, image, &barrier, where);
+}
+
 inline void barrier_sync(int id, int threads, Location where = Location::current()) {
   emulation::block_barrier(id, threads, emulation::Vote::none, 0, where);
 }

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/tensor_map.h"
+
 namespace flexvar::emulation {
 
 using Location = std::source_location;
@@ -112,6 +114,15 @@ constexpr size_t kProductBytes = 128;  // of a context, which is copied
 void begin_product(void (*run)(const void* context), const void* context, size_t bytes);
 void commit_products();
 void wait_for_products(int pending_groups);
+
+// Barriers in shared memory, and boxes of tensors whose copies they count: bytes move when somebody
+// waits for the phase.
+void mbarrier_init(void* barrier, int arrivals, Location where);
+void mbarrier_end(void* barrier, Location where);
+void mbarrier_arrive(void* barrier, int64_t expected_bytes, Location where);
+void mbarrier_wait(void* barrier, int parity, Location where);
+void copy_box(void* shared, const TensorMap& map, int row, int head, int image, void* barrier,
+              Location where);
 
 // --- For the bindings --------------------------------------------------------------------------
 

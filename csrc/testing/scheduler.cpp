@@ -64,6 +64,7 @@ void start_fibers(unsigned threads) {
     fiber.stack_pointer = new_stack(fiber.stack, kStackBytes, fiber_main);
   }
   for (Barrier& barrier : block.barriers) barrier = {};
+  block.memory_barriers.clear();
   block.warps.assign((threads + 31) / 32, {});
 }
 
@@ -121,6 +122,11 @@ void run_block(std::mt19937_64& random) {
   const auto ended = [](const Fiber& fiber) { return fiber.state == Fiber::finished; };
   if (!std::all_of(block.fibers.begin(), block.fibers.end(), ended)) {
     throw KernelError(deadlock_text());
+  }
+  for (const auto& [address, barrier] : block.memory_barriers) {
+    if (barrier.copies.empty()) continue;
+    throw KernelError("block " + index_text(blockIdx) +
+                      ": its threads ended while the copy engine wrote to its shared memory");
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,17 @@ struct Barrier {
   std::vector<Knowledge> left;  // of those that arrived without waiting
 };
 
+// An Mbarrier. Its phase ends with the last arrival and, where copies count, with the wait for it.
+struct MemoryBarrier {
+  int arrivals = 0;  // of a phase
+  int missing = 0;   // of this one
+  int parity = 0;
+  int64_t expected_bytes = 0, issued_bytes = 0;
+  std::vector<AsyncCopy> copies;
+  std::vector<Fiber*> waiting;
+  std::vector<Knowledge> arrived, arrived_before;  // in this phase, in the one before
+};
+
 // A warp-wide operation that waits for lanes.
 struct WarpGroup {
   WarpOp op;
@@ -73,6 +85,7 @@ struct Block {
   bool overlaps = false;      // this launch, those before it
   std::vector<Fiber> fibers;
   Barrier barriers[16];
+  std::map<const void*, MemoryBarrier> memory_barriers;
   std::vector<std::vector<WarpGroup>> warps;
   const void* parameters = nullptr;  // the kernel's arguments, which every thread may read
   size_t parameter_bytes = 0;

@@ -165,6 +165,30 @@ def test_step(launch_in_every_order, queries, kv_length, dtype, dim):
     check_step(launch_in_every_order, q, cache, kv_length, dim**-0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("warpgroups", [True, False])
+def test_many_steps(launch_in_every_order, dtype, warpgroups):
+    """Tiles of keys take turns in shared memory, and the barriers that say where they are in their phases."""
+    q, cache = random((1, 66, 1, 64), dtype), random((1, 400, 2, 1, 64), dtype, seed=1)
+    for kv_length in (256, 257, 383):
+        check_step(launch_in_every_order, q, cache, kv_length, 0.125, warpgroups=warpgroups)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), HALF_VARIANTS)
+@pytest.mark.parametrize("q_scale", [None, [40.0]])
+def test_later_scales_change_nothing(launch_once, q_scale, dtype, dim):
+    """Not one bit, though their tokens lie right behind those of a tile."""
+    lengths, tokens = [100, 30], 100
+    qkv, q_scale = random((1, 130, 3, 1, dim), dtype), None if q_scale is None else torch.tensor(q_scale)
+    found = []
+    for factor in (1, 50, float("nan")):
+        qkv[:, tokens:] *= factor
+        out, logsumexp, inverse_lengths = launch_once("scale_attention", *qkv.unbind(2), lengths, 0.5, q_scale)
+        found.append([out[:, :tokens], logsumexp[..., :tokens], inverse_lengths[..., :tokens]])
+    for others in found[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(found[0], others, strict=True))
+
+
 def bounds_of(dtype, *values):
     return torch.tensor(values, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -224,13 +248,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("misalignment", [0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_inputs_that_lie_otherwise(launch_once, dtype, layout, misalignment):
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(torch.float32, 32), (torch.float64, 32), (torch.float16, 32), (torch.bfloat16, 64)]
+)
+def test_inputs_that_lie_otherwise(launch_once, dtype, dim, layout, misalignment):
     """The same bits as from contiguous ones."""
     lengths, q_scale = [1, 4], bounds_of(dtype, 2.0, 3.0)
 
     def results(change, **options):
-        q, k, v, grad_out = (change(random((2, 5, 2, 32), dtype, seed)) for seed in range(4))
+        q, k, v, grad_out = (change(random((2, 5, 2, dim), dtype, seed)) for seed in range(4))
         out, logsumexp, inverse = launch_once("scale_attention", q, k, v, lengths, 0.2, q_scale, **options)
         saved = (change(out), logsumexp.mT.contiguous().mT, lengths, 0.2, q_scale, inverse)
         grads = launch_once("scale_attention_backward", grad_out, q, k, v, *saved, **options)
