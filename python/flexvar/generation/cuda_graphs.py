@@ -81,10 +81,14 @@ class GraphedSteps:
         self._outputs, self._replays = zip(*(recorder.record(compute) for compute in computations), strict=True)
 
     def _computations(self, steps: Steps) -> Iterator[Callable[[], Tensor | None]]:
-        yield lambda: steps.begin(*self._arguments.unbind())
-        for index in range(len(steps.schedule)):
-            previous = self._previous[index - 1] if index else None
-            yield partial(steps.advance, index, previous)
+        def begin() -> None:
+            steps.begin(*self._arguments.unbind())
+            steps.advance(0, None)  # needs no codes: one launch less for which the GPU would wait
+
+        yield begin
+        yield partial(steps.sample, 0)
+        for index in range(1, len(steps.schedule)):
+            yield partial(steps.advance, index, self._previous[index - 1])
             yield partial(steps.sample, index)
 
     def begin(self, labels: Tensor, seeds: Tensor, image_ids: Tensor) -> None:
@@ -94,14 +98,14 @@ class GraphedSteps:
 
     def advance(self, index: int, previous: Tensor | None) -> None:
         """As of :class:`Steps`."""
-        if previous is not None:
+        if previous is not None:  # else `begin` has done it
             self._previous[index - 1].copy_(previous)
-        self._replays[1 + 2 * index]()
+            self._replays[2 * index]()
 
     def sample(self, index: int) -> Tensor:
         """As of :class:`Steps`."""
-        self._replays[2 + 2 * index]()
-        drawn = self._outputs[2 + 2 * index]
+        self._replays[1 + 2 * index]()
+        drawn = self._outputs[1 + 2 * index]
         if drawn is None:
             raise TypeError("GraphedSteps: sample must have been recorded with its codes, got None")
         return drawn.clone()  # the next generation writes into the original
