@@ -32,12 +32,12 @@ def linear(
     factors and products below about 2e-31 keep fewer digits.
 
     Elsewhere this is the composition of torch's own ops in :func:`flexvar_ext.reference.linear`: on CUDA, whose
-    matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed,
-    a forward-mode one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed:
-    it is computed from the sums before they are rounded. On Hopper few rows (50 where K is 1024, 32 where it is 4096) are
-    multiplied by a kernel of this library, whose time is the weight's way from memory: where ``constant_weight`` allows
-    it, that begins while the kernels before it still run. A row of its result depends on the row and the weight alone,
-    to the bit.
+    matrix products are at the hardware's limit already; in float64; and wherever a gradient is needed, a forward-mode
+    one too. On CUDA in 16 bits GELU alone behind the product is part of it, where no gradient is needed: it is computed
+    from the sums before they are rounded. On Hopper few rows (50 where K is 1024, 32 where it is 4096) are multiplied
+    by a kernel of this library, whose time is the weight's way from memory: where ``constant_weight`` allows it, that
+    begins while the kernels before it still run. A row of its result depends on the row and the weight alone, to the
+    bit.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; K >= 1.
