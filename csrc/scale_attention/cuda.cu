@@ -38,12 +38,15 @@ TensorMap map_of(const Tensor& t, int64_t tokens, const char* op) {
                         t.stride(2), t.stride(1), kTensorCoreRows},
                        op);
 }
-// For kernels whose code for this device has the copy engine.
+// Whether this device's code may multiply by warpgroups, and use the copy engine.
+bool has_warpgroups(const char* op) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, op) == 9;
+}
 template <class Kernels>
 AttentionMaps maps_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t keys,
                       const char* op) {
   if constexpr (Kernels::kHasCopyEngine) {
-    if (device_attribute(cudaDevAttrComputeCapabilityMajor, op) == 9) {
+    if (has_warpgroups(op)) {
       return {map_of(q, q.size(1), op), map_of(k, keys, op), map_of(v, keys, op)};
     }
   }
@@ -189,14 +192,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
                                      q_scale ? grad_q_scale_parts->mutable_data_ptr() : nullptr};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
-    constexpr size_t kShared = sizeof(typename Kernels::BackwardShared);
+    const size_t shared = Kernels::backward_shared(has_warpgroups(kOp));
     const int64_t all_tokens = batch * heads * tokens;
     launch_kernel(kOp, scope.stream(), &attention_delta<T, kDim>,
                   grid_size((all_tokens + 15) / 16, kOp), kPlainThreads, 0, params, all_tokens);
-    launch(kOp, Kernels::kGradQueries, Kernels::kThreads, kShared, params,
+    launch(kOp, Kernels::kGradQueries, Kernels::kThreads, shared, params,
            longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
            scope.stream());
-    launch(kOp, Kernels::kGradKeys, Kernels::kThreads, kShared, params,
+    launch(kOp, Kernels::kGradKeys, Kernels::kThreads, shared, params,
            longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
            scope.stream());
     if (q_scale) {

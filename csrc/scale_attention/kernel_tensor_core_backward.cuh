@@ -17,16 +17,25 @@ constexpr int kGradKeysBlocks = 2;
 template <class T, int kDim>
 struct TensorCoreBackwardShared {
   static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 96 ? 32 : 16;
+  // Whether a device multiplies by warpgroups, beside other instructions.
+  static constexpr bool kHasWarpgroups = kColumns == 64 && kDim == 64;
   HalfTile<T, kTensorCoreRows, kDim> first_rows;
   HalfTile<T, kTensorCoreRows, kDim> second_rows;
-  // Of the tile whose products end, of the one at hand and of the next one.
-  static constexpr int kStages = 3;
-  HalfTile<T, kColumns, kDim> first_columns[kStages];
-  HalfTile<T, kColumns, kDim> second_columns[kStages];
   float inverse_lengths[kTensorCoreRows];  // of the keys in rows
-  // Of the queries in columns.
-  float logsumexp[kStages][kColumns], delta[kStages][kColumns],
-      q_inverse_lengths[kStages][kColumns];
+  struct Stage {
+    HalfTile<T, kColumns, kDim> first_columns;
+    HalfTile<T, kColumns, kDim> second_columns;
+    // Of the queries in columns.
+    float logsumexp[kColumns], delta[kColumns], q_inverse_lengths[kColumns];
+  };
+  // Of the tile at hand and of the next one; with warpgroups of the one before, too, whose products
+  // have not ended.
+  Stage stages[kHasWarpgroups ? 3 : 2];
+
+  static constexpr size_t bytes(bool with_warpgroups) {
+    return sizeof(TensorCoreBackwardShared) -
+           (kHasWarpgroups && !with_warpgroups ? sizeof(Stage) : 0);
+  }
 };
 
 // Starts copying numbers [begin, begin + kCount) to shared memory by the threads from
@@ -101,22 +110,23 @@ struct BackwardTile {
 
   // Where products of a warpgroup run beside other instructions.
   __device__ __forceinline__ static bool is_asynchronous() {
-    return kColumns == 64 && kDim == 64 && ptx::has_warpgroup_products();
+    return Shared::kHasWarpgroups && ptx::has_warpgroup_products();
   }
 
   // The rows' products with the columns of a stage: those for the weights are a group, those for
   // grad_scores the beginning of one.
   __device__ __forceinline__ void begin(const Shared& shared, int stage, int warp_row) {
-    if constexpr (kColumns == 64 && kDim == 64) {
+    if constexpr (Shared::kHasWarpgroups) {
       if (is_asynchronous()) {
-        begin_tile_scores(weights, shared.first_rows, shared.first_columns[stage]);
+        begin_tile_scores(weights, shared.first_rows, shared.stages[stage].first_columns);
         ptx::warpgroup_commit();
-        begin_tile_scores(grad_scores, shared.second_rows, shared.second_columns[stage]);
+        begin_tile_scores(grad_scores, shared.second_rows, shared.stages[stage].second_columns);
         return;
       }
     }
-    tile_scores_by_warps(weights, shared.first_rows, shared.first_columns[stage], warp_row);
-    tile_scores_by_warps(grad_scores, shared.second_rows, shared.second_columns[stage], warp_row);
+    tile_scores_by_warps(weights, shared.first_rows, shared.stages[stage].first_columns, warp_row);
+    tile_scores_by_warps(grad_scores, shared.second_rows, shared.stages[stage].second_columns,
+                         warp_row);
   }
   // Before products that read or write registers that others have written.
   __device__ __forceinline__ static void fence() {
@@ -136,47 +146,44 @@ struct BackwardTile {
     hold(grad_scores);
   }
   __device__ __forceinline__ static void hold(float (&registers)[kTiles][4]) {
-    if constexpr (kColumns == 64 && kDim == 64) {
+    if constexpr (Shared::kHasWarpgroups) {
       if (is_asynchronous()) ptx::hold_registers(registers);
     }
   }
 };
 
-// Factors of 16 bits and the sums that their products with columns add up to.
+// What factors times columns add up to. Asynchronous products read the factors from here, in 16
+// bits, until they have ended.
 template <class T, int kDim>
 struct BackwardSums {
-  static constexpr int kTiles = BackwardTile<T, kDim>::kTiles;
+  using Tile = BackwardTile<T, kDim>;
+  static constexpr int kTiles = Tile::kTiles;
 
   float sums[kDim / 8][4];
   uint32_t left[kTiles / 2][4];
 
-  __device__ __forceinline__ void pack(const float (&factors)[kTiles][4]) {
+  __device__ __forceinline__ void keep(const float (&factors)[kTiles][4]) {
+    if (!Tile::is_asynchronous()) return;
 #pragma unroll
     for (int n = 0; n < kTiles / 2; ++n) pack_left<T>(left[n], factors, n);
     hold();
   }
   __device__ __forceinline__ void hold() {
-    if constexpr (kTiles == 8 && kDim == 64) {
-      if (ptx::has_warpgroup_products()) {
+    if constexpr (Tile::Shared::kHasWarpgroups) {
+      if (Tile::is_asynchronous()) {
         ptx::hold_registers(sums);
         ptx::hold_registers(left);
       }
     }
   }
+  // `factors`: what is kept.
   template <int kColumns>
-  __device__ __forceinline__ void begin_adding(const HalfTile<T, kColumns, kDim>& columns) {
-    if constexpr (kTiles == 8 && kDim == 64) {
-      if (ptx::has_warpgroup_products()) return begin_tile_accumulate(sums, left, columns);
+  __device__ __forceinline__ void begin_adding(const float (&factors)[kTiles][4],
+                                               const HalfTile<T, kColumns, kDim>& columns) {
+    if constexpr (Tile::Shared::kHasWarpgroups) {
+      if (Tile::is_asynchronous()) return begin_tile_accumulate(sums, left, columns);
     }
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-#pragma unroll
-      for (int d = 0; d < kDim / 8; d += 2) {
-        uint32_t right[4];
-        load_right_transposed(right, columns, n * 16, d * 8);
-        multiply_pair<T>(sums[d], sums[d + 1], left[n], right);
-      }
-    }
+    tile_accumulate_by_warps(sums, factors, columns);
   }
 };
 
@@ -204,8 +211,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
   copy_rows_async(shared.second_rows, head_of<T>(params.grad_out, head, params.heads),
                   params.grad_out.token_stride, tile.query_begin, tile.query_end);
   const auto copy_columns_async = [&](int stage, int begin) {
-    keys.start(shared.first_columns[stage], tile.key_end - begin);
-    values.start(shared.second_columns[stage], tile.key_end - begin);
+    keys.start(shared.stages[stage].first_columns, tile.key_end - begin);
+    values.start(shared.stages[stage].second_columns, tile.key_end - begin);
   };
   copy_columns_async(0, 0);
 
@@ -225,13 +232,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
 
   BackwardSums<T, kDim> grad{};
   BackwardTile<T, kDim> products;
-  wait_for_tile();
-  if (kColumns < tile.key_end) copy_columns_async(1, kColumns);
-  grad.hold();
-  products.fence();
-  products.begin(shared, 0, warp_row);
-  products.commit();
-  products.wait_for_weights();
   auto& weights = products.weights;
   auto& grad_scores = products.grad_scores;
   int stage = 0, begin = 0;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
       }
     }
   };
-  // The gradients of the scores, and in 16 bits what they are multiplied by.
+  // The gradients of the scores.
   const auto differentiate = [&]<bool kMasked>() {
     weigh.template operator()<kMasked>();
     products.wait_for_all();
@@ -260,35 +260,59 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
         grad_scores[n][i] = weights[n][i] * (grad_scores[n][i] - delta[i / 2]);
       }
     }
-    grad.pack(grad_scores);
+    grad.keep(grad_scores);
     if (k_inverse != nullptr) {
       __syncthreads();  // all have multiplied the keys as they are
-      scale_copied_rows(shared.first_columns[stage], k_inverse, begin, tile.key_end);
+      scale_copied_rows(shared.stages[stage].first_columns, k_inverse, begin, tile.key_end);
       ptx::fence_for_warpgroup();
       __syncthreads();
     }
   };
-  const auto begin_adding = [&] { grad.begin_adding(shared.first_columns[stage]); };
-  for (; begin + kColumns < tile.key_end; begin += kColumns) {
-    differentiate.template operator()<false>();
-    const int next = begin + kColumns, next_stage = stage < Shared::kStages - 1 ? stage + 1 : 0;
-    wait_for_tile();  // the next one; nobody reads the last one any more
-    if (next + kColumns < tile.key_end) {
-      copy_columns_async(next_stage < Shared::kStages - 1 ? next_stage + 1 : 0, next + kColumns);
-    }
+  const auto begin_adding = [&] {
+    grad.begin_adding(grad_scores, shared.stages[stage].first_columns);
+  };
+  if (products.is_asynchronous()) {
+    wait_for_tile();
+    if (begin + kColumns < tile.key_end) copy_columns_async(1, begin + kColumns);
+    grad.hold();
     products.fence();
-    products.begin(shared, next_stage, warp_row);
-    begin_adding();
+    products.begin(shared, 0, warp_row);
     products.commit();
     products.wait_for_weights();
-    stage = next_stage;
+    for (; begin + kColumns < tile.key_end; begin += kColumns) {
+      differentiate.template operator()<false>();
+      const int next = begin + kColumns, next_stage = stage < 2 ? stage + 1 : 0;
+      wait_for_tile();  // the next one; nobody reads the last one any more
+      if (next + kColumns < tile.key_end) {
+        copy_columns_async(next_stage < 2 ? next_stage + 1 : 0, next + kColumns);
+      }
+      products.fence();
+      products.begin(shared, next_stage, warp_row);
+      begin_adding();
+      products.commit();
+      products.wait_for_weights();
+      stage = next_stage;
+    }
+    differentiate.template operator()<true>();
+    products.fence();
+    begin_adding();
+    products.commit();
+    products.wait_for_all();
+    grad.hold();
+  } else {
+    for (; begin < tile.key_end; begin += kColumns, stage ^= 1) {
+      const int next = begin + kColumns;
+      wait_for_tile();
+      if (next < tile.key_end) copy_columns_async(stage ^ 1, next);
+      products.begin(shared, stage, warp_row);
+      if (next <= tile.key_end) {
+        differentiate.template operator()<false>();
+      } else {
+        differentiate.template operator()<true>();
+      }
+      begin_adding();
+    }
   }
-  differentiate.template operator()<true>();
-  products.fence();
-  begin_adding();
-  products.commit();
-  products.wait_for_all();
-  grad.hold();
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -339,12 +363,12 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
   copy_rows_async(shared.second_rows, head_of<T>(params.v, head, params.heads),
                   params.v.token_stride, tile.key_begin, tile.key_end);
   const auto copy_columns_async = [&](int stage, int begin) {
-    queries.start(shared.first_columns[stage], tokens - begin);
-    grads_out.start(shared.second_columns[stage], tokens - begin);
-    copy_numbers_async(shared.logsumexp[stage], logsumexp, begin, tokens, 0);
-    copy_numbers_async(shared.delta[stage], delta, begin, tokens, kColumns);
+    queries.start(shared.stages[stage].first_columns, tokens - begin);
+    grads_out.start(shared.stages[stage].second_columns, tokens - begin);
+    copy_numbers_async(shared.stages[stage].logsumexp, logsumexp, begin, tokens, 0);
+    copy_numbers_async(shared.stages[stage].delta, delta, begin, tokens, kColumns);
     if (q_inverse != nullptr) {
-      copy_numbers_async(shared.q_inverse_lengths[stage], q_inverse, begin, tokens, 0);
+      copy_numbers_async(shared.stages[stage].q_inverse_lengths, q_inverse, begin, tokens, 0);
     }
   };
   copy_columns_async(0, tile.query_begin);
@@ -356,14 +380,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
 
   BackwardSums<T, kDim> grad_keys{}, grad_values{};
   BackwardTile<T, kDim> products;
-  wait_for_tile();
-  if (tile.query_begin + kColumns < tokens) copy_columns_async(1, tile.query_begin + kColumns);
-  grad_keys.hold();
-  grad_values.hold();
-  products.fence();
-  products.begin(shared, 0, warp_row);
-  products.commit();
-  products.wait_for_weights();
   auto& weights = products.weights;
   auto& grad_scores = products.grad_scores;
   int stage = 0, begin = tile.query_begin;
@@ -374,9 +390,10 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
       for (int i = 0; i < 2; ++i) {
         const int column = n * 8 + 2 * t + i;
         const bool valid = !kMasked || begin + column < tokens;
-        const float base = shared.logsumexp[stage][column] * static_cast<float>(kAttentionLog2E);
+        const float base =
+            shared.stages[stage].logsumexp[column] * static_cast<float>(kAttentionLog2E);
         const float column_factor =
-            q_inverse != nullptr ? factor * shared.q_inverse_lengths[stage][column] : factor;
+            q_inverse != nullptr ? factor * shared.stages[stage].q_inverse_lengths[column] : factor;
 #pragma unroll
         for (int j = i; j < 4; j += 2) {
           if (q_inverse != nullptr) {
@@ -387,54 +404,77 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
       }
     }
   };
-  // The gradients of the scores, and in 16 bits what they are multiplied by.
+  // The gradients of the scores.
   const auto differentiate = [&]<bool kMasked>() {
     weigh.template operator()<kMasked>();
     products.wait_for_all();
     grad_keys.hold();
     grad_values.hold();
-    grad_values.pack(weights);
+    grad_values.keep(weights);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float shift = shared.delta[stage][n * 8 + 2 * t + i % 2];
+        const float shift = shared.stages[stage].delta[n * 8 + 2 * t + i % 2];
         grad_scores[n][i] = weights[n][i] * (grad_scores[n][i] - shift);
       }
     }
-    grad_keys.pack(grad_scores);
+    grad_keys.keep(grad_scores);
     if (q_inverse != nullptr) {
       __syncthreads();  // all have multiplied the queries as they are
-      scale_copied_rows(shared.first_columns[stage], q_inverse, begin, tokens);
+      scale_copied_rows(shared.stages[stage].first_columns, q_inverse, begin, tokens);
       ptx::fence_for_warpgroup();
       __syncthreads();
     }
   };
   const auto begin_adding = [&] {
-    grad_values.begin_adding(shared.second_columns[stage]);
-    grad_keys.begin_adding(shared.first_columns[stage]);
+    grad_values.begin_adding(weights, shared.stages[stage].second_columns);
+    grad_keys.begin_adding(grad_scores, shared.stages[stage].first_columns);
   };
-  for (; begin + kColumns < tokens; begin += kColumns) {
-    differentiate.template operator()<false>();
-    const int next = begin + kColumns, next_stage = stage < Shared::kStages - 1 ? stage + 1 : 0;
-    wait_for_tile();  // the next one; nobody reads the last one any more
-    if (next + kColumns < tokens) {
-      copy_columns_async(next_stage < Shared::kStages - 1 ? next_stage + 1 : 0, next + kColumns);
-    }
+  if (products.is_asynchronous()) {
+    wait_for_tile();
+    if (begin + kColumns < tokens) copy_columns_async(1, begin + kColumns);
+    grad_keys.hold();
+    grad_values.hold();
     products.fence();
-    products.begin(shared, next_stage, warp_row);
-    begin_adding();
+    products.begin(shared, 0, warp_row);
     products.commit();
     products.wait_for_weights();
-    stage = next_stage;
+    for (; begin + kColumns < tokens; begin += kColumns) {
+      differentiate.template operator()<false>();
+      const int next = begin + kColumns, next_stage = stage < 2 ? stage + 1 : 0;
+      wait_for_tile();  // the next one; nobody reads the last one any more
+      if (next + kColumns < tokens) {
+        copy_columns_async(next_stage < 2 ? next_stage + 1 : 0, next + kColumns);
+      }
+      products.fence();
+      products.begin(shared, next_stage, warp_row);
+      begin_adding();
+      products.commit();
+      products.wait_for_weights();
+      stage = next_stage;
+    }
+    differentiate.template operator()<true>();
+    products.fence();
+    begin_adding();
+    products.commit();
+    products.wait_for_all();
+    grad_keys.hold();
+    grad_values.hold();
+  } else {
+    for (; begin < tokens; begin += kColumns, stage ^= 1) {
+      const int next = begin + kColumns;
+      wait_for_tile();
+      if (next < tokens) copy_columns_async(stage ^ 1, next);
+      products.begin(shared, stage, warp_row);
+      if (next <= tokens) {
+        differentiate.template operator()<false>();
+      } else {
+        differentiate.template operator()<true>();
+      }
+      begin_adding();
+    }
   }
-  differentiate.template operator()<true>();
-  products.fence();
-  begin_adding();
-  products.commit();
-  products.wait_for_all();
-  grad_keys.hold();
-  grad_values.hold();
 
   const float scale = static_cast<float>(params.softmax_scale) *
                       q_scale_of<float>(params.q_scale, head, params.heads);

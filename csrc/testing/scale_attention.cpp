@@ -4,11 +4,13 @@
 namespace flexvar::emulation {
 namespace {
 
-// (forward, backward) for an element type and head dim.
+// (forward, backward) for an element type and head dim; backward without products of warpgroups,
+// which have one stage more.
 template <class T, int kDim>
 std::pair<size_t, size_t> shared_bytes() {
   if constexpr (kOnTensorCores<T>) {
-    return {sizeof(TensorCoreForwardShared<T, kDim>), sizeof(TensorCoreBackwardShared<T, kDim>)};
+    return {sizeof(TensorCoreForwardShared<T, kDim>),
+            TensorCoreBackwardShared<T, kDim>::bytes(false)};
   } else {
     using A = AttentionArithmetic<T>;
     return {sizeof(PlainForwardShared<A, kDim>), sizeof(PlainBackwardShared<A, kDim>)};
