@@ -187,6 +187,59 @@ struct BackwardSums {
   }
 };
 
+// Takes `products` through the columns [begin, end) of a block, kColumns at a time. copy(stage,
+// begin) starts to copy columns; differentiate<kMasked>() makes the gradients of the scores at
+// hand, of which columns from `end` on are masked; begin_adding() adds up what they give, and
+// hold() holds the sums. `begin` and `stage` are those at hand.
+template <class T, int kDim, class Copy, class Differentiate, class Add, class Hold>
+__device__ __forceinline__ void for_each_tile(BackwardTile<T, kDim>& products,
+                                              const TensorCoreBackwardShared<T, kDim>& shared,
+                                              int warp_row, int& begin, int end, int& stage,
+                                              const Copy& copy, const Differentiate& differentiate,
+                                              const Add& begin_adding, const Hold& hold) {
+  constexpr int kColumns = BackwardTile<T, kDim>::kColumns;
+  if (products.is_asynchronous()) {
+    wait_for_tile();
+    if (begin + kColumns < end) copy(1, begin + kColumns);
+    hold();
+    products.fence();
+    products.begin(shared, 0, warp_row);
+    products.commit();
+    products.wait_for_weights();
+    for (; begin + kColumns < end; begin += kColumns) {
+      differentiate.template operator()<false>();
+      const int next = begin + kColumns, next_stage = stage < 2 ? stage + 1 : 0;
+      wait_for_tile();  // the next one; nobody reads the last one any more
+      if (next + kColumns < end) copy(next_stage < 2 ? next_stage + 1 : 0, next + kColumns);
+      products.fence();
+      products.begin(shared, next_stage, warp_row);
+      begin_adding();
+      products.commit();
+      products.wait_for_weights();
+      stage = next_stage;
+    }
+    differentiate.template operator()<true>();
+    products.fence();
+    begin_adding();
+    products.commit();
+    products.wait_for_all();
+    hold();
+    return;
+  }
+  for (; begin < end; begin += kColumns, stage ^= 1) {
+    const int next = begin + kColumns;
+    wait_for_tile();
+    if (next < end) copy(stage ^ 1, next);
+    products.begin(shared, stage, warp_row);
+    if (next <= end) {
+      differentiate.template operator()<false>();
+    } else {
+      differentiate.template operator()<true>();
+    }
+    begin_adding();
+  }
+}
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
     attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
@@ -271,48 +324,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
   const auto begin_adding = [&] {
     grad.begin_adding(grad_scores, shared.stages[stage].first_columns);
   };
-  if (products.is_asynchronous()) {
-    wait_for_tile();
-    if (begin + kColumns < tile.key_end) copy_columns_async(1, begin + kColumns);
-    grad.hold();
-    products.fence();
-    products.begin(shared, 0, warp_row);
-    products.commit();
-    products.wait_for_weights();
-    for (; begin + kColumns < tile.key_end; begin += kColumns) {
-      differentiate.template operator()<false>();
-      const int next = begin + kColumns, next_stage = stage < 2 ? stage + 1 : 0;
-      wait_for_tile();  // the next one; nobody reads the last one any more
-      if (next + kColumns < tile.key_end) {
-        copy_columns_async(next_stage < 2 ? next_stage + 1 : 0, next + kColumns);
-      }
-      products.fence();
-      products.begin(shared, next_stage, warp_row);
-      begin_adding();
-      products.commit();
-      products.wait_for_weights();
-      stage = next_stage;
-    }
-    differentiate.template operator()<true>();
-    products.fence();
-    begin_adding();
-    products.commit();
-    products.wait_for_all();
-    grad.hold();
-  } else {
-    for (; begin < tile.key_end; begin += kColumns, stage ^= 1) {
-      const int next = begin + kColumns;
-      wait_for_tile();
-      if (next < tile.key_end) copy_columns_async(stage ^ 1, next);
-      products.begin(shared, stage, warp_row);
-      if (next <= tile.key_end) {
-        differentiate.template operator()<false>();
-      } else {
-        differentiate.template operator()<true>();
-      }
-      begin_adding();
-    }
-  }
+  for_each_tile(products, shared, warp_row, begin, tile.key_end, stage, copy_columns_async,
+                differentiate, begin_adding, [&] { grad.hold(); });
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -431,50 +444,11 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     grad_values.begin_adding(weights, shared.stages[stage].second_columns);
     grad_keys.begin_adding(grad_scores, shared.stages[stage].first_columns);
   };
-  if (products.is_asynchronous()) {
-    wait_for_tile();
-    if (begin + kColumns < tokens) copy_columns_async(1, begin + kColumns);
-    grad_keys.hold();
-    grad_values.hold();
-    products.fence();
-    products.begin(shared, 0, warp_row);
-    products.commit();
-    products.wait_for_weights();
-    for (; begin + kColumns < tokens; begin += kColumns) {
-      differentiate.template operator()<false>();
-      const int next = begin + kColumns, next_stage = stage < 2 ? stage + 1 : 0;
-      wait_for_tile();  // the next one; nobody reads the last one any more
-      if (next + kColumns < tokens) {
-        copy_columns_async(next_stage < 2 ? next_stage + 1 : 0, next + kColumns);
-      }
-      products.fence();
-      products.begin(shared, next_stage, warp_row);
-      begin_adding();
-      products.commit();
-      products.wait_for_weights();
-      stage = next_stage;
-    }
-    differentiate.template operator()<true>();
-    products.fence();
-    begin_adding();
-    products.commit();
-    products.wait_for_all();
-    grad_keys.hold();
-    grad_values.hold();
-  } else {
-    for (; begin < tokens; begin += kColumns, stage ^= 1) {
-      const int next = begin + kColumns;
-      wait_for_tile();
-      if (next < tokens) copy_columns_async(stage ^ 1, next);
-      products.begin(shared, stage, warp_row);
-      if (next <= tokens) {
-        differentiate.template operator()<false>();
-      } else {
-        differentiate.template operator()<true>();
-      }
-      begin_adding();
-    }
-  }
+  for_each_tile(products, shared, warp_row, begin, tokens, stage, copy_columns_async, differentiate,
+                begin_adding, [&] {
+                  grad_keys.hold();
+                  grad_values.hold();
+                });
 
   const float scale = static_cast<float>(params.softmax_scale) *
                       q_scale_of<float>(params.q_scale, head, params.heads);
