@@ -1,5 +1,6 @@
-// Rows of latents from images: every token of a pyramid of scales, resampled. Exact arithmetic: the
-// same bits as on the CPU.
+// Rows of latents from images: every token of a pyramid of scales, resampled. Products are exact in
+// double precision and sums have a fixed order: areas and nearest pixels are the same bits as on
+// the CPU.
 #pragma once
 
 #include "common/divide_up.h"

@@ -211,18 +211,14 @@ class Block(nn.Module):
             generator: draws the dropped paths, in training mode.
         """
         vectors = _wide(self._vectors(condition))
-        modulation = self._modulation(vectors, vectors[:, :, 2:4] + 1)
-        if not (self.training and self.drop_path > 0):
-            return modulation
-        gamma1, gamma2 = (gamma * self._kept_paths(gamma, generator) for gamma in modulation[:2])
-        return modulation._replace(gamma1=gamma1, gamma2=gamma2)
+        return self._modulation(vectors, vectors[:, :, 2:4] + 1, generator)
 
     @staticmethod
     def modulations(blocks: Sequence[Block], condition: Tensor) -> list[Modulation]:
-        """Those of all blocks in evaluation mode, alike: on a GPU their products follow each other without a break."""
+        """Those of all blocks, alike: on a GPU their products follow each other without a break."""
         vectors = _wide(torch.stack([block._vectors(condition) for block in blocks]))
         scales = vectors[:, :, :, 2:4] + 1
-        return [block._modulation(*own) for block, *own in zip(blocks, vectors, scales, strict=True)]
+        return [block._modulation(*own, None) for block, *own in zip(blocks, vectors, scales, strict=True)]
 
     def _vectors(self, condition: Tensor) -> Tensor:
         """[B, 1, 6, width]: gamma, scale and shift, each of attention and of the feed-forward network."""
@@ -231,9 +227,12 @@ class Block(nn.Module):
         vectors: Tensor = self.ada_lin(condition)
         return vectors.view(-1, 1, 6, self.width)
 
-    def _modulation(self, vectors: Tensor, scales: Tensor) -> Modulation:
+    def _modulation(self, vectors: Tensor, scales: Tensor, generator: torch.Generator | None) -> Modulation:
         gamma1, gamma2, _, _, shift1, shift2 = vectors.unbind(2)
         scale1, scale2 = scales.unbind(2)
+        if self.training and self.drop_path > 0:
+            gamma1 = gamma1 * self._kept_paths(gamma1, generator)
+            gamma2 = gamma2 * self._kept_paths(gamma2, generator)
         bias, q_scale = self.attn.constants()
         return Modulation(gamma1, gamma2, scale1, scale2, shift1, shift2, bias, q_scale)
 
