@@ -218,7 +218,10 @@ class Block(nn.Module):
         """Those of all blocks, alike: on a GPU their products follow each other without a break."""
         vectors = _wide(torch.stack([block._vectors(condition) for block in blocks]))
         scales = vectors[:, :, :, 2:4] + 1
-        return [block._modulation(*own, None) for block, *own in zip(blocks, vectors, scales, strict=True)]
+        return [
+            block._modulation(own, own_scales, None)
+            for block, own, own_scales in zip(blocks, vectors, scales, strict=True)
+        ]
 
     def _vectors(self, condition: Tensor) -> Tensor:
         """[B, 1, 6, width]: gamma, scale and shift, each of attention and of the feed-forward network."""
