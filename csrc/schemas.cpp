@@ -52,6 +52,10 @@ STABLE_TORCH_LIBRARY(FLEXVAR_NAMESPACE, m) {
   m.def(
       "residual_layer_norm_modulate(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor "
       "shift, float eps, ScalarType dtype) -> (Tensor y, Tensor out)");
+  m.def(
+      "residual_layer_norm_modulate_backward(Tensor grad_y, Tensor grad_out, Tensor y, Tensor "
+      "branch, Tensor gate, Tensor scale, float eps) -> (Tensor grad_x, Tensor grad_branch, Tensor "
+      "grad_gate, Tensor grad_scale, Tensor grad_shift)");
   m.def("vq_lookup(Tensor latents, Tensor codebook, bool normalize) -> Tensor");
   // On a CPU only; the codebook is looked at while it is used.
   m.def(

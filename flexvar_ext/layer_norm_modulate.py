@@ -157,6 +157,14 @@ def _(grad_out: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, T
     return x.new_empty(x.shape), sums, torch.empty_like(sums)
 
 
+@torch.library.register_fake("flexvar::residual_layer_norm_modulate_backward")
+def _(
+    grad_y: Tensor, grad_out: Tensor, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = [y.new_empty(scale.shape, dtype=torch.float32) for _ in range(3)]
+    return y.new_empty(y.shape), branch.new_empty(y.shape), sums[0], sums[1], sums[2]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, shift, ctx.eps, _ = inputs
     ctx.shift_dtype = shift.dtype
@@ -177,18 +185,11 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _residual_gradient(ctx: Any, grad_y: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     y, branch, gate, scale = ctx.saved_tensors
-    grad_x, grad_scale, grad_shift = torch.ops.flexvar.layer_norm_modulate_backward(grad_out, y, scale, ctx.eps)
-    grad_x = grad_x + grad_y
-    grad_gate = (grad_x.float() * branch).sum_to_size(gate.shape)
-    return (
-        grad_x,
-        (grad_x * gate).to(branch.dtype),
-        grad_gate.to(gate.dtype),
-        grad_scale.to(scale.dtype),
-        grad_shift.to(ctx.shift_dtype),
-        None,
-        None,
+    grad_x, grad_branch, grad_gate, grad_scale, grad_shift = torch.ops.flexvar.residual_layer_norm_modulate_backward(
+        grad_y, grad_out, y, branch, gate, scale, ctx.eps
     )
+    vectors = (grad_gate.to(gate.dtype), grad_scale.to(scale.dtype), grad_shift.to(ctx.shift_dtype))
+    return grad_x, grad_branch, *vectors, None, None
 
 
 torch.library.register_autograd("flexvar::layer_norm_modulate", _gradient, setup_context=_save)
@@ -196,3 +197,4 @@ torch.library.register_autograd(
     "flexvar::residual_layer_norm_modulate", _residual_gradient, setup_context=_save_residual
 )
 forbid_second_gradient("layer_norm_modulate")
+forbid_second_gradient("residual_layer_norm_modulate")

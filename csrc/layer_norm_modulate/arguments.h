@@ -29,6 +29,10 @@ class ImageVectors {
   Tensor tensor_;
 };
 
+inline void check_same_count(const ImageVectors& gate, const ImageVectors& scale, const char* op) {
+  STD_TORCH_CHECK(gate.count() == scale.count(), op, ": gate must have the shape of scale");
+}
+
 inline void check_tokens(const Tensor& x, const char* op) {
   check_rank(x, 3, op, "x");
   float_element(x.scalar_type(), op, "x");

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -92,6 +93,59 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cpu(
   return {y, out};
 }
 
+Tensor zero_vectors(const Tensor& x, int64_t count) {
+  return torch::stable::new_zeros(x, {count, 1, x.size(2)}, ScalarType::Float);
+}
+
+LayerNormModulateBackwardParams backward_params(const Tensor& grad, const Tensor& x,
+                                                const ImageVectors& scale, Tensor& grad_x,
+                                                double eps, const char* op) {
+  LayerNormModulateBackwardParams params{};
+  params.grad_out = grad.const_data_ptr();
+  params.x = x.const_data_ptr();
+  params.scale = pointer_to(scale);
+  params.grad_x = grad_x.mutable_data_ptr();
+  params.grad_element = float_element(grad.scalar_type(), op, "grad_out");
+  params.x_element = float_element(x.scalar_type(), op, "x");
+  params.columns = x.size(2);
+  params.rows_per_image = x.size(1);
+  params.eps = static_cast<float>(eps);
+  return params;
+}
+
+// vectors: the gradients of scale, of shift and, if there is a branch, of gate, each of `groups`.
+void run_backward(const LayerNormModulateBackwardParams& params, int64_t rows, int64_t groups,
+                  std::initializer_list<Tensor*> vectors) {
+  const int64_t columns = params.columns, padded = norm_scratch(columns);
+  const int64_t outs = static_cast<int64_t>(vectors.size()), rows_per_group = rows / groups;
+  const int64_t parts = (rows_per_group + kRowsPerSum - 1) / kRowsPerSum;
+  Scratch<float> part_sums(groups * parts * outs * padded);
+  float* const sums = part_sums.data();
+  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(layer_norm_modulate_backward_rows);
+  in_parallel(groups * parts, rows * columns, 2 * padded,
+              [&](int64_t begin, int64_t end, float* scratch) {
+                for (int64_t i = begin; i < end; ++i) {
+                  const int64_t first = i / parts * rows_per_group;
+                  const int64_t row = first + i % parts * kRowsPerSum;
+                  kernel(params, scratch, sums + i * outs * padded, row,
+                         std::min(row + kRowsPerSum, first + rows_per_group));
+                }
+              });
+  // In the order of the rows, whatever the number of threads.
+  std::vector<double> total(columns);
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t which = 0; which < outs; ++which) {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t part = 0; part < parts; ++part) {
+        const float* part_sum = sums + (outs * (group * parts + part) + which) * padded;
+        for (int64_t c = 0; c < columns; ++c) total[c] += part_sum[c];
+      }
+      float* const result = vectors.begin()[which]->mutable_data_ptr<float>();
+      std::copy(total.begin(), total.end(), result + group * columns);
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cpu(const Tensor& grad_in,
                                                                     const Tensor& x_in,
                                                                     const Tensor& scale_in,
@@ -101,58 +155,51 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cpu(const Tensor
   const Tensor x = as_contiguous(x_in);
   const Tensor grad = like_tokens(grad_in, x, op, "grad_out");
   const ImageVectors scale(scale_in, x, op, "scale");
-  const int64_t columns = x.size(2), rows = x.size(0) * x.size(1), groups = scale.count();
-  Tensor grad_x = empty_cpu({x.size(0), x.size(1), columns}, x.scalar_type());
-  Tensor grad_scale = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
-  Tensor grad_shift = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {grad_x, grad_scale, grad_shift};
-
-  LayerNormModulateBackwardParams params{};
-  params.grad_out = grad.const_data_ptr();
-  params.x = x.const_data_ptr();
-  params.scale = pointer_to(scale);
-  params.grad_x = grad_x.mutable_data_ptr();
-  params.grad_element = float_element(grad.scalar_type(), op, "grad_out");
-  params.x_element = float_element(x.scalar_type(), op, "x");
-  params.columns = columns;
-  params.rows_per_image = x.size(1);
-  params.eps = static_cast<float>(eps);
-
-  const int64_t padded = norm_scratch(columns), rows_per_group = rows / groups;
-  const int64_t parts = (rows_per_group + kRowsPerSum - 1) / kRowsPerSum;
-  Scratch<float> part_sums(groups * parts * 2 * padded);
-  float* const sums = part_sums.data();
-  const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(layer_norm_modulate_backward_rows);
-  in_parallel(groups * parts, rows * columns, 2 * padded,
-              [&](int64_t begin, int64_t end, float* scratch) {
-                for (int64_t i = begin; i < end; ++i) {
-                  const int64_t first = i / parts * rows_per_group;
-                  const int64_t row = first + i % parts * kRowsPerSum;
-                  kernel(params, scratch, sums + i * 2 * padded, row,
-                         std::min(row + kRowsPerSum, first + rows_per_group));
-                }
-              });
-  // In the order of the rows, whatever the number of threads.
-  float* const results[] = {grad_scale.mutable_data_ptr<float>(),
-                            grad_shift.mutable_data_ptr<float>()};
-  std::vector<double> total(columns);
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int which = 0; which < 2; ++which) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t part = 0; part < parts; ++part) {
-        const float* part_sum = sums + (2 * (group * parts + part) + which) * padded;
-        for (int64_t c = 0; c < columns; ++c) total[c] += part_sum[c];
-      }
-      std::copy(total.begin(), total.end(), results[which] + group * columns);
-    }
+  const int64_t groups = scale.count();
+  Tensor grad_x = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor grad_scale = zero_vectors(x, groups), grad_shift = zero_vectors(x, groups);
+  if (grad_x.numel() > 0) {
+    run_backward(backward_params(grad, x, scale, grad_x, eps, op), x.size(0) * x.size(1), groups,
+                 {&grad_scale, &grad_shift});
   }
   return {grad_x, grad_scale, grad_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_modulate_backward_cpu(
+    const Tensor& grad_y_in, const Tensor& grad_in, const Tensor& y_in, const Tensor& branch_in,
+    const Tensor& gate_in, const Tensor& scale_in, double eps) {
+  const char* op = "residual_layer_norm_modulate_backward";
+  check_tokens(y_in, op);
+  const Tensor y = as_contiguous(y_in);
+  const Tensor grad_y = like_tokens(grad_y_in, y, op, "grad_y");
+  const Tensor grad = like_tokens(grad_in, y, op, "grad_out");
+  const Tensor branch = like_tokens(branch_in, y, op, "branch");
+  const ImageVectors gate(gate_in, y, op, "gate"), scale(scale_in, y, op, "scale");
+  check_same_count(gate, scale, op);
+  const int64_t groups = scale.count();
+  Tensor grad_x = empty_cpu({y.size(0), y.size(1), y.size(2)}, y.scalar_type());
+  Tensor grad_branch = empty_cpu({y.size(0), y.size(1), y.size(2)}, branch.scalar_type());
+  Tensor grad_gate = zero_vectors(y, groups), grad_scale = zero_vectors(y, groups),
+         grad_shift = zero_vectors(y, groups);
+  if (grad_x.numel() > 0) {
+    LayerNormModulateBackwardParams params = backward_params(grad, y, scale, grad_x, eps, op);
+    params.grad_y = grad_y.const_data_ptr();
+    params.branch = branch.const_data_ptr();
+    params.gate = pointer_to(gate);
+    params.grad_branch = grad_branch.mutable_data_ptr();
+    params.grad_y_element = float_element(grad_y.scalar_type(), op, "grad_y");
+    params.branch_element = float_element(branch.scalar_type(), op, "branch");
+    run_backward(params, y.size(0) * y.size(1), groups, {&grad_scale, &grad_shift, &grad_gate});
+  }
+  return {grad_x, grad_branch, grad_gate, grad_scale, grad_shift};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexvar, CPU, m) {
   m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate_cpu));
   m.impl("residual_layer_norm_modulate", TORCH_BOX(&residual_layer_norm_modulate_cpu));
   m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward_cpu));
+  m.impl("residual_layer_norm_modulate_backward",
+         TORCH_BOX(&residual_layer_norm_modulate_backward_cpu));
 }
 
 }  // namespace

@@ -106,6 +106,29 @@ static void add_branch(float* row, const float* gate, const void* branch, int64_
   }
 }
 
+// row += x
+template <typename T>
+static void add_row(float* row, const void* x, int64_t offset, int64_t columns) {
+  const T* source = static_cast<const T*>(x) + offset;
+  for (int64_t i = 0; i < columns; i += kFloatLanes) {
+    store(row + i, load(row + i) + load_first(source + i, columns - i));
+  }
+}
+
+// With row = grad_x: its products with the branch to the sums, those with the gate to grad_branch.
+template <typename T>
+static void branch_gradients(const float* row, const float* gate, const void* branch, float* sums,
+                             void* grad_branch, int64_t offset, int64_t columns) {
+  const T* source = static_cast<const T*>(branch) + offset;
+  T* target = static_cast<T*>(grad_branch) + offset;
+  for (int64_t i = 0; i < columns; i += kFloatLanes) {
+    const int64_t count = columns - i;
+    const Vector<float> grad = load(row + i);
+    store(sums + i, load(sums + i) + grad * load_first(source + i, count));
+    store_first(target + i, grad * load_first(gate + i, count), count);
+  }
+}
+
 // To y, rounded; and what was rounded back to the row.
 template <typename T>
 static void store_row(float* row, void* y, int64_t offset, int64_t columns) {
@@ -159,18 +182,21 @@ void layer_norm_modulate_rows(const LayerNormModulateParams& params, float* scra
   }
 }
 
-// With n = LN(x) and g = grad_out * scale: grad_x = (g - mean(g) - n * mean(g * n)) / deviation.
+// With n = LN(x) and g = grad_out * scale: grad_x = (g - mean(g) - n * mean(g * n)) / deviation, to
+// which grad_y is added before it is rounded; grad_branch = grad_x * gate.
 void layer_norm_modulate_backward_rows(const LayerNormModulateBackwardParams& params,
                                        float* scratch, float* sums, int64_t begin, int64_t end) {
   const int64_t columns = params.columns, padded = norm_scratch(columns);
   const float count = static_cast<float>(columns);
   float *const norm = scratch, *const grad = scratch + padded;
   float *const scale_sums = sums, *const shift_sums = sums + padded;
-  fill(sums, 0, 2 * padded, 0);
+  float* const gate_sums = sums + 2 * padded;  // if there is a branch
+  fill(sums, 0, (params.branch ? 3 : 2) * padded, 0);
   fill(grad, columns, padded, 0);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * columns;
-    const float* const scale = vector_of(params.scale, row / params.rows_per_image);
+    const int64_t image = row / params.rows_per_image;
+    const float* const scale = vector_of(params.scale, image);
     FLEXVAR_FOR_ELEMENT(params.x_element, load_row, norm, params.x, offset, columns);
     FLEXVAR_FOR_ELEMENT(params.grad_element, load_row, grad, params.grad_out, offset, columns);
     const Moments moments = moments_of(norm, columns, params.eps);
@@ -189,6 +215,12 @@ void layer_norm_modulate_backward_rows(const LayerNormModulateBackwardParams& pa
     for (int64_t i = 0; i < columns; i += kFloatLanes) {
       store(grad + i,
             (load(grad + i) - mean - load(norm + i) * projection) * moments.reciprocal_deviation);
+    }
+    if (params.branch) {
+      FLEXVAR_FOR_ELEMENT(params.grad_y_element, add_row, grad, params.grad_y, offset, columns);
+      FLEXVAR_FOR_ELEMENT(params.branch_element, branch_gradients, grad,
+                          vector_of(params.gate, image), params.branch, gate_sums,
+                          params.grad_branch, offset, columns);
     }
     FLEXVAR_FOR_ELEMENT(params.x_element, store_row, grad, params.grad_x, offset, columns);
     fill(grad, columns, padded, 0);

@@ -27,10 +27,15 @@ struct LayerNormModulateParams {
 
 struct LayerNormModulateBackwardParams {
   const void* grad_out;  // [rows, columns]
-  const void* x;         // [rows, columns]
+  const void* x;         // [rows, columns]: what was normalised, y where there is a branch
   NormVectors scale;
   void* grad_x;  // [rows, columns] of x_element
-  FloatElement grad_element, x_element;
+  // If there is a branch, y = x + gate * branch:
+  const void* grad_y;  // [rows, columns]
+  const void* branch;  // [rows, columns], or null
+  NormVectors gate;
+  void* grad_branch;  // [rows, columns] of branch_element
+  FloatElement grad_element, x_element, grad_y_element, branch_element;
   int64_t columns, rows_per_image;
   float eps;
 };
@@ -40,8 +45,8 @@ constexpr int64_t norm_scratch(int64_t columns) { return (columns + 63) / 64 * 6
 
 FLEXVAR_DECLARE_CPU_KERNEL(layer_norm_modulate_rows, (const LayerNormModulateParams& params,
                                                       float* scratch, int64_t begin, int64_t end));
-// Also writes the sums over the rows [begin, end) of grad_out * LN(x) and of grad_out: sums, two
-// rows of norm_scratch(columns). `scratch` holds two such rows, too.
+// Also writes the sums over the rows [begin, end) of grad_out * LN(x), of grad_out and, if there is
+// a branch, of grad_x * branch: sums, rows of norm_scratch(columns). `scratch` holds two such rows.
 FLEXVAR_DECLARE_CPU_KERNEL(layer_norm_modulate_backward_rows,
                            (const LayerNormModulateBackwardParams& params, float* scratch,
                             float* sums, int64_t begin, int64_t end));

@@ -1,8 +1,10 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "common/cuda_launch.h"
 #include "common/tensor_memory.h"
@@ -109,6 +111,60 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cuda(
   return {y, out};
 }
 
+Tensor zero_vectors(const Tensor& x, int64_t count) {
+  return torch::stable::new_zeros(x, {count, 1, x.size(2)}, ScalarType::Float);
+}
+
+LayerNormModulateBackwardCudaParams backward_params(const Tensor& grad, const Tensor& x,
+                                                    const ImageVectors& scale, Tensor& grad_x,
+                                                    double eps, const char* op) {
+  LayerNormModulateBackwardCudaParams params{};
+  params.groups = scale.count();
+  params.rows_per_group = x.size(0) * x.size(1) / params.groups;
+  params.parts = divide_up(params.rows_per_group, int64_t{kNormRowsPerSum});
+  params.grad_out = grad.const_data_ptr();
+  params.x = x.const_data_ptr();
+  params.scale = pointer_to(scale);
+  params.grad_x = grad_x.mutable_data_ptr();
+  params.grad_element = float_element(grad.scalar_type(), op, "grad_out");
+  params.x_element = float_element(x.scalar_type(), op, "x");
+  params.rows_per_image = x.size(1);
+  params.columns = static_cast<int>(x.size(2));
+  params.eps = static_cast<float>(eps);
+  return params;
+}
+
+// vectors: the gradients of scale, of shift and, if there is a branch, of gate.
+void launch_backward(LayerNormModulateBackwardCudaParams params, bool is_aligned,
+                     std::initializer_list<Tensor*> vectors, const CudaScope& scope,
+                     const char* op) {
+  const int64_t outs = static_cast<int64_t>(vectors.size()), blocks = params.groups * params.parts;
+  Tensor sums = empty_contiguous({outs, blocks, params.columns}, ScalarType::Float,
+                                 device_of(**vectors.begin()));
+  params.sums = sums.mutable_data_ptr<float>();
+  const auto with_vectors = [&]<int kVector>(std::integral_constant<int, kVector>) {
+    return params.branch == nullptr ? layer_norm_modulate_backward_kernel<kVector, false>
+                                    : layer_norm_modulate_backward_kernel<kVector, true>;
+  };
+  const auto kernel = norm_in_vectors(params.columns, is_aligned && aligned({&sums}, {}))
+                          ? with_vectors(std::integral_constant<int, 4>())
+                          : with_vectors(std::integral_constant<int, 1>());
+  const int64_t shared = outs * params.columns * static_cast<int64_t>(sizeof(float));
+  // 48 KB without leave hold what a kernel declares itself, too.
+  allow_shared_memory(kernel, shared + static_cast<int64_t>(sizeof(NormStorage<float4>)), op);
+  launch_kernel(op, scope.stream(), kernel, grid_size(blocks, op),
+                norm_threads(params.columns, kNormBackwardItems), static_cast<size_t>(shared),
+                params);
+
+  NormSumParams sum{params.sums, {}, params.groups, params.parts, params.columns};
+  std::transform(vectors.begin(), vectors.end(), sum.out,
+                 [](Tensor* vector) { return vector->mutable_data_ptr<float>(); });
+  const int64_t threads = params.groups * params.columns;
+  const dim3 grid(grid_size(divide_up(threads, int64_t{kNormSumThreads}), op),
+                  static_cast<unsigned>(outs));
+  launch_kernel(op, scope.stream(), norm_sum_parts_kernel, grid, kNormSumThreads, 0, sum);
+}
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cuda(const Tensor& grad_in,
                                                                      const Tensor& x_in,
                                                                      const Tensor& scale_in,
@@ -120,48 +176,55 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward_cuda(const Tenso
   const Tensor x = as_contiguous(x_in);
   const Tensor grad = like_tokens(grad_in, x, op, "grad_out");
   const ImageVectors scale(scale_in, x, op, "scale");
-  const int64_t columns = x.size(2), rows = x.size(0) * x.size(1), groups = scale.count();
-  Tensor grad_x = empty_contiguous({x.size(0), x.size(1), columns}, x.scalar_type(), device_of(x));
-  Tensor grad_scale = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
-  Tensor grad_shift = torch::stable::new_zeros(x, {groups, 1, columns}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {grad_x, grad_scale, grad_shift};
-
-  LayerNormModulateBackwardCudaParams params{};
-  params.groups = groups;
-  params.rows_per_group = rows / groups;
-  params.parts = (params.rows_per_group + kNormRowsPerSum - 1) / kNormRowsPerSum;
-  Tensor sums =
-      empty_contiguous({2, groups * params.parts, columns}, ScalarType::Float, device_of(x));
-  params.grad_out = grad.const_data_ptr();
-  params.x = x.const_data_ptr();
-  params.scale = pointer_to(scale);
-  params.grad_x = grad_x.mutable_data_ptr();
-  params.sums = sums.mutable_data_ptr<float>();
-  params.grad_element = float_element(grad.scalar_type(), op, "grad_out");
-  params.x_element = float_element(x.scalar_type(), op, "x");
-  params.rows_per_image = x.size(1);
-  params.columns = static_cast<int>(columns);
-  params.eps = static_cast<float>(eps);
-  const auto kernel = norm_in_vectors(columns, aligned({&x, &grad, &grad_x, &sums}, {&scale}))
-                          ? layer_norm_modulate_backward_kernel<4>
-                          : layer_norm_modulate_backward_kernel<1>;
-  launch_kernel(op, scope.stream(), kernel, grid_size(groups * params.parts, op),
-                norm_threads(columns, kNormBackwardItems), 0, params);
-
-  NormSumParams sum{params.sums, grad_scale.mutable_data_ptr<float>(), groups, params.parts,
-                    params.columns};
-  const unsigned blocks = grid_size((groups * columns + kNormSumThreads - 1) / kNormSumThreads, op);
-  launch_kernel(op, scope.stream(), norm_sum_parts_kernel, blocks, kNormSumThreads, 0, sum);
-  sum.sums += groups * params.parts * columns;
-  sum.out = grad_shift.mutable_data_ptr<float>();
-  launch_kernel(op, scope.stream(), norm_sum_parts_kernel, blocks, kNormSumThreads, 0, sum);
+  Tensor grad_x =
+      empty_contiguous({x.size(0), x.size(1), x.size(2)}, x.scalar_type(), device_of(x));
+  Tensor grad_scale = zero_vectors(x, scale.count()), grad_shift = zero_vectors(x, scale.count());
+  if (grad_x.numel() > 0) {
+    launch_backward(backward_params(grad, x, scale, grad_x, eps, op),
+                    aligned({&x, &grad, &grad_x}, {&scale}), {&grad_scale, &grad_shift}, scope, op);
+  }
   return {grad_x, grad_scale, grad_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_modulate_backward_cuda(
+    const Tensor& grad_y_in, const Tensor& grad_in, const Tensor& y_in, const Tensor& branch_in,
+    const Tensor& gate_in, const Tensor& scale_in, double eps) {
+  const char* op = "residual_layer_norm_modulate_backward";
+  check_tokens(y_in, op);
+  check_columns(y_in, op);
+  const CudaScope scope(y_in);
+  const Tensor y = as_contiguous(y_in);
+  const Tensor grad_y = like_tokens(grad_y_in, y, op, "grad_y");
+  const Tensor grad = like_tokens(grad_in, y, op, "grad_out");
+  const Tensor branch = like_tokens(branch_in, y, op, "branch");
+  const ImageVectors gate(gate_in, y, op, "gate"), scale(scale_in, y, op, "scale");
+  check_same_count(gate, scale, op);
+  const std::vector<int64_t> shape{y.size(0), y.size(1), y.size(2)};
+  Tensor grad_x = empty_contiguous(shape, y.scalar_type(), device_of(y));
+  Tensor grad_branch = empty_contiguous(shape, branch.scalar_type(), device_of(y));
+  Tensor grad_gate = zero_vectors(y, scale.count()), grad_scale = zero_vectors(y, scale.count()),
+         grad_shift = zero_vectors(y, scale.count());
+  if (grad_x.numel() > 0) {
+    LayerNormModulateBackwardCudaParams params = backward_params(grad, y, scale, grad_x, eps, op);
+    params.grad_y = grad_y.const_data_ptr();
+    params.branch = branch.const_data_ptr();
+    params.gate = pointer_to(gate);
+    params.grad_branch = grad_branch.mutable_data_ptr();
+    params.grad_y_element = float_element(grad_y.scalar_type(), op, "grad_y");
+    params.branch_element = float_element(branch.scalar_type(), op, "branch");
+    launch_backward(params,
+                    aligned({&y, &grad, &grad_y, &branch, &grad_x, &grad_branch}, {&gate, &scale}),
+                    {&grad_scale, &grad_shift, &grad_gate}, scope, op);
+  }
+  return {grad_x, grad_branch, grad_gate, grad_scale, grad_shift};
 }
 
 FLEXVAR_LAUNCHERS(m) {
   m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate_cuda));
   m.impl("residual_layer_norm_modulate", TORCH_BOX(&residual_layer_norm_modulate_cuda));
   m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward_cuda));
+  m.impl("residual_layer_norm_modulate_backward",
+         TORCH_BOX(&residual_layer_norm_modulate_backward_cuda));
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // layer_norm_modulate, alone or behind a gated residual, and its backward. A team of warps owns a
 // row at a time and keeps it in registers, so that every tensor goes through memory once. For
 // tokens of C channels the floors are, in bytes a token: C (x + out) forward, C (x + branch + y +
-// out) with the residual, C (x + grad_out + grad_x) backward, with the bytes of an element of each.
+// out) with the residual, C (x + grad_out + grad_x) backward, and beside these C (grad_y + branch +
+// grad_branch) behind a residual, with the bytes of an element of each.
 #pragma once
 
 #include <type_traits>
@@ -41,14 +42,23 @@ struct LayerNormModulateCudaParams {
   float eps;
 };
 
+// Over rows, that the backward makes: the gradients of scale, of shift, and of gate.
+__host__ __device__ constexpr int norm_sums(bool has_branch) { return has_branch ? 3 : 2; }
+
 struct LayerNormModulateBackwardCudaParams {
   const void* grad_out;  // [groups * rows_per_group, columns]
-  const void* x;         // likewise
+  const void* x;         // likewise: what was normalised, y where there is a branch
   NormCudaVectors scale;
   void* grad_x;  // likewise, of x_element
-  float* sums;   // [2, groups, parts, columns], over kNormRowsPerSum rows: of grad_out * n and of
-                 // grad_out
-  FloatElement grad_element, x_element;
+  // If there is a branch, y = x + gate * branch:
+  const void* grad_y;  // likewise
+  const void* branch;  // likewise, or null
+  NormCudaVectors gate;
+  void* grad_branch;  // likewise, of branch_element
+  // [2, groups, parts, columns], over kNormRowsPerSum rows: of grad_out * n and of grad_out. If
+  // there is a branch [3, ...]: and of grad_x * branch.
+  float* sums;
+  FloatElement grad_element, x_element, grad_y_element, branch_element;
   int64_t groups, rows_per_group, parts, rows_per_image;
   int columns;
   float eps;
@@ -101,6 +111,16 @@ __device__ __forceinline__ void load_words(uint32_t (&words)[kItems], const void
   } else {
     load_words_of<2, kVector>(words, data, offset, columns);
   }
+}
+
+// The row comes to the L2 cache while another one is worked on.
+template <int kVector, int kItems>
+__device__ __forceinline__ void prefetch_row(const void* data, FloatElement element, int64_t offset,
+                                             int columns) {
+  const int size = element == FloatElement::float32 ? 4 : 2;
+  const char* const source = static_cast<const char*>(data) + offset * size;
+  for_each_vector<kVector, kItems>(columns,
+                                   [&](int, int column) { ptx::prefetch(source + column * size); });
 }
 
 template <class T>
@@ -182,17 +202,19 @@ __device__ __forceinline__ void load_vector(float (&row)[kItems], const NormCuda
 
 // --- Sums over a row -----------------------------------------------------------------------------
 
-// One slot per warp
-// and for each of the sums that a row needs in turn. Three of them are enough for rows without a
-// barrier in between: whoever writes a slot again is two barriers behind its readers.
+// One slot per warp and for each of the sums that a row needs in turn. Two of them are enough for
+// rows without a barrier in between: whoever writes a slot again is a barrier behind its readers.
+template <class Sums>
 struct NormStorage {
   float mean[kNormMaxWarps];
-  float2 square[kNormMaxWarps];
-  float2 product[kNormMaxWarps];
+  Sums sums[kNormMaxWarps];
 };
 
 __device__ __forceinline__ float2 add_parts(float2 a, float2 b) {
   return make_float2(a.x + b.x, a.y + b.y);
+}
+__device__ __forceinline__ float4 add_parts(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 __device__ __forceinline__ float add_parts(float a, float b) { return a + b; }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) {
@@ -200,6 +222,10 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) {
 }
 __device__ __forceinline__ float2 shuffle_xor(float2 x, int mask) {
   return make_float2(shuffle_xor(x.x, mask), shuffle_xor(x.y, mask));
+}
+__device__ __forceinline__ float4 shuffle_xor(float4 x, int mask) {
+  return make_float4(shuffle_xor(x.x, mask), shuffle_xor(x.y, mask), shuffle_xor(x.z, mask),
+                     shuffle_xor(x.w, mask));
 }
 
 // The sum over the team's threads, the same bits in all of them. One barrier, unless the team is a
@@ -218,12 +244,9 @@ __device__ __forceinline__ T block_sum(T value, T (&slots)[kNormMaxWarps]) {
   return value;
 }
 
-// row = (row - mean) / sqrt(variance + eps); returns the factor. The mean is rounded, which counts
-// where it is large beside the deviation: what it is off by is taken off, too.
 template <int kVector, int kItems>
-__device__ __forceinline__ float normalize_row(float (&row)[kItems], int columns, float eps,
-                                               NormStorage& shared) {
-  const float share = 1.0f / static_cast<float>(columns);
+__device__ __forceinline__ float mean_of_row(const float (&row)[kItems], int columns,
+                                             float (&slots)[kNormMaxWarps]) {
   float vector_sum[kItems / kVector] = {}, sum = 0;
   for_each_vector<kVector, kItems>(columns, [&](int i, int) {
 #pragma unroll
@@ -231,28 +254,25 @@ __device__ __forceinline__ float normalize_row(float (&row)[kItems], int columns
   });
 #pragma unroll
   for (int g = 0; g < kItems / kVector; ++g) sum += vector_sum[g];
-  const float mean = block_sum(sum, shared.mean) / static_cast<float>(columns);
-  float2 sums = make_float2(0.0f, 0.0f);  // of differences from the mean, and of their squares
-  for_each_vector<kVector, kItems>(columns, [&](int i, int) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      row[i + j] -= mean;
-      sums.x += row[i + j];
-      sums.y = fmaf(row[i + j], row[i + j], sums.y);
-    }
-  });
-  sums = block_sum(sums, shared.square);
-  const float rest = sums.x * share;
+  return block_sum(sum, slots) / static_cast<float>(columns);
+}
+
+// LN(x) = (x - mean) * factor + offset: the mean is rounded, which counts where it is large beside
+// the deviation, and the offset takes off what it is off by.
+struct Normalization {
+  float factor, offset;
+};
+
+// Of the sums of x - mean and of its squares.
+__device__ __forceinline__ Normalization normalization(float sum, float squares, int columns,
+                                                       float eps) {
+  const float share = 1.0f / static_cast<float>(columns);
+  const float rest = sum * share;
   // In one rounding: a square may be beyond a float's range, and infinity less infinity is no
   // number. Of equal numbers the difference may come out below 0; NaN stays NaN.
-  const float variance = fmaf(-rest, rest, sums.y * share);
+  const float variance = fmaf(-rest, rest, squares * share);
   const float factor = 1.0f / sqrtf((variance < 0 ? 0.0f : variance) + eps);
-  const float offset = -rest * factor;
-  for_each_vector<kVector, kItems>(columns, [&](int i, int) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(row[i + j], factor, offset);
-  });
-  return factor;
+  return {factor, -rest * factor};
 }
 
 // --- Kernels -------------------------------------------------------------------------------------
@@ -261,7 +281,7 @@ __device__ __forceinline__ float normalize_row(float (&row)[kItems], int columns
 template <int kVector, bool kResidual>
 __global__ void __launch_bounds__(kNormMaxThreads)
     layer_norm_modulate_kernel(LayerNormModulateCudaParams params) {
-  auto& shared = shared_storage<NormStorage>();
+  auto& shared = shared_storage<NormStorage<float2>>();
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
   const unsigned number = blockIdx.x * blockDim.y + threadIdx.y;
@@ -287,83 +307,156 @@ __global__ void __launch_bounds__(kNormMaxThreads)
     });
     store_row<kVector>(row, params.y, params.x_element, offset, columns);
   }
-  normalize_row<kVector>(row, columns, params.eps, shared);
+  const float mean = mean_of_row<kVector>(row, columns, shared.mean);
+  float2 sums = make_float2(0.0f, 0.0f);
   for_each_vector<kVector, kNormItems>(columns, [&](int i, int) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) row[i + j] = fmaf(row[i + j], scale[i + j], shift[i + j]);
+    for (int j = 0; j < kVector; ++j) {
+      row[i + j] -= mean;
+      sums.x += row[i + j];
+      sums.y = fmaf(row[i + j], row[i + j], sums.y);
+    }
+  });
+  sums = block_sum(sums, shared.sums);
+  const Normalization to = normalization(sums.x, sums.y, columns, params.eps);
+  for_each_vector<kVector, kNormItems>(columns, [&](int i, int) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      row[i + j] = fmaf(fmaf(row[i + j], to.factor, to.offset), scale[i + j], shift[i + j]);
+    }
   });
   store_row<kVector>(row, params.out, params.out_element, offset, columns);
 }
 
 // Block b: part b % parts of the rows of group b / parts. With n = LN(x) and g = grad_out * scale:
-// grad_x = (g - mean(g) - n * mean(g * n)) / deviation.
-template <int kVector>
+// grad_x = (g - mean(g) - n * mean(g * n)) / deviation, to which grad_y is added before it is
+// rounded; grad_branch = grad_x * gate. What g * n adds up to follows from g * (x - mean), so that
+// all sums of a row but its mean are made together. Sums over rows are in shared memory, where each
+// thread has its own channels of them: in registers they would leave too few for the row.
+template <int kVector, bool kResidual>
 __global__ void __launch_bounds__(kNormMaxBackwardThreads)
     layer_norm_modulate_backward_kernel(LayerNormModulateBackwardCudaParams params) {
-  auto& shared = shared_storage<NormStorage>();
+  constexpr int kItems = kNormBackwardItems;
+  using Vector = NormVector<float, kVector>;
+  auto& shared = shared_storage<NormStorage<float4>>();
   const int columns = params.columns;
+  const auto sums_at = [&](int which, int column) -> Vector& {
+    return *reinterpret_cast<Vector*>(dynamic_shared<float>() + which * columns + column);
+  };
+  constexpr int kSums = norm_sums(kResidual);
+  for_each_vector<kVector, kItems>(columns, [&](int, int column) {
+#pragma unroll
+    for (int which = 0; which < kSums; ++which) sums_at(which, column) = {};
+  });
   const int64_t group = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
   const int64_t begin = part * kNormRowsPerSum;
   const int rows = static_cast<int>(min(int64_t(kNormRowsPerSum), params.rows_per_group - begin));
-  float scale_sum[kNormBackwardItems] = {}, shift_sum[kNormBackwardItems] = {};
 #pragma unroll 1
   for (int r = 0; r < rows; ++r) {
-    const int64_t row = group * params.rows_per_group + begin + r, offset = row * columns;
-    float norm[kNormBackwardItems], grad[kNormBackwardItems];
-    uint32_t words[kNormBackwardItems], grad_words[kNormBackwardItems];
+    const int64_t number = group * params.rows_per_group + begin + r, offset = number * columns;
+    const int64_t image = number / params.rows_per_image;
+    uint32_t words[kItems], grad_words[kItems], y_words[kItems], branch_words[kItems];
+    float row[kItems], grad[kItems], scale[kItems];
     load_words<kVector>(words, params.x, params.x_element, offset, columns);
     load_words<kVector>(grad_words, params.grad_out, params.grad_element, offset, columns);
-    row_of_words<kVector>(norm, words, params.x_element, columns);
+    load_vector<kVector>(scale, params.scale, image, columns);
+    if constexpr (kResidual) {
+      load_words<kVector>(y_words, params.grad_y, params.grad_y_element, offset, columns);
+      load_words<kVector>(branch_words, params.branch, params.branch_element, offset, columns);
+    }
+    if (r + 1 < rows) {
+      const int64_t next = offset + columns;
+      prefetch_row<kVector, kItems>(params.x, params.x_element, next, columns);
+      prefetch_row<kVector, kItems>(params.grad_out, params.grad_element, next, columns);
+      if constexpr (kResidual) {
+        prefetch_row<kVector, kItems>(params.grad_y, params.grad_y_element, next, columns);
+        prefetch_row<kVector, kItems>(params.branch, params.branch_element, next, columns);
+      }
+    }
+    row_of_words<kVector>(row, words, params.x_element, columns);
     row_of_words<kVector>(grad, grad_words, params.grad_element, columns);
-    const float factor = normalize_row<kVector>(norm, columns, params.eps, shared);
-    const float* scale = params.scale.data + row / params.rows_per_image * params.scale.stride;
-    float2 sums = make_float2(0.0f, 0.0f);
-    for_each_vector<kVector, kNormBackwardItems>(columns, [&](int i, int column) {
-      const auto vector = *reinterpret_cast<const NormVector<float, kVector>*>(scale + column);
+    const float mean = mean_of_row<kVector>(row, columns, shared.mean);
+    float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for_each_vector<kVector, kItems>(columns, [&](int i, int) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        scale_sum[i + j] = fmaf(grad[i + j], norm[i + j], scale_sum[i + j]);
-        shift_sum[i + j] += grad[i + j];
-        grad[i + j] *= vector.element[j];
-        sums.x += grad[i + j];
-        sums.y = fmaf(grad[i + j], norm[i + j], sums.y);
+        row[i + j] -= mean;
+        sums.x += row[i + j];
+        sums.y = fmaf(row[i + j], row[i + j], sums.y);
+        const float scaled = grad[i + j] * scale[i + j];
+        sums.z += scaled;
+        sums.w = fmaf(scaled, row[i + j], sums.w);
       }
     });
-    sums = block_sum(sums, shared.product);
-    const float mean = sums.x / static_cast<float>(columns);
-    const float projection = sums.y / static_cast<float>(columns);
-    for_each_vector<kVector, kNormBackwardItems>(columns, [&](int i, int) {
+    sums = block_sum(sums, shared.sums);
+    const Normalization to = normalization(sums.x, sums.y, columns, params.eps);
+    const float mean_grad = sums.z / static_cast<float>(columns);
+    const float projection =
+        fmaf(sums.w, to.factor, sums.z * to.offset) / static_cast<float>(columns);
+    for_each_vector<kVector, kItems>(columns, [&](int i, int column) {
+      Vector of_scale = sums_at(0, column), of_shift = sums_at(1, column);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        grad[i + j] = (grad[i + j] - mean - norm[i + j] * projection) * factor;
+        const float norm = fmaf(row[i + j], to.factor, to.offset);
+        of_scale.element[j] = fmaf(grad[i + j], norm, of_scale.element[j]);
+        of_shift.element[j] += grad[i + j];
+        grad[i + j] = (grad[i + j] * scale[i + j] - mean_grad - norm * projection) * to.factor;
       }
+      sums_at(0, column) = of_scale;
+      sums_at(1, column) = of_shift;
     });
+    if constexpr (kResidual) {
+      float grad_y[kItems], branch[kItems], gate[kItems];
+      load_vector<kVector>(gate, params.gate, image, columns);
+      row_of_words<kVector>(grad_y, y_words, params.grad_y_element, columns);
+      row_of_words<kVector>(branch, branch_words, params.branch_element, columns);
+      for_each_vector<kVector, kItems>(columns, [&](int i, int column) {
+        Vector of_gate = sums_at(2, column);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          grad[i + j] += grad_y[i + j];
+          of_gate.element[j] = fmaf(grad[i + j], branch[i + j], of_gate.element[j]);
+          branch[i + j] = grad[i + j] * gate[i + j];
+        }
+        sums_at(2, column) = of_gate;
+      });
+      store_row<kVector>(branch, params.grad_branch, params.branch_element, offset, columns);
+    }
     store_row<kVector>(grad, params.grad_x, params.x_element, offset, columns);
   }
-  store_row_as<float, kVector>(scale_sum, params.sums, blockIdx.x * int64_t(columns), columns);
-  store_row_as<float, kVector>(shift_sum, params.sums, (int64_t(gridDim.x) + blockIdx.x) * columns,
-                               columns);
+  for_each_vector<kVector, kItems>(columns, [&](int, int column) {
+#pragma unroll
+    for (int which = 0; which < kSums; ++which) {
+      const int64_t index = int64_t{which} * gridDim.x + blockIdx.x;
+      *reinterpret_cast<Vector*>(params.sums + index * columns + column) = sums_at(which, column);
+    }
+  });
 }
 
-// sums [vectors, parts, columns] to out [vectors, columns], in the order of the parts.
+// sums [number of outs, vectors, parts, columns] to each out [vectors, columns], in the order of
+// the parts. Blocks with blockIdx.y = i: out[i].
 constexpr int kNormSumThreads = 128;
 struct NormSumParams {
   const float* sums;
-  float* out;
+  float* out[3];
   int64_t vectors, parts;
   int columns;
 };
 __global__ void __launch_bounds__(kNormSumThreads) norm_sum_parts_kernel(NormSumParams params) {
   const int64_t index = blockIdx.x * int64_t(kNormSumThreads) + threadIdx.x;
   if (index >= params.vectors * params.columns) return;
+  const int64_t vector = blockIdx.y * params.vectors + index / params.columns;
   const float* source =
-      params.sums + index / params.columns * params.parts * params.columns + index % params.columns;
+      params.sums + vector * params.parts * params.columns + index % params.columns;
   double sum = 0;
 #pragma unroll 8
   for (int64_t part = 0; part < params.parts; ++part) {
     sum += static_cast<double>(source[part * params.columns]);
   }
-  params.out[index] = static_cast<float>(sum);
+  float* const out = blockIdx.y == 0   ? params.out[0]
+                     : blockIdx.y == 1 ? params.out[1]
+                                       : params.out[2];
+  out[index] = static_cast<float>(sum);
 }
 
 // --- The launch ----------------------------------------------------------------------------------

@@ -80,6 +80,35 @@ def check_backward(launch, shape, shared, dtypes, misalignment):
         assert_close(result, exact)
 
 
+@pytest.mark.parametrize("misalignment", [0, 1])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_backward(launch_in_every_order, shape, shared, misalignment):
+    check_residual_backward(launch_in_every_order, shape, shared, (torch.float32, torch.float32), misalignment)
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+def test_residual_backward_of_other_dtypes(launch_in_every_order, dtypes):
+    check_residual_backward(launch_in_every_order, (2, 3, 40), False, dtypes, 0)
+
+
+def check_residual_backward(launch, shape, shared, dtypes, misalignment):
+    """``dtypes`` of the stream (y and its gradients) and of the branch (and what follows the norm)."""
+    y, branch, grad_y, grad = (tokens(shape, dtypes[number % 2], 9 + number) for number in range(4))
+    gate, scale, shift = vectors(shape, shared, 3)
+    found = launch(
+        "residual_layer_norm_modulate_backward", grad_y, grad, y, branch, gate, scale, EPS, misalignment=misalignment
+    )
+    branch, gate, scale, shift = (t.double().requires_grad_() for t in (branch, gate, scale, shift))
+    x = (y.double() - gate * branch).detach().requires_grad_()
+    outputs = reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=EPS)
+    leaves = (x, branch, gate, scale, shift)
+    exact = torch.autograd.grad(outputs, leaves, (grad_y.double(), grad.double()))
+    for result, right in zip(found, exact, strict=True):
+        assert_close(result, right)
+    assert [t.dtype for t in found] == [dtypes[0], dtypes[1], *[torch.float32] * 3]
+
+
 def test_inputs_that_lie_otherwise(launch_in_every_order):
     """Tokens that are copied; vectors that are slices of one tensor, as the transformer's are, in fours and not."""
     x, branch, grad = (tokens((2, 8, 3), torch.float32, seed).transpose(1, 2) for seed in range(3))
@@ -92,6 +121,11 @@ def test_inputs_that_lie_otherwise(launch_in_every_order):
         out = reference.layer_norm_modulate(*leaves, eps=EPS)
         found += launch_in_every_order("layer_norm_modulate_backward", grad, x, scale, EPS)
         exact += torch.autograd.grad(out, leaves, grad.double())
+        leaves = [t.double().requires_grad_() for t in arguments]
+        outputs = reference.residual_layer_norm_modulate(*leaves, eps=EPS)
+        y = outputs[0].float().detach().transpose(1, 2).contiguous().transpose(1, 2)
+        found += launch_in_every_order("residual_layer_norm_modulate_backward", grad, x, y, branch, gate, scale, EPS)
+        exact += torch.autograd.grad(outputs, leaves, (grad.double(), x.double()))
         for result, right in zip(found, exact, strict=True):
             assert_close(result, right.detach())
 
@@ -102,3 +136,5 @@ def test_nothing_to_do(launch_in_every_order):
     grad_x, *grads = launch_in_every_order("layer_norm_modulate_backward", x, x, scale, EPS)
     assert grad_x.shape == x.shape
     assert all(torch.equal(grad, torch.zeros(2, 1, 8)) for grad in grads)
+    *grads, _, _, _ = launch_in_every_order("residual_layer_norm_modulate_backward", x, x, x, x, scale, scale, EPS)
+    assert all(grad.shape == x.shape for grad in grads)
