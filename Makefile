@@ -58,7 +58,16 @@ demo: setup
 
 test: setup tiles
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) emulated PYTHON=$(abspath $(BIN))/python
-	FLEXVAR_REQUIRE_EMULATED=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(TEST_EVERYTHING)
+
+# Emulated kernels are single threads that take most of the time: as many at once as there are cores. Everything else has
+# threads of its own.
+ifdef PYTEST_ARGS
+TEST_EVERYTHING = FLEXVAR_REQUIRE_EMULATED=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+TEST_EVERYTHING = FLEXVAR_REQUIRE_EMULATED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/emulated && \
+	$(BIN)/python -m pytest --ignore=tests/emulated
+endif
 
 bench: setup
 	$(BIN)/python -m benchmarks.report
