@@ -64,20 +64,30 @@ def test_layer_norm_modulate(compare, device, rows, tokens, residual, autocast):
     )
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual"])
 @pytest.mark.parametrize(("rows", "tokens"), SIZES[2:])
-def test_forward_and_backward(compare, device, rows, tokens):
+def test_forward_and_backward(compare, device, rows, tokens, residual):
     given = arguments(rows, tokens, device)
-    leaves = [given[name].requires_grad_() for name in ("x", "scale", "shift")]
+    weight = given["branch"].clone()
+    names = ("x", "branch", "gate", "scale", "shift") if residual else ("x", "scale", "shift")
+    leaves = [given[name].requires_grad_() for name in names]
 
     def call(ops) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(ops.layer_norm_modulate(*leaves), leaves, given["branch"])
+        op = ops.residual_layer_norm_modulate if residual else ops.layer_norm_modulate
+        weights = (weight, weight) if residual else (weight,)
+
+        def run() -> tuple[Tensor, ...]:
+            out = op(*leaves)
+            return torch.autograd.grad(out if residual else (out,), leaves, weights)
+
+        return run
 
     compare(
         {"native": call(flexvar_ext), "reference": call(reference)},
         check=lambda name, result, expected: [
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(result, expected, strict=True)
         ],
-        bytes_moved=5 * given["x"].nbytes,
+        bytes_moved=(10 if residual else 5) * given["x"].nbytes,
         targets={"reference": 1.0},
         seconds=1.0,
     )

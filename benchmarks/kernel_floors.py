@@ -198,8 +198,9 @@ def works() -> list[Work]:
         linear_few_rows(32, 4096, 1024),
         Work("append_qkv", "batch 128, 256 tokens, 16 heads of 64, bfloat16", bytes=2 * 3 * 128 * 256 * 1024 * 2),
         Work("layer_norm_modulate", width_1024, bytes=channels * (4 + 2)),
-        Work("layer_norm_modulate_backward", width_1024, bytes=channels * (4 + 2 + 4), launches=3),
+        Work("layer_norm_modulate_backward", width_1024, bytes=channels * (4 + 2 + 4), launches=2),
         Work("residual_layer_norm_modulate", width_1024, bytes=channels * (4 + 2 + 4 + 2)),
+        Work("residual_layer_norm_modulate_backward", width_1024, bytes=channels * (3 * 4 + 3 * 2), launches=2),
         # Maps larger than the cache are read twice; SiLU takes an exponential and a reciprocal.
         Work("group_norm_silu", "batch 64, 128 × 256², bfloat16, channels last", bytes=2 * 3 * maps,
              exponentials=2 * maps, overlapping_launches=1),
