@@ -197,11 +197,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
     launch_kernel(kOp, scope.stream(), &attention_delta<T, kDim>,
                   grid_size((all_tokens + 15) / 16, kOp), kPlainThreads, 0, params, all_tokens);
     launch(kOp, Kernels::kGradQueries, Kernels::kThreads, shared, params,
-           longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
-           scope.stream());
-    launch(kOp, Kernels::kGradKeys, Kernels::kThreads, shared, params,
-           longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
-           scope.stream());
+           longest_first(Kernels::kJoinsScales
+                             ? joined_query_tiles(scale_lengths, Kernels::kBackwardRows)
+                             : query_tiles(scale_lengths, Kernels::kBackwardRows)),
+           batch * heads, scope.stream());
+    launch(
+        kOp, Kernels::kGradKeys, Kernels::kThreads, shared, params,
+        longest_first(Kernels::kJoinsScales ? full_key_tiles(scale_lengths, Kernels::kBackwardRows)
+                                            : key_tiles(scale_lengths, Kernels::kBackwardRows)),
+        batch * heads, scope.stream());
     if (q_scale) {
       using A = AttentionArithmetic<T>;
       launch_kernel(kOp, scope.stream(), &attention_grad_q_scale<A>, grid_size(heads, kOp),

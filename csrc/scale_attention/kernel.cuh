@@ -23,7 +23,7 @@ struct AttentionKernels {
   using ForwardShared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
   using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
   static constexpr bool kHasCopyEngine = false;
-  static constexpr bool kJoinsScales = false;  // in the forward pass's tiles of queries
+  static constexpr bool kJoinsScales = false;  // in tiles
   static constexpr int kForwardRows = ForwardShared::Tile::kRows;
   static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
   static constexpr int kForwardBlocks = 1;  // a multiprocessor that a step is spread over

@@ -183,6 +183,13 @@ __device__ __forceinline__ int hidden_keys(const QueryTile& tile, int row) {
   return seen == 0 ? 0 : tile.query_end - (tile.query_begin + row + seen);
 }
 
+// The first query that sees key key_begin + row of the tile; with row 63, that sees all of its
+// keys.
+__device__ __forceinline__ int first_query(const KeyTile& tile, int row) {
+  const uint64_t ends = tile.scale_ends & ((uint64_t{1} << row) - 1);  // of scales before
+  return ends == 0 ? tile.query_begin : tile.key_begin + 64 - __clzll(static_cast<long long>(ends));
+}
+
 // A row of this block's part in [parts, B, H, L].
 __device__ __forceinline__ int64_t part_row(const AttentionForwardCuda& params,
                                             const TileList<QueryTile>& list, int64_t head,

@@ -188,9 +188,9 @@ struct BackwardSums {
 };
 
 // Takes `products` through the columns [begin, end) of a block, kColumns at a time. copy(stage,
-// begin) starts to copy columns; differentiate<kMasked>() makes the gradients of the scores at
-// hand, of which columns from `end` on are masked; begin_adding() adds up what they give, and
-// hold() holds the sums. `begin` and `stage` are those at hand.
+// begin) starts to copy columns; differentiate() makes the gradients of the scores at hand;
+// begin_adding() adds up what they give, and hold() holds the sums. `begin` and `stage` are those
+// at hand.
 template <class T, int kDim, class Copy, class Differentiate, class Add, class Hold>
 __device__ __forceinline__ void for_each_tile(BackwardTile<T, kDim>& products,
                                               const TensorCoreBackwardShared<T, kDim>& shared,
@@ -207,7 +207,7 @@ __device__ __forceinline__ void for_each_tile(BackwardTile<T, kDim>& products,
     products.commit();
     products.wait_for_weights();
     for (; begin + kColumns < end; begin += kColumns) {
-      differentiate.template operator()<false>();
+      differentiate();
       const int next = begin + kColumns, next_stage = stage < 2 ? stage + 1 : 0;
       wait_for_tile();  // the next one; nobody reads the last one any more
       if (next + kColumns < end) copy(next_stage < 2 ? next_stage + 1 : 0, next + kColumns);
@@ -218,7 +218,7 @@ __device__ __forceinline__ void for_each_tile(BackwardTile<T, kDim>& products,
       products.wait_for_weights();
       stage = next_stage;
     }
-    differentiate.template operator()<true>();
+    differentiate();
     products.fence();
     begin_adding();
     products.commit();
@@ -231,23 +231,18 @@ __device__ __forceinline__ void for_each_tile(BackwardTile<T, kDim>& products,
     wait_for_tile();
     if (next < end) copy(stage ^ 1, next);
     products.begin(shared, stage, warp_row);
-    if (next <= end) {
-      differentiate.template operator()<false>();
-    } else {
-      differentiate.template operator()<true>();
-    }
+    differentiate();
     begin_adding();
   }
 }
 
+// The gradients of a tile's queries, or false and none: a key or value that not all of them see is
+// not finite, and would enter all their sums, 0 times a NaN being a NaN.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
-    attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
-  using Shared = TensorCoreBackwardShared<T, kDim>;
-  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
-  Shared& shared = *dynamic_shared<Shared>();
-  const QueryTile tile = tile_of_block(list);
-  const int64_t head = head_of_block(list);
+__device__ __forceinline__ bool differentiate_queries(const AttentionBackwardCuda& params,
+                                                      int64_t head, const QueryTile& tile,
+                                                      TensorCoreBackwardShared<T, kDim>& shared) {
+  constexpr int kColumns = TensorCoreBackwardShared<T, kDim>::kColumns, kTiles = kColumns / 8;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   RowCopies<T, kDim> keys(head_of<T>(params.k, head, params.heads), params.k.token_stride);
@@ -271,6 +266,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
 
   float logsumexp[2], delta[2];  // the former in base 2
   float row_factor[2];           // of a row's products, to scores in base 2
+  int seen_end[2];               // the end of the keys that a row sees
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t token = tile.query_begin + warp_row + g + 8 * half;
@@ -281,29 +277,48 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
                             : 0;
     delta[half] = valid ? static_cast<const float*>(params.delta)[offset] : 0;
     row_factor[half] = valid && q_inverse != nullptr ? factor * q_inverse[token] : factor;
+    seen_end[half] = tile.key_end - hidden_keys(tile, warp_row + g + 8 * half);
   }
+  const int all_seen_end = tile.key_end - tile.most_hidden;
 
   BackwardSums<T, kDim> grad{};
   BackwardTile<T, kDim> products;
   auto& weights = products.weights;
   auto& grad_scores = products.grad_scores;
   int stage = 0, begin = 0;
-  const auto weigh = [&]<bool kMasked>() {
+  // Weights from products. Where rows are not normalised nothing of that is to take an instruction.
+  const auto weigh = [&]<bool kNormalized>() {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = begin + n * 8 + 2 * t + i % 2;
-        const bool valid = !kMasked || key < tile.key_end;
-        if (valid && k_inverse != nullptr) weights[n][i] *= k_inverse[key];
-        weights[n][i] =
-            valid ? ptx::exp2_approx(weights[n][i] * row_factor[i / 2] - logsumexp[i / 2]) : 0.0f;
+        if (kNormalized) {
+          const int key = begin + n * 8 + 2 * t + i % 2;
+          weights[n][i] *= key < tile.key_end ? k_inverse[key] : 0.0f;
+        }
+        weights[n][i] = ptx::exp2_approx(weights[n][i] * row_factor[i / 2] - logsumexp[i / 2]);
+      }
+    }
+  };
+  // No weight for keys that are not seen.
+  const auto hide_keys = [&] {
+    const int own[2] = {seen_end[0] - begin - 2 * t, seen_end[1] - begin - 2 * t};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (n * 8 + i % 2 >= own[i / 2]) weights[n][i] = 0;
       }
     }
   };
   // The gradients of the scores.
-  const auto differentiate = [&]<bool kMasked>() {
-    weigh.template operator()<kMasked>();
+  const auto differentiate = [&] {
+    if (k_inverse != nullptr) {
+      weigh.template operator()<true>();
+    } else {
+      weigh.template operator()<false>();
+    }
+    if (begin + kColumns > all_seen_end) hide_keys();
     products.wait_for_all();
     grad.hold();
 #pragma unroll
@@ -326,6 +341,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
   };
   for_each_tile(products, shared, warp_row, begin, tile.key_end, stage, copy_columns_async,
                 differentiate, begin_adding, [&] { grad.hold(); });
+  if (tile.most_hidden > 0 && holds_not_finite(grad.sums)) return false;
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -346,16 +362,33 @@ __global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
                   contiguous_offset<kDim>(head, params.heads, params.query_count, token),
               grad.sums, half, row_scale);
   }
+  return true;
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
-    attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
-  using Shared = TensorCoreBackwardShared<T, kDim>;
-  constexpr int kColumns = Shared::kColumns, kTiles = kColumns / 8;
-  Shared& shared = *dynamic_shared<Shared>();
-  const KeyTile tile = tile_of_block(list);
+__global__ void __launch_bounds__(kTensorCoreThreads, grad_queries_blocks(kDim))
+    attention_grad_queries_tensor_core(AttentionBackwardCuda params, TileList<QueryTile> list) {
+  auto& shared = *dynamic_shared<TensorCoreBackwardShared<T, kDim>>();
   const int64_t head = head_of_block(list);
+  QueryTile tile = tile_of_block(list);
+  for (;;) {
+    const bool is_done = differentiate_queries<T, kDim>(params, head, tile, shared);
+    // Where the whole tile would not do, one of its scales after the other.
+    const QueryTile& whole = tile_of_block(list, ptx::computed_here(blockIdx.x));
+    const int begin = is_done ? tile.query_end : whole.query_begin;
+    if (begin == whole.query_end) break;
+    const int end = whole.query_end - hidden_keys(whole, begin - whole.query_begin);
+    tile = {begin, end, end};
+    __syncthreads();  // nobody reads shared memory any more
+  }
+}
+
+// The same of a tile's keys and values, where queries that see not all of them may be not finite.
+template <class T, int kDim>
+__device__ __forceinline__ bool differentiate_keys(const AttentionBackwardCuda& params,
+                                                   int64_t head, const KeyTile& tile,
+                                                   TensorCoreBackwardShared<T, kDim>& shared) {
+  constexpr int kColumns = TensorCoreBackwardShared<T, kDim>::kColumns, kTiles = kColumns / 8;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const int tokens = static_cast<int>(params.query_count);
@@ -396,30 +429,50 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
   auto& weights = products.weights;
   auto& grad_scores = products.grad_scores;
   int stage = 0, begin = tile.query_begin;
-  const auto weigh = [&]<bool kMasked>() {
+  int first[2];  // the first query that sees a row
+#pragma unroll
+  for (int half = 0; half < 2; ++half) first[half] = first_query(tile, warp_row + g + 8 * half);
+  const int first_of_all = first_query(tile, kTensorCoreRows - 1);
+  // Weights from products. Where rows are not normalised nothing of that is to take an instruction.
+  const auto weigh = [&]<bool kNormalized>() {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int column = n * 8 + 2 * t + i;
-        const bool valid = !kMasked || begin + column < tokens;
         const float base =
             shared.stages[stage].logsumexp[column] * static_cast<float>(kAttentionLog2E);
         const float column_factor =
-            q_inverse != nullptr ? factor * shared.stages[stage].q_inverse_lengths[column] : factor;
+            kNormalized ? factor * shared.stages[stage].q_inverse_lengths[column] : factor;
 #pragma unroll
         for (int j = i; j < 4; j += 2) {
-          if (q_inverse != nullptr) {
-            weights[n][j] *= shared.inverse_lengths[warp_row + g + j / 2 * 8];
-          }
-          weights[n][j] = valid ? ptx::exp2_approx(weights[n][j] * column_factor - base) : 0.0f;
+          if (kNormalized) weights[n][j] *= shared.inverse_lengths[warp_row + g + j / 2 * 8];
+          weights[n][j] = ptx::exp2_approx(weights[n][j] * column_factor - base);
         }
       }
     }
   };
+  // No weight for queries that do not see a row, or that are none.
+  const auto hide_queries = [&] {
+    const int own[2] = {begin + 2 * t - first[0], begin + 2 * t - first[1]};
+    const unsigned counts[2] = {static_cast<unsigned>(tokens - first[0]),
+                                static_cast<unsigned>(tokens - first[1])};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (static_cast<unsigned>(own[i / 2] + n * 8 + i % 2) >= counts[i / 2]) weights[n][i] = 0;
+      }
+    }
+  };
   // The gradients of the scores.
-  const auto differentiate = [&]<bool kMasked>() {
-    weigh.template operator()<kMasked>();
+  const auto differentiate = [&] {
+    if (q_inverse != nullptr) {
+      weigh.template operator()<true>();
+    } else {
+      weigh.template operator()<false>();
+    }
+    if (begin < first_of_all || begin + kColumns > tokens) hide_queries();
     products.wait_for_all();
     grad_keys.hold();
     grad_values.hold();
@@ -449,6 +502,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
                   grad_keys.hold();
                   grad_values.hold();
                 });
+  if (first_of_all > tile.query_begin && holds_not_finite(grad_keys.sums, grad_values.sums)) {
+    return false;
+  }
 
   const float scale = static_cast<float>(params.softmax_scale) *
                       q_scale_of<float>(params.q_scale, head, params.heads);
@@ -465,6 +521,26 @@ __global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
     const int64_t offset = contiguous_offset<kDim>(head, params.heads, params.query_count, token);
     store_row(static_cast<T*>(params.grad_k) + offset, grad_keys.sums, half, row_scale);
     store_row(static_cast<T*>(params.grad_v) + offset, grad_values.sums, half, 1.0f);
+  }
+  return true;
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTensorCoreThreads, kGradKeysBlocks)
+    attention_grad_keys_tensor_core(AttentionBackwardCuda params, TileList<KeyTile> list) {
+  auto& shared = *dynamic_shared<TensorCoreBackwardShared<T, kDim>>();
+  const int64_t head = head_of_block(list);
+  KeyTile tile = tile_of_block(list);
+  for (;;) {
+    const bool is_done = differentiate_keys<T, kDim>(params, head, tile, shared);
+    // Where the whole tile would not do, one of its scales after the other.
+    const KeyTile& whole = tile_of_block(list, ptx::computed_here(blockIdx.x));
+    const int begin = is_done ? tile.key_end : whole.key_begin;
+    if (begin == whole.key_end) break;
+    const int row = begin - whole.key_begin;
+    const int length = __ffsll(static_cast<long long>(whole.scale_ends >> row));
+    tile = {begin, length == 0 ? whole.key_end : begin + length, first_query(whole, row)};
+    __syncthreads();  // nobody reads shared memory any more
   }
 }
 

@@ -342,4 +342,21 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Whether the sums of the block hold a NaN or an infinity; all threads of the block take part.
+template <int kDimTiles, class... Others>
+__device__ __forceinline__ bool holds_not_finite(const float (&sums)[kDimTiles][4],
+                                                 const Others&... others) {
+  float zero = 0;
+  const auto look_at = [&zero](const float (&some)[kDimTiles][4]) {
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) zero += some[d][i] - some[d][i];
+    }
+  };
+  look_at(sums);
+  (look_at(others), ...);
+  return __any_sync(0xffffffffu, __syncthreads_or(zero != 0));  // the same to the compiler, too
+}
+
 }  // namespace flexvar
