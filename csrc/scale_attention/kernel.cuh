@@ -28,6 +28,7 @@ struct AttentionKernels {
   static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
   static constexpr int kForwardBlocks = 1;  // a multiprocessor that a step is spread over
   static constexpr int kBackwardRows = BackwardShared::Tile::kRows;
+  static constexpr bool kGradQueriesFindsDelta = false;  // or a kernel of its own
   static constexpr size_t backward_shared(bool) { return sizeof(BackwardShared); }
 };
 
@@ -45,6 +46,7 @@ struct AttentionKernels<T, kDim, true> {
   static constexpr int kForwardColumns = ForwardShared::kColumns;
   static constexpr int kForwardBlocks = kDim <= 64 ? 4 : 2;
   static constexpr int kBackwardRows = kTensorCoreRows;
+  static constexpr bool kGradQueriesFindsDelta = true;
   static constexpr size_t backward_shared(bool with_warpgroups) {
     return BackwardShared::bytes(with_warpgroups);
   }

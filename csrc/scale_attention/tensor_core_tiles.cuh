@@ -129,12 +129,11 @@ __device__ __forceinline__ void clear_rows(HalfTile<T, kRows, kDim>& tile, int f
   }
 }
 
-// Until all copies have arrived, and the block is done with the tiles before: the next ones may be
-// copied over those. The fence waits for every copy that is under way, so none for later is yet.
+// Until all copies by threads have arrived, and the block is done with the tiles before: the next
+// ones may be copied over those. No copies for later are to be under way yet.
 __device__ __forceinline__ void wait_for_tile() {
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
-  ptx::fence_for_warpgroup();
   __syncthreads();
 }
 

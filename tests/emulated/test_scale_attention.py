@@ -92,6 +92,13 @@ def test_tiles_of_warpgroups_multiplied_by_warps(launch_once, dtype, case):
     check_passes(partial(launch_once, warpgroups=False), *case, dtype, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("q_scale", [None, [5.0]])
+def test_columns_take_turns(launch_once, q_scale, dtype):
+    """Seven tiles of columns, in three places of shared memory, whose barriers are in their third phase."""
+    check_passes(launch_once, 1, 1, [3, 20, 100, 170, 120], 0.2, q_scale, dtype, 64)
+
+
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.bfloat16, 32)])
 def test_more_tiles_than_a_launch_takes(launch_once, dtype, dim):
     check_passes(launch_once, 1, 1, [1] * 257, 0.2, None, dtype, dim)
