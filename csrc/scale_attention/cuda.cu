@@ -52,6 +52,18 @@ AttentionMaps maps_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t
   }
   return {};
 }
+template <class Kernels>
+AttentionBackwardMaps backward_maps_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& grad_out, const char* op) {
+  if constexpr (Kernels::kHasCopyEngine) {
+    if (has_warpgroups(op)) {
+      const int64_t tokens = q.size(1);
+      return {map_of(q, tokens, op), map_of(k, tokens, op), map_of(v, tokens, op),
+              map_of(grad_out, tokens, op)};
+    }
+  }
+  return {};
+}
 
 // Calls run.template operator()<T, kDim>() for the tensor's element type and head dim.
 template <class T, class Run>
@@ -173,35 +185,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scale_attention_backward_cuda(
   const Tensor delta = empty_alike(logsumexp);
   std::optional<Tensor> grad_q_scale_parts;
   if (q_scale) grad_q_scale_parts = empty_alike(logsumexp);
-  const AttentionBackwardCuda params{view_of(q),
-                                     view_of(k),
-                                     view_of(v),
-                                     view_of(out),
-                                     view_of(grad_out),
-                                     logsumexp.const_data_ptr(),
-                                     delta.mutable_data_ptr(),
-                                     grad_q.mutable_data_ptr(),
-                                     grad_k.mutable_data_ptr(),
-                                     grad_v.mutable_data_ptr(),
-                                     heads,
-                                     tokens,
-                                     softmax_scale,
-                                     data_or_null(q_scale),
-                                     inverse_lengths_of(inverse_lengths, 0),
-                                     inverse_lengths_of(inverse_lengths, 1),
-                                     q_scale ? grad_q_scale_parts->mutable_data_ptr() : nullptr};
+  AttentionBackwardCuda params{{},
+                               view_of(q),
+                               view_of(k),
+                               view_of(v),
+                               view_of(out),
+                               view_of(grad_out),
+                               logsumexp.const_data_ptr(),
+                               delta.mutable_data_ptr(),
+                               nullptr,
+                               grad_q.mutable_data_ptr(),
+                               grad_k.mutable_data_ptr(),
+                               grad_v.mutable_data_ptr(),
+                               heads,
+                               tokens,
+                               softmax_scale,
+                               data_or_null(q_scale),
+                               inverse_lengths_of(inverse_lengths, 0),
+                               inverse_lengths_of(inverse_lengths, 1),
+                               q_scale ? grad_q_scale_parts->mutable_data_ptr() : nullptr};
   dispatch(q, [&]<class T, int kDim>() {
     using Kernels = AttentionKernels<T, kDim>;
     const size_t shared = Kernels::backward_shared(has_warpgroups(kOp));
-    const int64_t all_tokens = batch * heads * tokens;
-    launch_kernel(kOp, scope.stream(), &attention_delta<T, kDim>,
-                  grid_size((all_tokens + 15) / 16, kOp), kPlainThreads, 0, params, all_tokens);
+    params.maps = backward_maps_of<Kernels>(q, k, v, grad_out, kOp);
+    std::optional<Tensor> logsumexp_in_base_2;
+    if constexpr (Kernels::kGradQueriesFindsDelta) {
+      logsumexp_in_base_2 = empty_alike(logsumexp);
+      params.logsumexp_in_base_2 = logsumexp_in_base_2->mutable_data_ptr();
+    } else {
+      const int64_t all_tokens = batch * heads * tokens;
+      launch_kernel(kOp, scope.stream(), &attention_delta<T, kDim>,
+                    grid_size((all_tokens + 15) / 16, kOp), kPlainThreads, 0, params, all_tokens);
+    }
     launch(kOp, Kernels::kGradQueries, Kernels::kThreads, shared, params,
-           longest_first(query_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
-           scope.stream());
-    launch(kOp, Kernels::kGradKeys, Kernels::kThreads, shared, params,
-           longest_first(key_tiles(scale_lengths, Kernels::kBackwardRows)), batch * heads,
-           scope.stream());
+           longest_first(Kernels::kJoinsScales
+                             ? joined_query_tiles(scale_lengths, Kernels::kBackwardRows)
+                             : query_tiles(scale_lengths, Kernels::kBackwardRows)),
+           batch * heads, scope.stream());
+    launch(
+        kOp, Kernels::kGradKeys, Kernels::kThreads, shared, params,
+        longest_first(Kernels::kJoinsScales ? full_key_tiles(scale_lengths, Kernels::kBackwardRows)
+                                            : key_tiles(scale_lengths, Kernels::kBackwardRows)),
+        batch * heads, scope.stream());
     if (q_scale) {
       using A = AttentionArithmetic<T>;
       launch_kernel(kOp, scope.stream(), &attention_grad_q_scale<A>, grid_size(heads, kOp),

@@ -23,11 +23,12 @@ struct AttentionKernels {
   using ForwardShared = PlainForwardShared<AttentionArithmetic<T>, kDim>;
   using BackwardShared = PlainBackwardShared<AttentionArithmetic<T>, kDim>;
   static constexpr bool kHasCopyEngine = false;
-  static constexpr bool kJoinsScales = false;  // in the forward pass's tiles of queries
+  static constexpr bool kJoinsScales = false;  // in tiles
   static constexpr int kForwardRows = ForwardShared::Tile::kRows;
   static constexpr int kForwardColumns = ForwardShared::Tile::kColumns;
   static constexpr int kForwardBlocks = 1;  // a multiprocessor that a step is spread over
   static constexpr int kBackwardRows = BackwardShared::Tile::kRows;
+  static constexpr bool kGradQueriesFindsDelta = false;  // or a kernel of its own
   static constexpr size_t backward_shared(bool) { return sizeof(BackwardShared); }
 };
 
@@ -45,6 +46,7 @@ struct AttentionKernels<T, kDim, true> {
   static constexpr int kForwardColumns = ForwardShared::kColumns;
   static constexpr int kForwardBlocks = kDim <= 64 ? 4 : 2;
   static constexpr int kBackwardRows = kTensorCoreRows;
+  static constexpr bool kGradQueriesFindsDelta = true;
   static constexpr size_t backward_shared(bool with_warpgroups) {
     return BackwardShared::bytes(with_warpgroups);
   }

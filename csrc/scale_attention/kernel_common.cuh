@@ -38,8 +38,9 @@ __device__ __forceinline__ const Tile& tile_of_block(const TileList<Tile>& list,
   return list.tiles[list.count.remainder(block)];
 }
 template <class Tile>
-__device__ __forceinline__ int64_t head_of_block(const TileList<Tile>& list) {
-  return list.count.quotient(blockIdx.x);
+__device__ __forceinline__ int64_t head_of_block(const TileList<Tile>& list,
+                                                 unsigned block = blockIdx.x) {
+  return list.count.quotient(block);
 }
 
 // A row's softmax over a part of the keys.
@@ -55,6 +56,9 @@ constexpr double kAttentionLn2 = 0.69314718055994530942;
 // Boxes of 64 tokens of a head, for the copy engine. Only where kernels use it.
 struct AttentionMaps {
   TensorMap q, k, v;
+};
+struct AttentionBackwardMaps {
+  TensorMap q, k, v, grad_out;
 };
 
 // The grid of every kernel is (B * H heads times tiles), of the forward pass with parts in its
@@ -81,9 +85,11 @@ struct AttentionForwardCuda {
 };
 
 struct AttentionBackwardCuda {
+  AttentionBackwardMaps maps;
   AttentionCudaTensor q, k, v, out, grad_out;
   const void* logsumexp;           // A [B, H, L]
   void* delta;                     // A [B, H, L]: sum over D of grad_out * out
+  void* logsumexp_in_base_2;       // float [B, H, L], for kernels on tensor cores; or null
   void *grad_q, *grad_k, *grad_v;  // [B, L, H, D], contiguous
   FastDivisor heads;
   int64_t query_count;  // = key count
@@ -181,6 +187,13 @@ __device__ __forceinline__ KeyRange keys_of_block(const AttentionForwardCuda& pa
 __device__ __forceinline__ int hidden_keys(const QueryTile& tile, int row) {
   const int seen = __ffsll(static_cast<long long>(tile.scale_ends >> row));  // from its own key on
   return seen == 0 ? 0 : tile.query_end - (tile.query_begin + row + seen);
+}
+
+// The first query that sees key key_begin + row of the tile; with row 63, that sees all of its
+// keys.
+__device__ __forceinline__ int first_query(const KeyTile& tile, int row) {
+  const uint64_t ends = tile.scale_ends & ((uint64_t{1} << row) - 1);  // of scales before
+  return ends == 0 ? tile.query_begin : tile.key_begin + 64 - __clzll(static_cast<long long>(ends));
 }
 
 // A row of this block's part in [parts, B, H, L].

@@ -293,18 +293,6 @@ __device__ __forceinline__ float row_maximum(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Whether the sums of the block hold a NaN or an infinity; all threads of the block take part.
-template <int kDimTiles>
-__device__ __forceinline__ bool holds_not_finite(const float (&sums)[kDimTiles][4]) {
-  float zero = 0;
-#pragma unroll
-  for (int d = 0; d < kDimTiles; ++d) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) zero += sums[d][i] - sums[d][i];
-  }
-  return __any_sync(0xffffffffu, __syncthreads_or(zero != 0));  // the same to the compiler, too
-}
-
 // Rows g and g + 8 do not see the columns from columns[0] and columns[1] on: those get no weight.
 template <int kTiles>
 __device__ __forceinline__ void hide_columns(float (&scores)[kTiles][4], const int (&columns)[2]) {

@@ -89,6 +89,30 @@ inline std::vector<KeyTile> key_tiles(const std::vector<int64_t>& scale_lengths,
   return tiles;
 }
 
+// The same, but every tile has `rows` keys, at most 64, whatever their scales, and only the last
+// one has fewer: fewer tiles, for which queries are read fewer times.
+inline std::vector<KeyTile> full_key_tiles(const std::vector<int64_t>& scale_lengths,
+                                           int64_t rows) {
+  std::vector<KeyTile> tiles;
+  int64_t start = 0;
+  for (const int64_t length : scale_lengths) {
+    const int64_t end = start + length;
+    for (int64_t begin = start; begin < end;) {
+      if (tiles.empty() || tiles.back().key_end - tiles.back().key_begin == rows) {
+        const int32_t key = static_cast<int32_t>(begin);
+        tiles.push_back({key, key, static_cast<int32_t>(start)});
+      } else if (begin == start) {
+        tiles.back().scale_ends |= uint64_t{1} << (start - 1 - tiles.back().key_begin);
+      }
+      KeyTile& last = tiles.back();
+      begin = std::min(last.key_begin + rows, end);
+      last.key_end = static_cast<int32_t>(begin);
+    }
+    start = end;
+  }
+  return tiles;
+}
+
 // The scheduler of a GPU starts blocks in order: long tiles first leave no long tail.
 inline std::vector<QueryTile> longest_first(std::vector<QueryTile> tiles) {
   std::stable_sort(tiles.begin(), tiles.end(),

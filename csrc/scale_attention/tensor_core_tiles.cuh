@@ -129,12 +129,11 @@ __device__ __forceinline__ void clear_rows(HalfTile<T, kRows, kDim>& tile, int f
   }
 }
 
-// Until all copies have arrived, and the block is done with the tiles before: the next ones may be
-// copied over those. The fence waits for every copy that is under way, so none for later is yet.
+// Until all copies by threads have arrived, and the block is done with the tiles before: the next
+// ones may be copied over those. No copies for later are to be under way yet.
 __device__ __forceinline__ void wait_for_tile() {
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
-  ptx::fence_for_warpgroup();
   __syncthreads();
 }
 
@@ -340,6 +339,23 @@ __device__ __forceinline__ void store_row(T* row, const float (&sums)[kDimTiles]
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Whether the sums of the block hold a NaN or an infinity; all threads of the block take part.
+template <int kDimTiles, class... Others>
+__device__ __forceinline__ bool holds_not_finite(const float (&sums)[kDimTiles][4],
+                                                 const Others&... others) {
+  float zero = 0;
+  const auto look_at = [&zero](const float (&some)[kDimTiles][4]) {
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) zero += some[d][i] - some[d][i];
+    }
+  };
+  look_at(sums);
+  (look_at(others), ...);
+  return __any_sync(0xffffffffu, __syncthreads_or(zero != 0));  // the same to the compiler, too
 }
 
 }  // namespace flexvar

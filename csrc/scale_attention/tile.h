@@ -1,7 +1,7 @@
 // Tiles of block-causal attention. A token of scale i attends to the tokens of all scales <= i, so
 // the queries of a scale share one range of keys [0, end of the scale), and the keys of a scale one
 // range of queries [start of the scale, L). Tiles do not cross the end of a scale and need no mask,
-// but for tiles of several whole scales.
+// but for tiles of queries of several whole scales, and tiles of keys of any scales.
 #pragma once
 
 #include <stdint.h>
@@ -25,6 +25,10 @@ struct KeyTile {
   int32_t key_begin;
   int32_t key_end;
   int32_t query_begin;
+  // Of a tile of keys of several scales, at most 64, bit i is set where key_begin + i is the last
+  // key of a scale and others follow in the tile: those are seen by queries behind it, from their
+  // own scale on. 0: every query sees all keys.
+  uint64_t scale_ends = 0;
 };
 
 }  // namespace flexvar

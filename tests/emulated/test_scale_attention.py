@@ -92,6 +92,13 @@ def test_tiles_of_warpgroups_multiplied_by_warps(launch_once, dtype, case):
     check_passes(partial(launch_once, warpgroups=False), *case, dtype, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("q_scale", [None, [5.0]])
+def test_columns_take_turns(launch_once, q_scale, dtype):
+    """Seven tiles of columns, in three places of shared memory, whose barriers are in their third phase."""
+    check_passes(launch_once, 1, 1, [3, 20, 100, 170, 120], 0.2, q_scale, dtype, 64)
+
+
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 32), (torch.bfloat16, 32)])
 def test_more_tiles_than_a_launch_takes(launch_once, dtype, dim):
     check_passes(launch_once, 1, 1, [1] * 257, 0.2, None, dtype, dim)
@@ -144,6 +151,40 @@ def test_what_is_not_finite_stays_where_it_is_seen(launch_in_every_order, length
         torch.testing.assert_close(out[0, seen, 0].double(), exact, atol=0.02, rtol=0.02, equal_nan=True)
         expected = logits.logsumexp(-1)
         torch.testing.assert_close(logsumexp[0, 0, seen].double(), expected, atol=0.01, rtol=0.01, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), HALF_VARIANTS)
+@pytest.mark.parametrize("lengths", SHARED_TILES)
+@pytest.mark.parametrize(("part", "scale"), [("q", 1), ("k", 2), ("v", 2), ("grad_out", 1)])
+@pytest.mark.parametrize("q_scale", [None, [4.0]])
+def test_gradients_of_what_does_not_see_a_nan(launch_once, lengths, part, scale, q_scale, dtype, dim):
+    """Keys and queries that share a tile with those that see it, in a token of that scale, are as without it."""
+    tensors = {name: random((1, sum(lengths), 1, dim), dtype, seed) for seed, name in enumerate("qkv")}
+    tensors["grad_out"] = random((1, sum(lengths), 1, dim), dtype, seed=3)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    tensors[part][:, ends[scale] - 1, :, 5] = float("nan")
+    q, k, v, grad_out = tensors.values()
+    scales = None if q_scale is None else torch.tensor(q_scale)
+    out, logsumexp, inverse_lengths = launch_once("scale_attention", q, k, v, lengths, 0.3, scales)
+    saved = (q, k, v, out, logsumexp, lengths, 0.3, scales, inverse_lengths)
+    grads = launch_once("scale_attention_backward", grad_out, *saved)[:3]
+
+    exact = torch.zeros(3, sum(lengths), dim, dtype=torch.float64)
+    for length, end in zip(lengths, ends, strict=True):
+        own, seen = slice(end - length, end), slice(end)
+        inputs = [t.double()[0, rows, 0].requires_grad_() for t, rows in ((q, own), (k, seen), (v, seen))]
+        left, right = inputs[:2]
+        if q_scale is not None:
+            left, right = (torch.nn.functional.normalize(t, dim=-1) for t in inputs[:2])
+            left = q_scale[0] * left
+        result = (0.3 * left @ right.T).softmax(-1) @ inputs[2]
+        parts = torch.autograd.grad(result, inputs, grad_out.double()[0, own, 0])
+        for sums, rows, grad in zip(exact, (own, seen, seen), parts, strict=True):
+            sums[rows] += grad
+    assert exact.isnan().any()
+    assert exact[0 if scale == 2 else 2].isfinite().any()
+    for grad, expected in zip(grads, exact, strict=True):
+        torch.testing.assert_close(grad[0, :, 0].double(), expected, atol=0.05, rtol=0.02, equal_nan=True)
 
 
 def check_step(launch, q, cache, kv_length, scale, bound=None, **options):
