@@ -17,7 +17,7 @@ constexpr int kResampleThreads = 256;
 constexpr int kResampleTile = 32;     // longest side of a block's tile; a thread has one pixel
 constexpr int kResampleTaps = 32;     // of a row or column, whose weights are there at a time
 constexpr int kResampleChain = 8;     // longer chains of sums lose what is small beside them
-constexpr int kResampleAhead = 4;     // taps of a column whose pixels are under way at once
+constexpr int kResampleAhead = 4;     // taps whose pixels are under way at once
 constexpr int kResampleLanes = 4;     // that make the weights of a row or column
 constexpr int kResamplePatch = 1024;  // sums down columns that a block holds, of each plane
 
@@ -58,9 +58,9 @@ __device__ __forceinline__ ResampleAxis<Real, Index> with_index(const ResampleAx
           axis.scale};
 }
 
-// Four threads for every row and column of a tile, `first` the first output of its axis: the taps,
-// and the weights of those from `chunk` on that are not below `begin`, as many as there is room
-// for. Returns how many taps there are.
+// By four threads for every row and column: the taps of output `output`, number n of the tile, and
+// the weights of those from tap `chunk` and input `begin` on, as many as there is room for. Returns
+// how many taps there are.
 template <class Real, class Index>
 __device__ __forceinline__ int fill_taps(ResampleTileAxis<Real>& tile,
                                          const TapAxis<Real, Index>& taps, int output, int n,
@@ -88,7 +88,7 @@ __device__ __forceinline__ int fill_taps(ResampleTileAxis<Real>& tile,
   return count;
 }
 
-// For each plane p the sum over k < count of weight(k) * pixel(k, p).
+// Adds to the sum of each plane p that of weight(k) * pixel(k, p) over k < count.
 template <class Real, class Weight, class Pixel>
 __device__ __forceinline__ void add_taps(Real (&sum)[kResamplePlanes<Real>], int count, Real none,
                                          const Weight& weight, const Pixel& pixel) {
@@ -141,13 +141,13 @@ __device__ __forceinline__ void sum_down(const Resample2dCudaParams<T, Real>& pa
   for (unsigned item = threadIdx.x; item < params.slots * slot_rows * row_columns;
        item += kResampleThreads) {
     const unsigned row = params.patch.quotient(item), slot = params.rows.quotient(row);
-    const auto x = static_cast<int>(x0 + item - row * row_columns);
+    const auto column = static_cast<int>(item - row * row_columns);
     const auto i = static_cast<int>(row - slot * slot_rows);
     const int first_plane = static_cast<int>(slot) * planes_of_slot;
-    if (x >= x1 || i >= rows || first_plane >= planes) continue;
+    if (column >= x1 - x0 || i >= rows || first_plane >= planes) continue;
     const T* source[planes_of_slot];  // what is not there is another plane's, and not stored
     source[0] = in + first_plane * in_plane +
-                int64_t{shared.axes[0].start[i] + chunk} * params.in_width + x;
+                int64_t{shared.axes[0].start[i] + chunk} * params.in_width + x0 + column;
     Real sum[planes_of_slot];
 #pragma unroll
     for (int p = 0; p < planes_of_slot; ++p) {
@@ -181,8 +181,8 @@ __device__ __forceinline__ void sum_along(Real (&sum)[kResamplePlanes<Real>],
       [&](int k, int p) { return shared.sums[p][place + k]; });
 }
 
-// kLong: sides may be long, windows may have more taps than there is room for, or a tile more
-// columns of the input.
+// kLong: an axis may be too long for 32 bits, a window may have more taps than there is room for, a
+// tile more columns of the input.
 template <class T, class Real, bool kLong>
 __global__ void __launch_bounds__(kResampleThreads,
                                   (sizeof(Real) == sizeof(double) ? 1 : 2) + (kLong ? 0 : 1))
@@ -212,18 +212,7 @@ __global__ void __launch_bounds__(kResampleThreads,
     }
     return longest;
   };
-  const int longest = fill(0, 0);
-  int longest_y = kResampleTaps, patch = static_cast<int>(params.patch.divisor);
-  bool refill = false;
-  if constexpr (kLong) {
-    if (__syncthreads_or(longest > kResampleTaps)) {
-      for (int i = 0; i < rows; ++i) longest_y = max(longest_y, shared.axes[0].count[i]);
-      patch = min(patch, kResampleTaps);
-      refill = true;
-    }
-  } else {
-    __syncthreads();
-  }
+  const bool has_more_taps = __syncthreads_or(fill(0, 0) > kResampleTaps) != 0;
   const int first_x = shared.axes[1].start[0];
   const int last_x = shared.axes[1].start[columns - 1] + shared.axes[1].count[columns - 1];
   ptx::griddepcontrol_wait();
@@ -249,11 +238,18 @@ __global__ void __launch_bounds__(kResampleThreads,
 #pragma unroll
     for (int p = 0; p < planes_of_slot; ++p) sum[p] = none;
     if constexpr (kLong) {
+      // All weights are there, and the patch holds all columns; or they are made for every part.
+      int longest_y = kResampleTaps, patch = last_x - first_x;
+      const bool refill = has_more_taps || patch > static_cast<int>(params.patch.divisor);
+      if (refill) {
+        for (int n = 0; n < rows; ++n) longest_y = max(longest_y, shared.axes[0].count[n]);
+        patch = min(static_cast<int>(params.patch.divisor), kResampleTaps);
+      }
 #pragma unroll 1
       for (int chunk = 0; chunk < longest_y; chunk += kResampleTaps) {
 #pragma unroll 1
-        for (int x0 = first_x; x0 < last_x; x0 += patch) {
-          const int x1 = min(x0 + patch, last_x);
+        for (int x0 = first_x, x1; x0 < last_x; x0 = x1) {
+          x1 = x0 + min(last_x - x0, patch);
           if (refill) {
             __syncthreads();
             fill(chunk, x0);
@@ -302,10 +298,9 @@ __global__ void __launch_bounds__(kResampleThreads, 3)
   const int64_t planes_of_slot = int64_t{params.rounds} * kResamplePlanes<Real>;
   const int64_t plane =
       (int64_t{params.tiles_y.quotient(row_of_tiles)} * params.slots + slot) * planes_of_slot;
-  if (static_cast<int>(slot) >= params.slots || static_cast<int>(i) >= params.out_height ||
-      static_cast<int>(j) >= params.out_width) {
-    return;
-  }
+  const auto height = static_cast<unsigned>(params.out_height);
+  const auto width = static_cast<unsigned>(params.out_width);
+  if (slot >= static_cast<unsigned>(params.slots) || i >= height || j >= width) return;
   const auto nearest = [](ResampleAxis<Real> axis, unsigned output) {
     axis.mode = ResampleMode::nearest;  // known to the compiler, too
     return resample_window(with_index<unsigned>(axis), output).start;
@@ -317,7 +312,7 @@ __global__ void __launch_bounds__(kResampleThreads, 3)
   const int64_t out_plane = int64_t{params.out_height} * params.out_width;
   const T* source =
       params.in + plane * in_plane + int64_t{nearest(params.axes[0], i)} * params.in_width;
-  T* target = params.out + plane * out_plane + int64_t{i} * params.out_width + j;
+  T* target = params.out + plane * out_plane + int64_t{i} * width + j;
   ptx::griddepcontrol_wait();
 #pragma unroll 1
   for (auto left = static_cast<int>(resample_min(params.planes - plane, planes_of_slot)); left > 0;
@@ -357,13 +352,13 @@ double resample_window_size(const TapAxis<Real>& taps) {
   }
 }
 
-// As many inputs as `outputs` outputs side by side have for taps at most. What the rounding of
-// coordinates adds is far less than 2^-18 of the image's side in float.
+// How many inputs `outputs` outputs side by side have for taps, at most: coordinates are rounded,
+// each of both ends less than eight times.
 template <class Real>
 int64_t resample_span(const TapAxis<Real>& taps, int64_t outputs) {
   const double scale = taps.axis.scale;
   const double rounding =
-      static_cast<double>(taps.axis.in_size) * (sizeof(Real) == sizeof(double) ? 0x1p-48 : 0x1p-20);
+      static_cast<double>(taps.axis.in_size) * (sizeof(Real) == sizeof(double) ? 0x1p-49 : 0x1p-20);
   const double window = resample_window_size(taps) + rounding;
   const auto steps = static_cast<double>(outputs - 1);
   const double length = taps.transposed ? (steps + window) / scale : steps * scale + window;
