@@ -11,26 +11,21 @@
 namespace flexvar {
 namespace {
 
-// With this many blocks a thread can take several planes and compute the weights once for them.
-constexpr int64_t kManyBlocks = 1024;
-constexpr int kPlanesPerThread = 4;
-
-template <class T, class Real>
-void launch(const Tensor& in, Tensor& out, const TapAxis<Real>& y, const TapAxis<Real>& x,
-            cudaStream_t stream, const char* op) {
-  Resample2dCudaParams<T, Real> params{static_cast<const T*>(in.const_data_ptr()),
-                                       static_cast<T*>(out.mutable_data_ptr()),
-                                       in.size(0) * in.size(1),
-                                       y,
-                                       x,
-                                       0,
-                                       0};
-  constexpr int planes = sizeof(Real) == sizeof(double) ? 1 : kPlanesPerThread;
-  int64_t blocks = plan_resample2d(params, planes);
-  const bool many = blocks >= kManyBlocks;
-  if (!many) blocks = plan_resample2d(params, 1);
-  const auto kernel = many ? resample2d_kernel<T, Real, planes> : resample2d_kernel<T, Real, 1>;
-  launch_kernel(op, stream, kernel, grid_size(blocks, op), kResampleThreads, 0, params);
+// Launches what choose(params, plan) returns, a kernel whose threads have `vector` pixels of a row.
+template <class T, class Real, class Choose>
+void launch(const Tensor& in, Tensor& out, const ResampleAxis<Real>& y, const ResampleAxis<Real>& x,
+            bool adjoint, int vector, const char* op, cudaStream_t stream, const Choose& choose) {
+  Resample2dCudaParams<T, Real> params{};
+  params.in = static_cast<const T*>(in.const_data_ptr());
+  params.out = static_cast<T*>(out.mutable_data_ptr());
+  params.planes = in.size(0) * in.size(1);
+  params.adjoint = adjoint;
+  params.axes[0] = y;
+  params.axes[1] = x;
+  const Resample2dPlan plan =
+      plan_resample2d(params, vector, device_attribute(cudaDevAttrMultiProcessorCount, op));
+  launch_overlapping(op, stream, choose(plan), grid_size(plan.blocks, op), kResampleThreads, 0,
+                     params);
 }
 
 Tensor run(const Tensor& t, int64_t height, int64_t width, const std::string& mode_name,
@@ -45,27 +40,40 @@ Tensor run(const Tensor& t, int64_t height, int64_t width, const std::string& mo
       empty_contiguous({t.size(0), t.size(1), height, width}, t.scalar_type(), device_of(t));
   if (out.numel() == 0) return out;
   const Tensor in = as_contiguous(t);
-  const auto axis = [&]<class Real>(Real, int64_t from, int64_t to) {
-    return TapAxis<Real>{adjoint ? make_resample_axis<Real>(mode, to, from)
-                                 : make_resample_axis<Real>(mode, from, to),
-                         adjoint};
+  const auto launch_as = [&]<class T, class Real>(T, Real, int vector, const auto& choose) {
+    const auto axis = [&](int64_t from, int64_t to) {
+      return adjoint ? make_resample_axis<Real>(mode, to, from)
+                     : make_resample_axis<Real>(mode, from, to);
+    };
+    launch<T, Real>(in, out, axis(in_height, height), axis(in_width, width), adjoint, vector, op,
+                    scope.stream(), choose);
   };
-  const auto launch_as = [&]<class T, class Real>(T, Real real) {
-    launch<T, Real>(in, out, axis(real, in_height, height), axis(real, in_width, width),
-                    scope.stream(), op);
+  const auto copy = [&]<class T, class Real>(T element, Real real) {
+    constexpr int vector = 16 / sizeof(T);
+    const bool whole = width % vector == 0;
+    launch_as(element, real, whole ? vector : 1, [whole](const Resample2dPlan&) {
+      return whole ? resample2d_nearest_kernel<T, Real, vector>
+                   : resample2d_nearest_kernel<T, Real, 1>;
+    });
   };
+  const auto sum = [&]<class T, class Real>(T element, Real real) {
+    launch_as(element, real, 1, [](const Resample2dPlan& plan) {
+      return plan.is_long ? resample2d_kernel<T, Real, true> : resample2d_kernel<T, Real, false>;
+    });
+  };
+  const bool copies = mode == ResampleMode::nearest && !adjoint;
   switch (element) {
     case Element::float32:
-      launch_as(float(), float());
+      copies ? copy(uint32_t(), float()) : sum(float(), float());
       break;
     case Element::float64:
-      launch_as(double(), double());
+      copies ? copy(uint64_t(), double()) : sum(double(), double());
       break;
     case Element::float16:
-      launch_as(__half(), float());
+      copies ? copy(uint16_t(), float()) : sum(__half(), float());
       break;
     case Element::bfloat16:
-      launch_as(__nv_bfloat16(), float());
+      copies ? copy(uint16_t(), float()) : sum(__nv_bfloat16(), float());
       break;
   }
   return out;
