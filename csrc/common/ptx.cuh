@@ -304,53 +304,81 @@ __device__ __forceinline__ uint32_t above_mask(uint32_t pair, uint32_t floor) {
 template <class T>
 class ListEnd {
  public:
+  // Lists that are appended to side by side. A thread waits for a store to have read its address
+  // before it moves that on, and these stores take their turns meanwhile.
+  static constexpr int kTogether = sizeof(T) == 4 ? 4 : 2;
+
+  ListEnd() = default;
   __device__ __forceinline__ explicit ListEnd(const T* place) : address_(shared_address(place)) {}
   __device__ __forceinline__ ListEnd behind(uint32_t elements) const {
     ListEnd end = *this;
     end.address_ += elements * static_cast<uint32_t>(sizeof(T));
     return end;
   }
-  // Of a word's one or two elements, those above the floor's.
-  __device__ __forceinline__ void append_above(uint32_t floor, uint32_t word) {
+  // Of each list's word of one or two elements, those above the floor's.
+  __device__ static __forceinline__ void append_above(ListEnd (&ends)[kTogether], uint32_t floor,
+                                                      const uint32_t (&words)[kTogether]) {
     if constexpr (sizeof(T) == 4) {
       asm volatile(
           "{\n"
-          ".reg .pred is_above;\n"
-          "setp.gt.f32 is_above, %1, %2;\n"
-          "@is_above st.shared.f32 [%0], %1;\n"
-          "@is_above add.u32 %0, %0, 4;\n"
+          ".reg .pred p0, p1, p2, p3;\n"
+          "setp.gt.f32 p0, %4, %8;\n"
+          "setp.gt.f32 p1, %5, %8;\n"
+          "setp.gt.f32 p2, %6, %8;\n"
+          "setp.gt.f32 p3, %7, %8;\n"
+          "@p0 st.shared.f32 [%0], %4;\n"
+          "@p1 st.shared.f32 [%1], %5;\n"
+          "@p2 st.shared.f32 [%2], %6;\n"
+          "@p3 st.shared.f32 [%3], %7;\n"
+          "@p0 add.u32 %0, %0, 4;\n"
+          "@p1 add.u32 %1, %1, 4;\n"
+          "@p2 add.u32 %2, %2, 4;\n"
+          "@p3 add.u32 %3, %3, 4;\n"
           "}\n"
-          : "+r"(address_)
-          : "f"(__uint_as_float(word)), "f"(__uint_as_float(floor))
+          : "+r"(ends[0].address_), "+r"(ends[1].address_), "+r"(ends[2].address_),
+            "+r"(ends[3].address_)
+          : "f"(__uint_as_float(words[0])), "f"(__uint_as_float(words[1])),
+            "f"(__uint_as_float(words[2])), "f"(__uint_as_float(words[3])),
+            "f"(__uint_as_float(floor))
           : "memory");
     } else {
-#define FLEXVAR_APPEND_PAIR(compare, other) \
-  asm volatile(                             \
-      "{\n"                                 \
-      ".reg .pred first, second;\n"         \
-      ".reg .b32 bit;\n"                    \
-      ".reg .b16 low, high;\n"              \
-      "mov.b32 {low, high}, %1;\n" compare  \
-      "@first st.shared.b16 [%0], low;\n"   \
-      "@first add.u32 %0, %0, 2;\n"         \
-      "@second st.shared.b16 [%0], high;\n" \
-      "@second add.u32 %0, %0, 2;\n"        \
-      "}\n"                                 \
-      : "+r"(address_)                      \
-      : "r"(word), "r"(other)               \
+#define FLEXVAR_APPEND_PAIRS(compare, other0, other1)          \
+  asm volatile(                                                \
+      "{\n"                                                    \
+      ".reg .pred first0, second0, first1, second1;\n"         \
+      ".reg .b32 bit;\n"                                       \
+      ".reg .b16 low0, high0, low1, high1;\n"                  \
+      "mov.b32 {low0, high0}, %2;\n"                           \
+      "mov.b32 {low1, high1}, %3;\n" compare                   \
+      "@first0 st.shared.b16 [%0], low0;\n"                    \
+      "@first1 st.shared.b16 [%1], low1;\n"                    \
+      "@first0 add.u32 %0, %0, 2;\n"                           \
+      "@first1 add.u32 %1, %1, 2;\n"                           \
+      "@second0 st.shared.b16 [%0], high0;\n"                  \
+      "@second1 st.shared.b16 [%1], high1;\n"                  \
+      "@second0 add.u32 %0, %0, 2;\n"                          \
+      "@second1 add.u32 %1, %1, 2;\n"                          \
+      "}\n"                                                    \
+      : "+r"(ends[0].address_), "+r"(ends[1].address_)         \
+      : "r"(words[0]), "r"(words[1]), "r"(other0), "r"(other1) \
       : "memory")
       if constexpr (std::is_same_v<T, __half>) {
-        FLEXVAR_APPEND_PAIR("setp.gt.f16x2 first|second, %1, %2;\n", floor);
+        FLEXVAR_APPEND_PAIRS(
+            "setp.gt.f16x2 first0|second0, %2, %4;\nsetp.gt.f16x2 first1|second1, %3, %5;\n", floor,
+            floor);
       } else {
 #if __CUDA_ARCH__ >= 900
-        FLEXVAR_APPEND_PAIR("setp.gt.bf16x2 first|second, %1, %2;\n", floor);
+        FLEXVAR_APPEND_PAIRS(
+            "setp.gt.bf16x2 first0|second0, %2, %4;\nsetp.gt.bf16x2 first1|second1, %3, %5;\n",
+            floor, floor);
 #else
-        FLEXVAR_APPEND_PAIR(
-            "and.b32 bit, %2, 1;\nsetp.ne.u32 first, bit, 0;\nsetp.lt.s32 second, %2, 0;\n",
-            above_mask<T>(word, floor));
+        FLEXVAR_APPEND_PAIRS(
+            "and.b32 bit, %4, 1;\nsetp.ne.u32 first0, bit, 0;\nsetp.lt.s32 second0, %4, 0;\n"
+            "and.b32 bit, %5, 1;\nsetp.ne.u32 first1, bit, 0;\nsetp.lt.s32 second1, %5, 0;\n",
+            above_mask<T>(words[0], floor), above_mask<T>(words[1], floor));
 #endif
       }
-#undef FLEXVAR_APPEND_PAIR
+#undef FLEXVAR_APPEND_PAIRS
     }
   }
 

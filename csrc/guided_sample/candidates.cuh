@@ -15,19 +15,14 @@ struct PivotSample {
   LogitPiece<T> pieces[kPivotSample / 128];
 };
 
-// The part of a row's sample that falls to a lane of the warp that calls this. kAligned: the row
-// begins at a multiple of a piece's size.
-template <bool kAligned = false, class T>
+// The part of a row's sample that falls to a lane of the warp that calls this.
+template <class T>
 __device__ inline PivotSample<T> load_pivot_sample(const T* logits, int32_t n) {
   PivotSample<T> sample;
 #pragma unroll
   for (int i = 0; i < kPivotSample / 128; ++i) {
     const auto place = (i * 32 + static_cast<int32_t>(threadIdx.x) % 32) * (n / (kPivotSample / 4));
-    if (kAligned) {  // a row that is sampled has 1,024 logits or more: all pieces are whole
-      sample.pieces[i] = *reinterpret_cast<const LogitPiece<T>*>(logits + (place & ~3));
-    } else {
-      sample.pieces[i] = load_piece(logits, n, place & ~3);
-    }
+    sample.pieces[i] = load_piece(logits, n, place & ~3);
   }
   return sample;
 }

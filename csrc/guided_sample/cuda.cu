@@ -69,14 +69,14 @@ template <class T>
 bool launch_warps(GuidedSampleCudaParams<T> params, int64_t multiprocessors, cudaStream_t stream) {
   constexpr int64_t kRowsPerMultiprocessor = 8;
   const int32_t n = params.vocabulary;
-  const int32_t rank = guided_sample_pivot_rank(n, params.top_k, params.top_p, 2);
+  const int32_t rank = guided_sample_pivot_rank(n, params.top_k, params.top_p, kStretch, 2);
   if (rank == 0 || n % 8 != 0 || n > kMostStretches * kStretch ||
       reinterpret_cast<uintptr_t>(params.logits) % 16 != 0 ||
       params.rows < kRowsPerMultiprocessor * multiprocessors) {
     return false;
   }
   params.pivot_rank = rank;
-  params.capacity = guided_sample_capacity(n, rank, params.top_k);
+  params.capacity = guided_sample_capacity(n, rank, params.top_k, kStretch);
   launch_kernel(kOp, stream, guided_sample_warp_kernel<T>, params.rows, 32,
                 sizeof(WarpRowStorage) + sizeof(T) * params.capacity, params);
   return true;
@@ -116,7 +116,7 @@ Tensor guided_sample_cuda(const Tensor& logits, int64_t top_k, double top_p, con
               {nullptr, seed.const_data_ptr<int64_t>(), id.const_data_ptr<int64_t>(),
                tokens.mutable_data_ptr<int64_t>(), step, top_p, grid_size(rows, kOp),
                static_cast<uint32_t>(length), static_cast<int32_t>(vocabulary), kept,
-               guided_sample_pivot_rank(vocabulary, kept, top_p, 3.5), 0, 0, false},
+               guided_sample_pivot_rank(vocabulary, kept, top_p, kPivotSample, 3.5), 0, 0, false},
               scope.stream());
   };
   if (x.scalar_type() == ScalarType::Half) {

@@ -83,14 +83,14 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? small_blocks() : s
     if (threadIdx.x % 32 == 0) shared.pivot = pivot;
   };
 
-  if (params.only_left) {
-    ptx::griddepcontrol_wait();
-    find_left_rows(params, shared);
-  }
   clear_bins<kThreads>(shared);
   const int32_t resident_size = params.pieces * 4 * kThreads;
   for (auto i = n + static_cast<int32_t>(threadIdx.x); i < resident_size; i += kThreads) {
     resident[i] = from_float<T>(-INFINITY);
+  }
+  if (params.only_left) {
+    ptx::griddepcontrol_wait();
+    find_left_rows(params, shared);
   }
   bool is_there = false;
 #pragma unroll 1

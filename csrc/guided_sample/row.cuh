@@ -13,6 +13,7 @@ constexpr int kSamplePieces = 9;   // of four logits: the most of a row that fal
 constexpr int kPivotSample = 512;  // logits that the pivot is estimated from
 constexpr int kPivotSlack = 5;     // how many more of these may be above it
 constexpr int kMaxCandidates = 2016;
+constexpr double kRoomDeviations = 2.5;  // of the candidates that a warp alone has room for
 // For each warp's candidates. A row may fill 14 of 16 warps, which then have about 100 each, and
 // one of them in a few hundred rows more than 160. For more of 8 warps' there is no shared memory.
 template <int kWarps>
@@ -51,25 +52,25 @@ inline int32_t guided_sample_pieces(int64_t vocabulary, int threads) {
 // The pivot's place in the sample of a row, from the largest: such that at least top_k logits are
 // above it, but for rows that deviate from the mean by more than so many standard deviations. 0: no
 // pivot, because all logits matter or candidates would be too many.
-inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p,
+inline int32_t guided_sample_pivot_rank(int64_t vocabulary, int64_t top_k, double top_p, int sample,
                                         double deviations) {
   const bool nucleus = top_p > 0 && top_p < 1;
   if ((top_k == 0 && !nucleus) || vocabulary < 2 * kPivotSample) return 0;
   const auto size = static_cast<double>(vocabulary);
   if (top_k == 0) {  // as many candidates as there is room for, mostly
-    return static_cast<int32_t>(kPivotSample * fmin(0.7 * kMaxCandidates / size, 0.9));
+    return static_cast<int32_t>(sample * fmin(0.7 * kMaxCandidates / size, 0.9));
   }
   const double share = static_cast<double>(top_k) / size;
-  const double deviation = std::sqrt(kPivotSample * share * (1 - share));
-  const double rank = kPivotSample * share + deviations * deviation + 2;
-  const double most = (rank + kPivotSlack + 2.5 * deviation) / kPivotSample * size;
+  const double deviation = std::sqrt(sample * share * (1 - share));
+  const double rank = sample * share + deviations * deviation + 2;
+  const double most = (rank + kPivotSlack + 2.5 * deviation) / sample * size;
   return most <= kMaxCandidates ? static_cast<int32_t>(rank) : 0;
 }
 
 // Room for the candidates above such a pivot of most rows: an odd multiple of 64.
-inline int32_t guided_sample_capacity(int64_t vocabulary, int32_t rank, int64_t top_k) {
-  const double most = rank + kPivotSlack + 2 * std::sqrt(rank);
-  const double candidates = fmax(576, most / kPivotSample * static_cast<double>(vocabulary));
+inline int32_t guided_sample_capacity(int64_t vocabulary, int32_t rank, int64_t top_k, int sample) {
+  const double most = rank + kPivotSlack + kRoomDeviations * std::sqrt(rank);
+  const double candidates = fmax(576, most / sample * static_cast<double>(vocabulary));
   const auto room =
       static_cast<int32_t>(top_k == 0 ? kMaxCandidates : fmin(candidates, kMaxCandidates));
   return ((room / 64 - 1) | 1) * 64;

@@ -219,9 +219,18 @@ uint32_t above_mask(uint32_t pair, uint32_t floor) {
 template <class T>
 class ListEnd {
  public:
+  static constexpr int kTogether = sizeof(T) == 4 ? 4 : 2;
+
+  ListEnd() = default;
   explicit ListEnd(T* place) : place_(place) {}
   ListEnd behind(uint32_t elements) const { return ListEnd(place_ + elements); }
-  void append_above(uint32_t floor, uint32_t word) {
+  static void append_above(ListEnd (&ends)[kTogether], uint32_t floor,
+                           const uint32_t (&words)[kTogether]) {
+    for (int list = 0; list < kTogether; ++list) ends[list].append(floor, words[list]);
+  }
+
+ private:
+  void append(uint32_t floor, uint32_t word) {
     if constexpr (sizeof(T) == 4) {
       if (std::bit_cast<T>(word) > std::bit_cast<T>(floor)) *place_++ = std::bit_cast<T>(word);
     } else {
@@ -231,7 +240,6 @@ class ListEnd {
     }
   }
 
- private:
   T* place_;
 };
 

@@ -51,9 +51,10 @@ def test_candidates_of_a_large_vocabulary(launch_once, dtype, top_k, top_p, mult
 
 
 def misleading_rows():
-    """Rows of which the sample of every 17th logit tells nothing, and rows with crowds at the threshold."""
+    """Rows of which a sample tells nothing, that of every 17th logit or the first, and rows with crowds at the
+    threshold."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 9, 8912, generator=generator)
+    noise = torch.randn(2, 12, 8912, generator=generator)
     sampled = torch.zeros(8912, dtype=torch.bool)
     sampled[torch.arange(512) * 8912 // 512] = True
     noise[:, 0] = torch.where(sampled, noise[:, 0] + 10, noise[:, 0])  # too few are above the pivot
@@ -65,6 +66,9 @@ def misleading_rows():
     noise[:, 6] = (8 * noise[:, 6]).round() / 8  # bins of more than 32 candidates: one value many times
     noise[:, 7, 5000] = 1000  # all other candidates in few bins
     noise[:, 8] = noise[:, 8].sort(descending=True).values  # one warp has all candidates
+    noise[:, 9, :1024] = torch.nan  # the first logits tell nothing
+    noise[:, 10, :1024] = -torch.inf
+    noise[:, 11, :1024] = 7
     return noise
 
 
@@ -95,12 +99,18 @@ def test_sorted_rows(launch_once, dtype, descending, top_k, top_p):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(900, 0.0), (900, 0.95), (0, 0.95)])
 @pytest.mark.parametrize("shift", [-4, -0.9, 0.9, 4])
-def test_second_pivot(launch_once, shift, top_k, top_p):
-    """The sample is off by so much that its first pivot has too few or too many logits above it; or the second too."""
+@pytest.mark.parametrize(("dtype", "both"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_second_pivot(launch_once, dtype, both, shift, top_k, top_p):
+    """A warp's sample, the row's first 1,024 logits, is off by so much that too few or too many are above its pivot; or
+    the sample of the second try, units of 16 bytes at equal distances, is off as well."""
     logits = 3 * torch.randn(2, 8, 8912, generator=torch.Generator().manual_seed(top_k))
-    pieces = torch.arange(128) * (8912 // 128) // 4 * 4
-    logits[..., (pieces[:, None] + torch.arange(4)).flatten()] += shift
-    check(launch_once, logits, top_k, top_p, multiprocessors=1)
+    logits[..., :1024] += shift
+    if both:
+        unit = 16 // dtype.itemsize
+        begins = torch.arange(1024 // unit) * (8912 // (1024 // unit)) // unit * unit
+        begins = begins[begins >= 1024]
+        logits[..., (begins[:, None] + torch.arange(unit)).flatten()] += shift
+    check(launch_once, logits.to(dtype), top_k, top_p, multiprocessors=1)
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
