@@ -356,10 +356,10 @@ __global__ void __launch_bounds__(kNormMaxBackwardThreads)
     const int64_t number = group * params.rows_per_group + begin + r, offset = number * columns;
     const int64_t image = number / params.rows_per_image;
     uint32_t words[kItems], grad_words[kItems], y_words[kItems], branch_words[kItems];
-    float row[kItems], grad[kItems], scale[kItems];
+    float row[kItems], grad[kItems], scaled[kItems];  // by scale: first that itself
     load_words<kVector>(words, params.x, params.x_element, offset, columns);
     load_words<kVector>(grad_words, params.grad_out, params.grad_element, offset, columns);
-    load_vector<kVector>(scale, params.scale, image, columns);
+    load_vector<kVector>(scaled, params.scale, image, columns);
     if constexpr (kResidual) {
       load_words<kVector>(y_words, params.grad_y, params.grad_y_element, offset, columns);
       load_words<kVector>(branch_words, params.branch, params.branch_element, offset, columns);
@@ -383,9 +383,9 @@ __global__ void __launch_bounds__(kNormMaxBackwardThreads)
         row[i + j] -= mean;
         sums.x += row[i + j];
         sums.y = fmaf(row[i + j], row[i + j], sums.y);
-        const float scaled = grad[i + j] * scale[i + j];
-        sums.z += scaled;
-        sums.w = fmaf(scaled, row[i + j], sums.w);
+        scaled[i + j] *= grad[i + j];
+        sums.z += scaled[i + j];
+        sums.w = fmaf(scaled[i + j], row[i + j], sums.w);
       }
     });
     sums = block_sum(sums, shared.sums);
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kNormMaxBackwardThreads)
         const float norm = fmaf(row[i + j], to.factor, to.offset);
         of_scale.element[j] = fmaf(grad[i + j], norm, of_scale.element[j]);
         of_shift.element[j] += grad[i + j];
-        grad[i + j] = (grad[i + j] * scale[i + j] - mean_grad - norm * projection) * to.factor;
+        grad[i + j] = (scaled[i + j] - mean_grad - norm * projection) * to.factor;
       }
       sums_at(0, column) = of_scale;
       sums_at(1, column) = of_shift;

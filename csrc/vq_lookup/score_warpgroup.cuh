@@ -70,10 +70,7 @@ __device__ __forceinline__ void vq_chunk_maxima(const float (&products)[16][4],
   }
 }
 
-// A block scores a run of row tiles against the codes, kVqWarpgroupRows rows at a time. Its two
-// warpgroups take turns at maxima, so that one has its products made while the other is at its
-// maxima: left to themselves all warps come to wait for products together, and then want the
-// arithmetic units together.
+// A block scores a run of row tiles against the codes, kVqWarpgroupRows rows at a time.
 template <int kSteps>
 __global__ void __launch_bounds__(vq_warpgroup_threads<kSteps>(), kVqWarpgroupBlocks)
     vq_score_warpgroup_kernel(VqProblem problem, VqWorkspace workspace) {
@@ -85,8 +82,6 @@ __global__ void __launch_bounds__(vq_warpgroup_threads<kSteps>(), kVqWarpgroupBl
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   const int own_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;  // of a square
-  const auto turn_of = [](int which) { return 1 + which; };                    // a named barrier
-  if (warpgroup == 1) ptx::barrier_arrive(turn_of(0), kVqWarpgroupThreads);
   VqRun run(problem);
   int next_stage = run.stage;
   int buffer = 0;
@@ -126,50 +121,44 @@ __global__ void __launch_bounds__(vq_warpgroup_threads<kSteps>(), kVqWarpgroupBl
 #pragma unroll
       for (int square = 0; square < kVqSquares; ++square) {
         const int square_row = (warpgroup * kVqSquares + square) * 64;
-        const bool is_there = first_row + square_row < problem.num_latents;
+        if (first_row + square_row >= problem.num_latents) continue;
         float products[16][4];
-        if (is_there) {
-          ptx::warpgroup_begin();
+        ptx::warpgroup_begin();
 #pragma unroll
-          for (int k = 0; k < kSteps; ++k) {
-            const ptx::ChunkedMatrix<__half> left{shared.latents[k * 2][square_row],
-                                                  Storage::kRows * 8, 64};
-            const ptx::ChunkedMatrix<__half> right{shared.codes[buffer][k * 2][0],
-                                                   Storage::kCodes * 8, 64};
-            if (k == 0) {
-              ptx::warpgroup_multiply<false>(products, left, right);
-            } else {
-              ptx::warpgroup_multiply<true>(products, left, right);
-            }
-          }
-          ptx::warpgroup_end();
-          ptx::hold_registers(products);
-        }
-        ptx::barrier_sync(turn_of(warpgroup), kVqWarpgroupThreads);
-        if (is_there) {
-          float start = kVqUnitStart;
-          if (!unit) {
-            start = 0;
-#pragma unroll
-            for (int n = 0; n < 16; ++n) {
-              const float* two = workspace.start_of(first_code + n * 8 + lane % 4 * 2);
-#pragma unroll
-              for (int i = 0; i < 4; ++i) products[n][i] += two[i % 2];
-            }
-          }
-          float maxima[kVqChunksPerStage][2];
-          vq_chunk_maxima<0>(products, maxima[0]);
-          vq_chunk_maxima<1>(products, maxima[1]);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int chunk = 0; chunk < kVqChunksPerStage; ++chunk) {
-              vq_insert(tops[square][half], maxima[chunk][half] + start,
-                        stage * kVqChunksPerStage + chunk);
-            }
+        for (int k = 0; k < kSteps; ++k) {
+          const ptx::ChunkedMatrix<__half> left{shared.latents[k * 2][square_row],
+                                                Storage::kRows * 8, 64};
+          const ptx::ChunkedMatrix<__half> right{shared.codes[buffer][k * 2][0],
+                                                 Storage::kCodes * 8, 64};
+          if (k == 0) {
+            ptx::warpgroup_multiply<false>(products, left, right);
+          } else {
+            ptx::warpgroup_multiply<true>(products, left, right);
           }
         }
-        ptx::barrier_arrive(turn_of(1 - warpgroup), kVqWarpgroupThreads);
+        ptx::warpgroup_end();
+        ptx::hold_registers(products);
+        float start = kVqUnitStart;
+        if (!unit) {
+          start = 0;
+#pragma unroll
+          for (int n = 0; n < 16; ++n) {
+            const float* two = workspace.start_of(first_code + n * 8 + lane % 4 * 2);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) products[n][i] += two[i % 2];
+          }
+        }
+        float maxima[kVqChunksPerStage][2];
+        vq_chunk_maxima<0>(products, maxima[0]);
+        vq_chunk_maxima<1>(products, maxima[1]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int chunk = 0; chunk < kVqChunksPerStage; ++chunk) {
+            vq_insert(tops[square][half], maxima[chunk][half] + start,
+                      stage * kVqChunksPerStage + chunk);
+          }
+        }
       }
       buffer ^= 1;
     }
@@ -185,7 +174,6 @@ __global__ void __launch_bounds__(vq_warpgroup_threads<kSteps>(), kVqWarpgroupBl
       }
     }
   }
-  if (warpgroup == 0) ptx::barrier_sync(turn_of(0), kVqWarpgroupThreads);  // the last one's
 }
 
 }  // namespace flexvar
