@@ -181,6 +181,8 @@ def works() -> list[Work]:
         vq_lookup(43520, 8192, 32),
         replace(vq_lookup(64 * tokens, 8912, 32), op="vq_lookup_multiscale", case="64 images, 10 scales"),
         Work("resample2d", "64 × 32 × 16² → 8², area", bytes=image * (256 + 64)),
+        Work("resample2d", "4 × 128 × 64² → 128², nearest", bytes=4 * 4 * 128 * (64**2 + 128**2)),
+        Work("resample2d", "4 × 3 × 640 × 480 → 256², antialiased", bytes=4 * 4 * 3 * (640 * 480 + 256**2)),
         Work("embed_resample", "64 × 13² → 16², bicubic", bytes=image * 256 + 64 * 169 * 8 + 8912 * 32 * 4),
         attention(f"batch 64, {tokens} tokens, head dim 64", 64, 16, 64, tokens, tokens, pairs),
         attention(
