@@ -141,9 +141,9 @@ def linear_few_rows(rows: int, depth: int, columns: int) -> Work:
 
 
 def guided_sample(dtype: str, size: int) -> Work:
-    """Top-k 900 and top-p 0.95 of 16,384 rows, about 6,100 instructions of a warp for each, as counted: the pivot, a list
-    of the 1,100 logits above it, their weights and counts, the cut and the draw. A second launch takes the rows that a
-    warp cannot sample.
+    """Top-k 900 and top-p 0.95 of 16,384 rows, about 6,100 instructions of a warp for each, as counted: the pivot, a
+    list of the 1,100 logits above it, their weights and counts, the cut and the draw. A second launch takes the rows
+    that a warp cannot sample.
     """
     rows, vocabulary = 16384, 8912
     return Work(
