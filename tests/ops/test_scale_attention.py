@@ -154,9 +154,10 @@ def test_repeats_are_bit_equal(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(device, dtype):
+@pytest.mark.parametrize("dim", [32, 64])  # Hopper's copy engine brings rows of 64
+def test_layouts(device, dim, dtype):
     lengths = [1, 4, 30]
-    plain = [tensor.contiguous() for tensor in make_qkv(2, 35, 4, 32, dtype, device)]
+    plain = [tensor.contiguous() for tensor in make_qkv(2, 35, 4, dim, dtype, device)]
     expected = flexvar_ext.scale_attention(*plain, lengths)
     head_major = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in plain]
     dim_strided = [torch.stack((tensor, tensor), dim=-1)[..., 0] for tensor in plain]
@@ -167,19 +168,22 @@ def test_layouts(device, dtype):
     for variant in (head_major, dim_strided, shifted):
         assert torch.equal(flexvar_ext.scale_attention(*variant, lengths), expected)
     q, k, v = plain
-    shared = k[:, :, :1].expand_as(k)
-    assert torch.equal(
-        flexvar_ext.scale_attention(q, shared, v, lengths),
-        flexvar_ext.scale_attention(q, shared.contiguous(), v, lengths),
-    )
+    for shared in (k[:, :, :1].expand_as(k), k[:1].expand_as(k)):
+        assert torch.equal(
+            flexvar_ext.scale_attention(q, shared, v, lengths),
+            flexvar_ext.scale_attention(q, shared.contiguous(), v, lengths),
+        )
 
 
-def test_gradients_of_other_layouts(device):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [32, 64])
+def test_gradients_of_other_layouts(device, dim, dtype):
     lengths = [1, 4, 30]
-    q, k, v = leaves(*make_qkv(2, 35, 4, 32, torch.float32, device))
+    q, k, v = leaves(*make_qkv(2, 35, 4, dim, dtype, device))
     out = flexvar_ext.scale_attention(q, k, v, lengths)
-    dense = torch.randn(2, 4, 35, 32, device=device)
-    for grad_out in (torch.ones((), device=device).expand_as(out), dense.transpose(1, 2)):
+    dense = torch.randn(2, 4, 35, dim, device=device).to(dtype).transpose(1, 2)
+    one = torch.ones((), dtype=dtype, device=device)
+    for grad_out in (one.expand_as(out), dense, dense[:1].expand_as(out), dense[:, :, :1].expand_as(out)):
         native = torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
         contiguous = torch.autograd.grad(out, (q, k, v), grad_out.contiguous(), retain_graph=True)
         assert all(map(torch.equal, native, contiguous))
