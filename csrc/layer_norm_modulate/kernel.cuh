@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kNormMaxBackwardThreads)
       load_words<kVector>(y_words, params.grad_y, params.grad_y_element, offset, columns);
       load_words<kVector>(branch_words, params.branch, params.branch_element, offset, columns);
     }
-    if (r + 1 < rows) {
+    if (kVector > 1 && r + 1 < rows) {  // single elements have too many addresses
       const int64_t next = offset + columns;
       prefetch_row<kVector, kItems>(params.x, params.x_element, next, columns);
       prefetch_row<kVector, kItems>(params.grad_out, params.grad_element, next, columns);
