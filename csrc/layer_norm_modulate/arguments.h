@@ -29,10 +29,6 @@ class ImageVectors {
   Tensor tensor_;
 };
 
-inline void check_same_count(const ImageVectors& gate, const ImageVectors& scale, const char* op) {
-  STD_TORCH_CHECK(gate.count() == scale.count(), op, ": gate must have the shape of scale");
-}
-
 inline void check_tokens(const Tensor& x, const char* op) {
   check_rank(x, 3, op, "x");
   float_element(x.scalar_type(), op, "x");
@@ -49,5 +45,28 @@ inline Tensor like_tokens(const Tensor& given, const Tensor& x, const char* op, 
   }
   return as_contiguous(given);
 }
+
+// For the gradients of vectors.
+inline Tensor zero_vectors(const Tensor& x, int64_t count) {
+  return torch::stable::new_zeros(x, {count, 1, x.size(2)}, ScalarType::Float);
+}
+
+// What the gradients of y = x + gate * branch and LN(y) * scale + shift are made from.
+struct ResidualGradientInputs {
+  ResidualGradientInputs(const Tensor& grad_y_in, const Tensor& grad_in, const Tensor& y_in,
+                         const Tensor& branch_in, const Tensor& gate_in, const Tensor& scale_in,
+                         const char* op)
+      : y(as_contiguous(y_in)),
+        grad_y(like_tokens(grad_y_in, y, op, "grad_y")),
+        grad(like_tokens(grad_in, y, op, "grad_out")),
+        branch(like_tokens(branch_in, y, op, "branch")),
+        gate(gate_in, y, op, "gate"),
+        scale(scale_in, y, op, "scale") {
+    STD_TORCH_CHECK(gate.count() == scale.count(), op, ": gate must have the shape of scale");
+  }
+
+  const Tensor y, grad_y, grad, branch;
+  const ImageVectors gate, scale;
+};
 
 }  // namespace flexvar

@@ -93,10 +93,6 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cpu(
   return {y, out};
 }
 
-Tensor zero_vectors(const Tensor& x, int64_t count) {
-  return torch::stable::new_zeros(x, {count, 1, x.size(2)}, ScalarType::Float);
-}
-
 LayerNormModulateBackwardParams backward_params(const Tensor& grad, const Tensor& x,
                                                 const ImageVectors& scale, Tensor& grad_x,
                                                 double eps, const char* op) {
@@ -170,12 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_modulate_
     const Tensor& gate_in, const Tensor& scale_in, double eps) {
   const char* op = "residual_layer_norm_modulate_backward";
   check_tokens(y_in, op);
-  const Tensor y = as_contiguous(y_in);
-  const Tensor grad_y = like_tokens(grad_y_in, y, op, "grad_y");
-  const Tensor grad = like_tokens(grad_in, y, op, "grad_out");
-  const Tensor branch = like_tokens(branch_in, y, op, "branch");
-  const ImageVectors gate(gate_in, y, op, "gate"), scale(scale_in, y, op, "scale");
-  check_same_count(gate, scale, op);
+  const ResidualGradientInputs given(grad_y_in, grad_in, y_in, branch_in, gate_in, scale_in, op);
+  const auto& [y, grad_y, grad, branch, gate, scale] = given;
   const int64_t groups = scale.count();
   Tensor grad_x = empty_cpu({y.size(0), y.size(1), y.size(2)}, y.scalar_type());
   Tensor grad_branch = empty_cpu({y.size(0), y.size(1), y.size(2)}, branch.scalar_type());

@@ -111,10 +111,6 @@ std::tuple<Tensor, Tensor> residual_layer_norm_modulate_cuda(
   return {y, out};
 }
 
-Tensor zero_vectors(const Tensor& x, int64_t count) {
-  return torch::stable::new_zeros(x, {count, 1, x.size(2)}, ScalarType::Float);
-}
-
 LayerNormModulateBackwardCudaParams backward_params(const Tensor& grad, const Tensor& x,
                                                     const ImageVectors& scale, Tensor& grad_x,
                                                     double eps, const char* op) {
@@ -193,12 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_modulate_
   check_tokens(y_in, op);
   check_columns(y_in, op);
   const CudaScope scope(y_in);
-  const Tensor y = as_contiguous(y_in);
-  const Tensor grad_y = like_tokens(grad_y_in, y, op, "grad_y");
-  const Tensor grad = like_tokens(grad_in, y, op, "grad_out");
-  const Tensor branch = like_tokens(branch_in, y, op, "branch");
-  const ImageVectors gate(gate_in, y, op, "gate"), scale(scale_in, y, op, "scale");
-  check_same_count(gate, scale, op);
+  const ResidualGradientInputs given(grad_y_in, grad_in, y_in, branch_in, gate_in, scale_in, op);
+  const auto& [y, grad_y, grad, branch, gate, scale] = given;
   const std::vector<int64_t> shape{y.size(0), y.size(1), y.size(2)};
   Tensor grad_x = empty_contiguous(shape, y.scalar_type(), device_of(y));
   Tensor grad_branch = empty_contiguous(shape, branch.scalar_type(), device_of(y));
