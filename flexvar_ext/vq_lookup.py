@@ -10,6 +10,8 @@ from torch import Tensor
 from flexvar_ext._checks import alike, check_bool, check_same_device, check_tensor
 from flexvar_ext._registration import register_autocast
 
+_CHECKED = torch.ops.flexvar.vq_lookup_checked.default
+
 
 def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tensor:
     """Index of the nearest code by Euclidean distance, the lowest index on ties.
@@ -33,12 +35,12 @@ def vq_lookup(latents: Tensor, codebook: Tensor, *, normalize: bool = True) -> T
     """
     check_lookup_arguments("vq_lookup", "latents", "[N, C]", latents, codebook)
     check_bool("vq_lookup", "normalize", normalize)
-    x, codes = latents.float(), codebook.float()
+    x, codes = in_float32(latents), in_float32(codebook)
     if not is_readable(codebook):
         unchecked: Tensor = torch.ops.flexvar.vq_lookup(x, codes, normalize)
         return unchecked
     result: Tensor
-    result, codebook_is_finite = torch.ops.flexvar.vq_lookup_checked(x, codes, normalize)
+    result, codebook_is_finite = _CHECKED(x, codes, normalize)
     if not codebook_is_finite:
         raise_not_finite("vq_lookup", codebook)
     return result
@@ -58,6 +60,10 @@ def check_lookup_arguments(op: str, name: str, layout: str, latents: Tensor, cod
             f"{op}: codebook must have shape [V, C] with C = {latents.shape[1]} >= 1 as in {name}, "
             f"got {tuple(codebook.shape)}"
         )
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 def is_readable(codebook: Tensor) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor
 from flexvar_ext._checks import check_bool, check_choice, check_size
 from flexvar_ext._registration import register_autocast
 from flexvar_ext.resample2d import MODES
-from flexvar_ext.vq_lookup import check_lookup_arguments, is_readable, raise_not_finite
+from flexvar_ext.vq_lookup import check_lookup_arguments, in_float32, is_readable, raise_not_finite
 
 _OP = "vq_lookup_multiscale"
+_CHECKED = torch.ops.flexvar.vq_lookup_multiscale_checked.default
 _MAX_TOKENS = 2**31  # 16 GiB of indices, more than a batch has: a mistyped size is refused rather than allocated
 
 
@@ -59,12 +60,12 @@ def vq_lookup_multiscale(
             f"{_OP}: scales must have fewer than 2**31 tokens, all images together, got {tokens} in {len(heights)} "
             f"scales of {latent.shape[0]} images"
         )
-    arguments = latent.float(), codebook.float(), heights, widths, normalize, mode, antialias
+    arguments = in_float32(latent), in_float32(codebook), heights, widths, normalize, mode, antialias
     if not is_readable(codebook):
         unchecked: Tensor = torch.ops.flexvar.vq_lookup_multiscale(*arguments)
         return unchecked
     result: Tensor
-    result, codebook_is_finite = torch.ops.flexvar.vq_lookup_multiscale_checked(*arguments)
+    result, codebook_is_finite = _CHECKED(*arguments)
     if not codebook_is_finite:
         raise_not_finite(_OP, codebook)
     return result

@@ -4,6 +4,7 @@
 
 #include "vq_lookup/cpu_exact.h"
 #include "vq_lookup/cpu_tiles.h"
+#include "vq_lookup/cpu_units.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
@@ -43,6 +44,9 @@ inline unsigned reaching(IntLanes v, int32_t threshold) {
   return _mm512_cmpge_epi32_mask((__m512i)v, _mm512_set1_epi32(threshold));
 }
 #else
+inline unsigned reaching(Vector<float> v, float threshold) {
+  return _mm256_movemask_ps((__m256)(v < threshold)) ^ 0xff;
+}
 inline unsigned reaching(IntLanes v, int32_t threshold) {
   return _mm256_movemask_ps((__m256)(v >= threshold));
 }
@@ -117,26 +121,102 @@ __attribute__((noinline)) void add_candidates(const Tiles& tiles, int64_t n, int
   }
 }
 
+// The one of kCodes codes from `first` on that is the nearest to the unit vector x by more than
+// float errs, or -1.
+template <int64_t kCodes>
+inline int64_t only_nearest(const VqLookupParams& params, const float* x, int64_t first) {
+  constexpr int64_t lanes = kFloatLanes, parts = kCodes / lanes;
+  if constexpr (kCodes % lanes != 0) return -1;
+  if (!params.normalize || first + kCodes > params.num_codes) return -1;
+  // Twice a score's error: that of its dot product, of the code, and of |e|²/2 beside 1/2.
+  const double error = unit_error(params.dim) + params.dim * (kFloatError / 2) + kFloatError;
+  const float slack = static_cast<float>(2 * error);
+  Vector<float> scores[parts];
+  float best = -kInfinity;
+  for (int64_t part = 0; part < parts; ++part) {
+    Vector<float> dots[4] = {}, squares[4] = {};
+    for_each_component(params, first + part * lanes, 1, lanes, [&](int64_t c, Vector<float> v) {
+      dots[c % 4] += x[c] * v;
+      squares[c % 4] += v * v;
+    });
+    const Vector<float> squared = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    if (!are_usual(squared)) return -1;
+    scores[part] = ((dots[0] + dots[1]) + (dots[2] + dots[3])) * reciprocal_root(squared);
+    const float largest = largest_lane(scores[part]);
+    best = largest > best ? largest : best;
+  }
+  int64_t found = 0, code = -1;
+  for (int64_t part = 0; part < parts; ++part) {
+    const unsigned near = reaching(scores[part], best - slack);
+    if (near == 0) continue;
+    found += __builtin_popcount(near);
+    code = first + part * lanes + __builtin_ctz(near);
+  }
+  return found == 1 ? code : -1;
+}
+
+// The first code of the one group that may hold the nearest, or -1 where there are more.
+template <typename Tiles, typename Score>
+int64_t only_group(const Tiles& tiles, int64_t n, int64_t shares, Score threshold) {
+  int64_t found = 0, group = 0;
+  for (int64_t share = 0; share < shares; ++share) {
+    const auto& of = tiles.candidates[share * tiles.queries_of_tiles() + n];
+    if (of.best_score != Best().score) return -1;  // the list was full
+    for (int64_t i = 0; i < of.count; ++i) {
+      if (of.groups[i].score < threshold) continue;
+      ++found;
+      group = of.groups[i].group;
+    }
+  }
+  return found == 1 ? group * int64_t{Tiles::kBlockTiles} : -1;
+}
+
+// By exact scores of all candidates.
+template <typename Tiles, typename Score>
+int64_t settle_all(const Tiles& tiles, int64_t n, int64_t shares, Score threshold) {
+  Best best;
+  for (int64_t share = 0; share < shares; ++share) {
+    auto& of = tiles.candidates[share * tiles.queries_of_tiles() + n];
+    settle(tiles, n, threshold, of);
+    if (of.best_score > best.score || (of.best_score == best.score && of.best_code < best.code)) {
+      best = {of.best_score, of.best_code};
+    }
+  }
+  return best.code;
+}
+
 template <typename Tiles>
 void resolve(const Tiles& tiles, int64_t shares, int64_t query_begin, int64_t query_end) {
   constexpr int64_t kTile = Tiles::kTileQueries;
   const VqLookupParams& params = tiles.base;
-  const int64_t queries = tiles.queries_of_tiles(), end = query_end * kTile;
-  for (int64_t n = query_begin * kTile; n < end && n < params.num_latents; ++n) {
-    auto threshold = tiles.thresholds[n];
-    for (int64_t share = 1; share < shares; ++share) {
-      const auto other = tiles.thresholds[share * queries + n];
-      if (!(other <= threshold)) threshold = other;
-    }
-    Best best;
-    for (int64_t share = 0; share < shares; ++share) {
-      auto& of = tiles.candidates[share * queries + n];
-      settle(tiles, n, threshold, of);
-      if (of.best_score > best.score || (of.best_score == best.score && of.best_code < best.code)) {
-        best = {of.best_score, of.best_code};
+  const int64_t group_bytes = Tiles::kBlockTiles * params.dim * int64_t{sizeof(float)};
+  typename Tiles::Score thresholds[kTile];
+  int64_t first_codes[kTile];
+  for (int64_t first = query_begin * kTile; first < query_end * kTile; first += kTile) {
+    const int64_t left = params.num_latents - first, count = left < kTile ? left : kTile;
+    // All groups of a tile are asked for before the first is read: most come from the other cores.
+    for (int64_t i = 0; i < count; ++i) {
+      thresholds[i] = tiles.thresholds[first + i];
+      for (int64_t share = 1; share < shares; ++share) {
+        const auto other = tiles.thresholds[share * tiles.queries_of_tiles() + first + i];
+        if (!(other <= thresholds[i])) thresholds[i] = other;
+      }
+      first_codes[i] = only_group(tiles, first + i, shares, thresholds[i]);
+      if (first_codes[i] < 0) continue;
+      const float* const codes = params.codebook + first_codes[i] * params.dim;
+      for (int64_t byte = 0; byte < group_bytes; byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(codes) + byte);
       }
     }
-    params.indices[n] = best.code;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = first + i;
+      int64_t code = -1;
+      if (first_codes[i] >= 0) {
+        const float* const x = params.queries + n * params.padded_dim();
+        code = only_nearest<Tiles::kBlockTiles>(params, x, first_codes[i]);
+      }
+      params.indices[n] = code >= 0 ? code : settle_all(tiles, n, shares, thresholds[i]);
+    }
   }
 }
 

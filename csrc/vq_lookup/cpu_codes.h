@@ -80,12 +80,14 @@ inline DoubleLanes sum_squares(const float* columns, int64_t dim) {
   return total;
 }
 
-// Code `first` and every `step`-th from there, as many as a vector has lanes: component c of each
-// at columns + c * lanes. Also |e|², NaN where there is no finite row.
-inline void make_codes(const VqLookupParams& params, int64_t first, int64_t step, float* columns,
-                       double* squares) {
+// Calls visit(c, component c of a row to a lane) for row `first` of the codebook and every
+// `step`-th from there: `count` of them, no more than a vector has lanes; zeros stand behind.
+template <typename Visit>
+inline __attribute__((always_inline)) void for_each_component(const VqLookupParams& params,
+                                                              int64_t first, int64_t step,
+                                                              int64_t count, const Visit& visit) {
   constexpr int64_t lanes = kFloatLanes;
-  const int64_t dim = params.dim, count = (params.num_codes - first + step - 1) / step;
+  const int64_t dim = params.dim;
   const float* const rows = params.codebook + first * dim;
   for (int64_t c = 0; c < dim; c += lanes) {
     Vector<float> square[lanes];
@@ -94,8 +96,22 @@ inline void make_codes(const VqLookupParams& params, int64_t first, int64_t step
       square[i] = i < count ? load_some(rows + i * step * dim + c, dim - c) : Vector<float>{};
     }
     transpose<float>(square);
-    for (int64_t i = 0; i < lanes && c + i < dim; ++i) store(columns + (c + i) * lanes, square[i]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (c + i >= dim) break;
+      visit(c + i, square[i]);
+    }
   }
+}
+
+// Code `first` and every `step`-th from there, as many as a vector has lanes: component c of each
+// at columns + c * lanes. Also |e|², NaN where there is no finite row.
+inline void make_codes(const VqLookupParams& params, int64_t first, int64_t step, float* columns,
+                       double* squares) {
+  constexpr int64_t lanes = kFloatLanes;
+  const int64_t dim = params.dim, count = (params.num_codes - first + step - 1) / step;
+  for_each_component(params, first, step, count,
+                     [&](int64_t c, Vector<float> v) { store(columns + c * lanes, v); });
   DoubleLanes squared = sum_squares(columns, dim), scale;
   double scales[lanes];
   for (int half = 0; half < 2; ++half) {

@@ -3,6 +3,7 @@
 #include "common/cpu_lines_ahead.h"
 #include "vq_lookup/cpu_candidates.h"
 #include "vq_lookup/cpu_codes.h"
+#include "vq_lookup/cpu_units.h"
 
 namespace flexvar::FLEXVAR_ISA {
 namespace {
@@ -58,12 +59,15 @@ IntLanes add_products(IntLanes sum, int32_t x, IntLanes e) {
 
 // |score - kVqUnit² (x·e - |e|²/2)| of a query with this norm and codes that are no longer than
 // rounding left the unit vectors. A component errs by half and by what float leaves of kVqUnit x
-// (2^-9 and less), so by Cauchy and Schwarz a product by 0.502 sqrt(dim) of each factor's length
-// and by the product of both errors; -|e|²/2 is rounded, too, and pass 2 rounds in double.
+// (2^-9 and less), a code by what cpu_units.h adds, so by Cauchy and Schwarz a product by the error
+// of each factor times the other's length and by the product of both errors. -|e|²/2 is taken as
+// that of a unit vector, or rounded, and pass 2 rounds in double.
 double score_error(int64_t dim, double norm) {
   constexpr double per_component = 0.502, most = 1 + 1e-6;
   const double length = per_component * __builtin_sqrt(dim);
-  return length * (kVqUnit * (norm + most) + length) + 1;
+  const double code_length = length + kVqUnit * most * unit_error(dim);
+  return length * kVqUnit * most + code_length * (kVqUnit * norm + length) +
+         kVqUnit * kVqUnit * kFloatError + 1;
 }
 
 // The maxima over each group of a block for a tile of queries. kPairs = 0: any number.
@@ -116,16 +120,21 @@ void make_block(const VqTiles& tiles, int64_t block, char* codes, int32_t* negat
   alignas(64) float columns[kVqMostDimOfIntegers * kLanes];
   for (int64_t c = dim; c < 2 * pairs; ++c) store(columns + c * kLanes, Vector<float>{});
   for (int64_t tile = 0; tile < VqTiles::kBlockTiles; ++tile) {
-    double squares[kLanes];
-    make_codes(tiles.base, block * kBlockCodes + tile, VqTiles::kBlockTiles, columns, squares);
+    int32_t* const halves = negative_half + tile * kLanes;
+    const int64_t first = block * kBlockCodes + tile;
+    if (make_units(tiles.base, first, VqTiles::kBlockTiles, columns)) {
+      store_integers(halves, IntLanes{} - static_cast<int32_t>(kVqUnit * kVqUnit / 2));
+    } else {
+      double squares[kLanes];
+      make_codes(tiles.base, first, VqTiles::kBlockTiles, columns, squares);
+      for (int64_t i = 0; i < kLanes; i += kLanes / 2) {  // NaN converts to what is no code
+        store_integers(halves + i, load(squares + i) * (-0.5 * kVqUnit * kVqUnit));
+      }
+    }
     for (int64_t pair = 0; pair < pairs; ++pair, codes += sizeof(IntLanes)) {
       const IntLanes even = to_integers(load(columns + 2 * pair * kLanes));
       const IntLanes odd = to_integers(load(columns + (2 * pair + 1) * kLanes));
       store_integers(codes, (even & 0xffff) | odd << 16);
-    }
-    for (int64_t i = 0; i < kLanes; i += kLanes / 2) {  // NaN converts to what is no code
-      store_integers(negative_half + tile * kLanes + i,
-                     load(squares + i) * (-0.5 * kVqUnit * kVqUnit));
     }
   }
 }

@@ -235,6 +235,19 @@ def test_dimensions(monkeypatch, instruction_set, normalize, dim):
     assert excess_distance(indices, latents, codebook, normalize) <= 1e-12 + 1e-14 * dim
 
 
+@pytest.mark.parametrize("dim", [2, 8, 21, 32, 300])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_neighbours_in_the_codebook(monkeypatch, instruction_set, dim):
+    """Pairs side by side that float32 scores cannot rank, of lengths from 1e-9 to 1e9, the last ones behind 1,000."""
+    codes = randn(505, dim, seed=1).repeat_interleave(2, 0)
+    codes[1::2] += 3e-8 * randn(505, dim, seed=2)
+    latents = codes[::3] + 1e-3 * randn(337, dim)
+    codebook = codes * 10.0 ** (torch.arange(1010) * 7 % 19 - 9)[:, None]
+    monkeypatch.setenv("FLEXVAR_CPU_ISA", instruction_set)
+    indices = flexvar_ext.vq_lookup(latents, codebook)
+    assert excess_distance(indices, latents, codebook, True) <= 1e-15 * (1 + dim)
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize(("nearest", "second"), [(0, 299), (299, 0), (16, 1), (257, 256)])
 def test_codes_at_the_error_bound_of_16_bits(monkeypatch, instruction_set, nearest, second):
