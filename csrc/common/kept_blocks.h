@@ -73,7 +73,7 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr int kMostBlocks = 128;
+  static constexpr int kMostBlocks = 256;
 
   void release() {
     const std::unique_lock lock(mutex_, std::try_to_lock);
