@@ -56,6 +56,28 @@ static inline Vector<float> larger(Vector<float> a, Vector<float> b) {
 }
 static inline Vector<double> larger(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
 
+// GCC takes the root of one lane after the other.
+static inline Vector<float> square_roots(Vector<float> v) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return (Vector<float>)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int64_t i = 0; i < kFloatLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+static inline Vector<double> square_roots(Vector<double> v) {
+#if FLEXVAR_VECTOR_BYTES == 64
+  return (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif FLEXVAR_VECTOR_BYTES == 32
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int64_t i = 0; i < VectorOf<double>::lanes; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // --- float16 (GCC converts vectors of it one by one, hence the intrinsics, and
 // warns of the unmasked ones at 512 bits) ----------------------
 static inline Vector<float> load(const Half* p) {

@@ -67,17 +67,20 @@ static void sum_rows(Real* out, const T* in, const T* in_end, int64_t stride, co
 template <typename T, typename Real>
 static void sum_columns(T* out, const Real* in, const ResampleTaps<Real>& x, int64_t dim) {
   constexpr int64_t lanes = VectorOf<Real>::lanes;
-  for (int64_t q = 0; q < x.out_size; ++q) {
-    const Real *weights = x.weights + q * x.stride, *source = in + x.start[q] * dim;
-    T* pixel = out + q * dim;
-    with_taps(x.count[q], [&](auto taps) {
-      const auto sum = [&](int64_t c) {
-        return weighted_sum<taps()>(weights, x.count[q],
-                                    [&](int64_t k) { return load(source + k * dim + c); });
-      };
-      int64_t c = 0;
-      for (; c + lanes <= dim; c += lanes) store(pixel + c, sum(c));
-      if (c < dim) store_first(pixel + c, sum(c), dim - c);
+  for (int64_t q = 0; q < x.out_size;) {
+    const int64_t count = x.count[q];
+    with_taps(count, [&](auto taps) {
+      for (; q < x.out_size && x.count[q] == count; ++q) {
+        const Real *weights = x.weights + q * x.stride, *source = in + x.start[q] * dim;
+        T* pixel = out + q * dim;
+        const auto sum = [&](int64_t c) {
+          return weighted_sum<taps()>(weights, count,
+                                      [&](int64_t k) { return load(source + k * dim + c); });
+        };
+        int64_t c = 0;
+        for (; c + lanes <= dim; c += lanes) store(pixel + c, sum(c));
+        if (c < dim) store_first(pixel + c, sum(c), dim - c);
+      }
     });
   }
 }
@@ -105,13 +108,9 @@ static inline Vector<Real> squares(const T* code, int64_t dim) {
   return sum;
 }
 
-static inline float square_root(float x) { return __builtin_sqrtf(x); }
-static inline double square_root(double x) { return __builtin_sqrt(x); }
-
 template <typename Real>
-static inline Real inverse_norm(Real squared) {
-  const Real norm = square_root(squared);
-  return 1 / (norm > Real(kMinCodeNorm) ? norm : Real(kMinCodeNorm));
+static inline Vector<Real> inverse_norms(Vector<Real> squared) {
+  return 1 / larger(square_roots(squared), Vector<Real>{} + Real(kMinCodeNorm));
 }
 
 // grid[i] = the code at indices[i], scaled to length 1 if asked for, for i < n. As many codes at a
@@ -139,8 +138,7 @@ static int64_t gather_codes(const EmbedResampleParams<Real>& params, const int64
       Vector<Real> sum = rows[0];
 #pragma GCC unroll 16
       for (int64_t i = 1; i < lanes; ++i) sum += rows[i];
-      store(scales, sum);
-      for (int64_t i = 0; i < lanes; ++i) scales[i] = inverse_norm(scales[i]);
+      store(scales, inverse_norms<Real>(sum));
     } else {
       for (int64_t i = 0; i < lanes; ++i) scales[i] = 1;
     }
@@ -213,7 +211,9 @@ static void scatter_codes(const EmbedScatterParams<Real>& params, Real* scratch,
     const int64_t first = params.first[v], last = params.first[v + 1];
     const bool through_norm = params.normalize && first < last;
     const Real inverse =
-        through_norm ? inverse_norm(sum_of_lanes(squares<T, Real>(code, dim))) : Real(1);
+        through_norm
+            ? inverse_norms<Real>(Vector<Real>{} + sum_of_lanes(squares<T, Real>(code, dim)))[0]
+            : Real(1);
     const bool clamped = inverse >= Real(1 / kMinCodeNorm);
     Vector<Real> products = {};
     for (int64_t c = 0; c < dim; c += lanes) {

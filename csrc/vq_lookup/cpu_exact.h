@@ -77,18 +77,6 @@ inline double squared_norm(const float* row, int64_t dim, double scale) {
   return sum(sums);
 }
 
-inline Vector<double> square_roots(const Vector<double>& v) {
-#if FLEXVAR_VECTOR_BYTES == 64
-  return (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
-#elif FLEXVAR_VECTOR_BYTES == 32
-  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
-#else
-  Vector<double> roots;
-  for (int64_t i = 0; i < Eight::kLanes; ++i) roots[i] = __builtin_sqrt(v[i]);
-  return roots;
-#endif
-}
-
 // The factors of rows with these squared norms: 1 / max(|row|, 1e-12), or 1 without normalisation;
 // 0 for a row that holds a NaN or an infinity (a sum of squares of finite floats does not overflow
 // in double).

@@ -32,7 +32,7 @@ inline Vector<float> reciprocal_root(Vector<float> v) {
   const Vector<float> estimate = (Vector<float>)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)v);
   return estimate + estimate * (0.5f - 0.5f * v * estimate * estimate);
 #else
-  return 1.0f / (Vector<float>)_mm256_sqrt_ps((__m256)v);
+  return 1.0f / square_roots(v);
 #endif
 }
 
