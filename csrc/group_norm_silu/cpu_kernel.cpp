@@ -12,38 +12,43 @@ constexpr float kMinusLog2E = -1.44269504f;
 
 // --- SiLU ----------------------------------------------------------------------------------------
 
-// 1 / (1 + exp(-y)), as exactly as maps of T need it; 0 where exp(-y) is beyond 2^126.
+// 1 + exp(-y), as exactly as maps of T need it; infinite where exp(-y) is beyond 2^126.
 template <typename T>
-static inline Vector<float> sigmoid(Vector<float> y) {
-  Vector<float> exponent = y * kMinusLog2E;
+static inline Vector<float> one_plus_exp(Vector<float> y) {
+  const Vector<float> exponent = y * kMinusLog2E;
+#ifdef __AVX512BF16__
+  if constexpr (__is_same(T, Bfloat16)) return 1.0f + exp2_for_bfloat16(exponent);
+#endif
+#if FLEXVAR_VECTOR_BYTES == 64
+  return 1.0f + exp2_of_any(exponent);
+#else
+  const Vector<float> infinity = Vector<float>{} + __builtin_inff();
+  const Vector<float> bounded = larger(Vector<float>{} - 126.0f, exponent);
+  return exponent > 126.0f ? infinity : 1.0f + exp2_within_range(bounded);
+#endif
+}
+
+// a / b, as exactly as maps of T need it.
+template <typename T>
+static inline Vector<float> quotient(Vector<float> a, Vector<float> b) {
 #ifdef __AVX512BF16__
   if constexpr (__is_same(T, Bfloat16)) {
-    const Vector<float> sum = 1.0f + exp2_for_bfloat16(exponent);
-    return (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+    return a * (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
   }
 #endif
-  exponent = larger(Vector<float>{} - 126.0f, exponent);
-#if FLEXVAR_VECTOR_BYTES == 64
-  const Vector<float> sum = 1.0f + exp2_within_range(exponent);
-  // A division takes as long as all the rest; an estimate and a Newton step do not.
-  const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
-  const Vector<float> result = estimate + estimate * (1.0f - sum * estimate);
-#else
-  const Vector<float> result = 1.0f / (1.0f + exp2_within_range(exponent));
-#endif
-  return exponent > 126.0f ? Vector<float>{} : result;
+  return a / b;
 }
 
 template <typename T, bool kSilu>
 static inline Vector<float> activation(Vector<float> y) {
-  return kSilu ? y * sigmoid<T>(y) : y;
+  return kSilu ? quotient<T>(y, one_plus_exp<T>(y)) : y;
 }
 
 // grad times the derivative of the activation at y.
 template <typename T, bool kSilu>
 static inline Vector<float> through_activation(Vector<float> grad, Vector<float> y) {
   if constexpr (!kSilu) return grad;
-  const Vector<float> s = sigmoid<T>(y);
+  const Vector<float> s = quotient<T>(Vector<float>{} + 1.0f, one_plus_exp<T>(y));
   return grad * (s * (1.0f + y * (1.0f - s)));
 }
 
