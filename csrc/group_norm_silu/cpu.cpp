@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/cpu_memory.h"
+#include "common/divide_up.h"
 #include "group_norm_silu/arguments.h"
 #include "group_norm_silu/cpu_kernel.h"
 
@@ -29,7 +30,9 @@ GroupNormShape shape_of(const FeatureMaps& maps) {
       shape.channels_last
           ? std::clamp<int64_t>(kChannelsLastElements / shape.channels, 1, kChannelsLastPixels)
           : kRunElements;
-  shape.chunks = (shape.pixels + shape.chunk_pixels - 1) / shape.chunk_pixels;
+  shape.chunks = divide_up(shape.pixels, shape.chunk_pixels);
+  shape.run_elements = kRunElements;
+  shape.runs = divide_up(elements_per_group(shape), kRunElements);
   return shape;
 }
 
@@ -50,41 +53,40 @@ void in_parallel(const GroupNormShape& shape, int64_t count, const F& f) {
   });
 }
 
-// The three steps of either direction: first(begin, end, scratch) over units, between(i) for every
-// group i of every image, second(begin, end, scratch) over units.
+// The three steps of either direction: first(begin, end, scratch) over so many units an image,
+// between(i) for every group i of every image, second(begin, end, scratch, has_next) over units,
+// where the group behind them may be the next of the same thread.
 template <class First, class Between, class Second>
-void run(const GroupNormShape& shape, const First& first, const Between& between,
-         const Second& second) {
-  const int64_t groups = shape.images * shape.groups;
+void run(const GroupNormShape& shape, int64_t first_units, const First& first,
+         const Between& between, const Second& second) {
+  const int64_t groups = shape.images * shape.groups, second_units = units_per_image(shape);
   const int64_t threads = torch::stable::get_num_threads();
   if (!shape.channels_last && (groups % threads == 0 || groups >= 4 * threads)) {
     // Group by group, so that the second step finds in the cache what the first one read.
-    const int64_t units = units_per_image(shape) / shape.groups;
+    const int64_t of_first = first_units / shape.groups, of_second = second_units / shape.groups;
     in_parallel(shape, groups, [&](int64_t begin, int64_t end, float* scratch) {
       for (int64_t group = begin; group < end; ++group) {
-        first(group * units, (group + 1) * units, scratch);
+        first(group * of_first, (group + 1) * of_first, scratch);
         between(group);
-        second(group * units, (group + 1) * units, scratch);
+        second(group * of_second, (group + 1) * of_second, scratch, group + 1 < end);
       }
     });
     return;
   }
-  const int64_t units = shape.images * units_per_image(shape);
-  in_parallel(shape, units, first);
+  in_parallel(shape, shape.images * first_units, first);
   in_parallel(shape, groups, [&](int64_t begin, int64_t end, float*) {
     for (int64_t group = begin; group < end; ++group) between(group);
   });
-  in_parallel(shape, units, second);
+  in_parallel(shape, shape.images * second_units, [&](int64_t begin, int64_t end, float* scratch) {
+    second(begin, end, scratch, false);
+  });
 }
 
 // f(part, elements in it) for the parts of a group, in their order.
 template <class F>
 void for_each_part(const GroupNormShape& shape, const float* parts, const F& f) {
-  const int64_t channels = shape.channels_last ? channels_per_group(shape) : 1;  // in a part
-  for (int64_t plane = parts_per_group(shape) / shape.chunks; plane > 0; --plane) {
-    for (int64_t chunk = 0; chunk < shape.chunks; ++chunk, parts += 2) {
-      f(parts, static_cast<double>(pixels_of_chunk(shape, chunk) * channels));
-    }
+  for (int64_t part = 0; part < parts_per_group(shape); ++part) {
+    f(parts + 2 * part, static_cast<double>(elements_of_part(shape, part)));
   }
 }
 
@@ -92,7 +94,7 @@ void for_each_part(const GroupNormShape& shape, const float* parts, const F& f) 
 void put_together(const GroupNormSiluParams& params, double eps, int64_t group) {
   const GroupNormShape& shape = params.shape;
   const float* const parts = params.parts + group * parts_per_group(shape) * 2;
-  const double elements = static_cast<double>(channels_per_group(shape) * shape.pixels);
+  const double elements = static_cast<double>(elements_per_group(shape));
   double sum = 0, squares = 0;
   for_each_part(shape, parts, [&](const float* part, double count) { sum += count * part[0]; });
   const double mean = sum / elements;
@@ -114,9 +116,10 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
   const Tensor weight = maps.vector(weight_in, "weight"), bias = maps.vector(bias_in, "bias");
   const Tensor& x = maps.tensor();
   Tensor out = empty_cpu_alike(x);
-  Tensor statistics =
-      torch::stable::new_zeros(x, {maps.images(), maps.groups(), 2}, ScalarType::Float);
-  if (out.numel() > 0) {
+  Tensor statistics = empty_cpu({maps.images(), maps.groups(), 2}, ScalarType::Float);
+  if (out.numel() == 0) {
+    std::fill_n(statistics.mutable_data_ptr<float>(), statistics.numel(), 0.0f);
+  } else {
     GroupNormSiluParams params{};
     params.shape = shape_of(maps);
     Scratch<float> parts(maps.images() * maps.groups() * parts_per_group(params.shape) * 2);
@@ -131,10 +134,12 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_in, int64_t num_g
     const auto moments = FLEXVAR_SELECT_CPU_KERNEL(group_norm_moments);
     const auto apply = FLEXVAR_SELECT_CPU_KERNEL(group_norm_silu_apply);
     run(
-        params.shape,
+        params.shape, moment_units_per_image(params.shape),
         [&](int64_t begin, int64_t end, float* scratch) { moments(params, scratch, begin, end); },
         [&](int64_t group) { put_together(params, eps, group); },
-        [&](int64_t begin, int64_t end, float* scratch) { apply(params, scratch, begin, end); });
+        [&](int64_t begin, int64_t end, float* scratch, bool has_next) {
+          apply(params, scratch, begin, end, has_next);
+        });
   }
   return {as_dtype(out, dtype), statistics};
 }
@@ -174,9 +179,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
   const Tensor statistics = maps.statistics(statistics_in);
   const int64_t channels = maps.channels();
   Tensor grad_x = empty_cpu_alike(x);
-  Tensor grad_weight = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
-  Tensor grad_bias = torch::stable::new_zeros(x, {channels}, ScalarType::Float);
-  if (grad_x.numel() == 0) return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
+  Tensor grad_weight = empty_cpu({channels}, ScalarType::Float);
+  Tensor grad_bias = empty_cpu({channels}, ScalarType::Float);
+  float* const grads_of_vectors[] = {grad_weight.mutable_data_ptr<float>(),
+                                     grad_bias.mutable_data_ptr<float>()};
+  if (grad_x.numel() == 0) {
+    for (float* const grad : grads_of_vectors) std::fill_n(grad, channels, 0.0f);
+    return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
+  }
 
   GroupNormSiluBackwardParams params{};
   params.shape = shape_of(maps);
@@ -199,20 +209,22 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
   const auto sum = FLEXVAR_SELECT_CPU_KERNEL(group_norm_silu_backward_sums);
   const auto apply = FLEXVAR_SELECT_CPU_KERNEL(group_norm_silu_backward_apply);
   run(
-      params.shape,
+      params.shape, units_per_image(params.shape),
       [&](int64_t begin, int64_t end, float* scratch) { sum(params, scratch, begin, end); },
       [&](int64_t group) { put_sums_together(params, of_channels, group); },
-      [&](int64_t begin, int64_t end, float* scratch) { apply(params, scratch, begin, end); });
+      [&](int64_t begin, int64_t end, float* scratch, bool) {
+        apply(params, scratch, begin, end);
+      });
 
   // In the order of the images, whatever the number of threads.
-  float* const results[] = {grad_weight.mutable_data_ptr<float>(),
-                            grad_bias.mutable_data_ptr<float>()};
-  for (int64_t c = 0; c < 2 * channels; ++c) {
-    double total = 0;
-    for (int64_t image = 0; image < maps.images(); ++image) {
-      total += of_channels[image * 2 * channels + c];
+  for (int64_t which = 0; which < 2; ++which) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t image = 0; image < maps.images(); ++image) {
+        total += of_channels[(image * 2 + which) * channels + c];
+      }
+      grads_of_vectors[which][c] = static_cast<float>(total);
     }
-    results[c / channels][c % channels] = static_cast<float>(total);
   }
   return {as_dtype(grad_x, dtype), grad_weight, grad_bias};
 }

@@ -12,38 +12,43 @@ constexpr float kMinusLog2E = -1.44269504f;
 
 // --- SiLU ----------------------------------------------------------------------------------------
 
-// 1 / (1 + exp(-y)), as exactly as maps of T need it; 0 where exp(-y) is beyond 2^126.
+// 1 + exp(-y), as exactly as maps of T need it; infinite where exp(-y) is beyond 2^126.
 template <typename T>
-static inline Vector<float> sigmoid(Vector<float> y) {
-  Vector<float> exponent = y * kMinusLog2E;
+static inline Vector<float> one_plus_exp(Vector<float> y) {
+  const Vector<float> exponent = y * kMinusLog2E;
+#ifdef __AVX512BF16__
+  if constexpr (__is_same(T, Bfloat16)) return 1.0f + exp2_for_bfloat16(exponent);
+#endif
+#if FLEXVAR_VECTOR_BYTES == 64
+  return 1.0f + exp2_of_any(exponent);
+#else
+  const Vector<float> infinity = Vector<float>{} + __builtin_inff();
+  const Vector<float> bounded = larger(Vector<float>{} - 126.0f, exponent);
+  return exponent > 126.0f ? infinity : 1.0f + exp2_within_range(bounded);
+#endif
+}
+
+// a / b, as exactly as maps of T need it.
+template <typename T>
+static inline Vector<float> quotient(Vector<float> a, Vector<float> b) {
 #ifdef __AVX512BF16__
   if constexpr (__is_same(T, Bfloat16)) {
-    const Vector<float> sum = 1.0f + exp2_for_bfloat16(exponent);
-    return (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
+    return a * (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
   }
 #endif
-  exponent = larger(Vector<float>{} - 126.0f, exponent);
-#if FLEXVAR_VECTOR_BYTES == 64
-  const Vector<float> sum = 1.0f + exp2_within_range(exponent);
-  // A division takes as long as all the rest; an estimate and a Newton step do not.
-  const Vector<float> estimate = (Vector<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)sum);
-  const Vector<float> result = estimate + estimate * (1.0f - sum * estimate);
-#else
-  const Vector<float> result = 1.0f / (1.0f + exp2_within_range(exponent));
-#endif
-  return exponent > 126.0f ? Vector<float>{} : result;
+  return a / b;
 }
 
 template <typename T, bool kSilu>
 static inline Vector<float> activation(Vector<float> y) {
-  return kSilu ? y * sigmoid<T>(y) : y;
+  return kSilu ? quotient<T>(y, one_plus_exp<T>(y)) : y;
 }
 
 // grad times the derivative of the activation at y.
 template <typename T, bool kSilu>
 static inline Vector<float> through_activation(Vector<float> grad, Vector<float> y) {
   if constexpr (!kSilu) return grad;
-  const Vector<float> s = sigmoid<T>(y);
+  const Vector<float> s = quotient<T>(Vector<float>{} + 1.0f, one_plus_exp<T>(y));
   return grad * (s * (1.0f + y * (1.0f - s)));
 }
 
@@ -75,21 +80,37 @@ static inline void with_element(FloatElement element, const F& f) {
 }
 
 struct Unit {
-  int64_t image, channel, chunk;  // channel 0 with channels last
-  int64_t offset;                 // of its first element
+  int64_t image, group, channel, chunk;  // group and channel 0 with channels last
+  int64_t offset;                        // of its first element
   int64_t pixels;
 };
 
-static inline Unit unit_at(const GroupNormShape& shape, int64_t index) {
+// f(unit) for the units [begin, end), with divisions for the first one only.
+template <typename F>
+static inline void for_each_unit(const GroupNormShape& shape, int64_t begin, int64_t end,
+                                 const F& f) {
+  const int64_t plane = begin / shape.chunks;  // an image with channels last, else a channel of one
+  const int64_t planes = shape.channels_last ? 1 : shape.channels;  // of an image
+  const int64_t row = shape.channels_last ? shape.channels : 1, size = channels_per_group(shape);
   Unit unit{};
-  unit.chunk = index % shape.chunks;
-  const int64_t plane = index / shape.chunks;  // an image with channels last, else a channel of one
-  unit.image = shape.channels_last ? plane : plane / shape.channels;
-  unit.channel = shape.channels_last ? 0 : plane % shape.channels;
-  const int64_t first = plane * shape.pixels + unit.chunk * shape.chunk_pixels;
-  unit.offset = first * (shape.channels_last ? shape.channels : 1);
-  unit.pixels = pixels_of_chunk(shape, unit.chunk);
-  return unit;
+  unit.chunk = begin % shape.chunks;
+  unit.image = plane / planes;
+  unit.channel = plane % planes;
+  unit.group = unit.channel / size;
+  unit.offset = (plane * shape.pixels + unit.chunk * shape.chunk_pixels) * row;
+  for (int64_t index = begin; index < end; ++index) {
+    unit.pixels = pixels_of_chunk(shape, unit.chunk);
+    f(unit);
+    unit.offset += unit.pixels * row;
+    if (++unit.chunk < shape.chunks) continue;
+    unit.chunk = 0;
+    if (++unit.channel == planes) {
+      unit.channel = unit.group = 0;
+      ++unit.image;
+    } else if (unit.channel == (unit.group + 1) * size) {
+      ++unit.group;
+    }
+  }
 }
 
 #define FLEXVAR_INLINE __attribute__((always_inline))
@@ -101,6 +122,19 @@ static inline FLEXVAR_INLINE void for_each_vector(int64_t count, const F& f) {
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) f(i, kFloatLanes);
   if (i < count) f(i, count - i);
+}
+
+// The same, and ask(i) for every 64 bytes of full vectors of T: a line of the cache.
+template <typename T, typename Ask, typename F>
+static inline FLEXVAR_INLINE void for_each_line(int64_t count, const Ask& ask, const F& f) {
+  constexpr int64_t line = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + line <= count; i += line) {
+    ask(i);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < line; j += kFloatLanes) f(i + j, kFloatLanes);
+  }
+  for_each_vector(count - i, [&](int64_t j, int64_t n) FLEXVAR_INLINE { f(i + j, n); });
 }
 
 // Neighbours first, then neighbours of those.
@@ -126,12 +160,14 @@ struct Moments {
 // from it sum to at most 1 + n / k times those from the mean, so what is subtracted at the end
 // cannot swallow the variance, whatever the elements are.
 constexpr int64_t kShiftElements = 256;  // of at most 4,096 side by side
-constexpr int64_t kShiftPixels = 16;     // of at most 256
+constexpr int64_t kMostPerShiftPixel = 16;
 
-// In double, as a square may be beyond a float's range, and infinity less infinity is no number.
-static inline float squares_about_mean(float squares, float differences, float count) {
-  const double difference = differences, rest = squares - difference * difference / count;
-  return rest < 0 ? 0 : static_cast<float>(rest);
+// Of so many elements. A sum of squares beyond a float's range stays infinite; of any other, what
+// is subtracted is no more than a rounding beyond it.
+static inline Vector<float> squares_about_mean(Vector<float> squares, Vector<float> differences,
+                                               float count) {
+  const Vector<float> rest = squares - differences * (differences * (1 / count));
+  return squares > __FLT_MAX__ ? squares : larger(Vector<float>{}, rest);
 }
 
 // add(j, vector) for all elements, with j going round the sums under way; what lies behind the last
@@ -166,22 +202,23 @@ static Moments moments_of_run(const T* x, int64_t count) {
     squares[j] += difference * difference;
   });
   const float n = static_cast<float>(count), difference = total(differences);
-  return {shift + difference / n, squares_about_mean(total(squares), difference, n)};
+  const Vector<float> zero = {};
+  return {shift + difference / n,
+          squares_about_mean(zero + total(squares), zero + difference, n)[0]};
 }
 
 // Pixels of which a channel's numbers are added up before they go back to their row: so many rows
 // are read side by side.
 constexpr int64_t kPixelsAtATime = 4;
 
-// add(pixels, T) for `pixels` rows from x on, with a constant number of them at a time.
-template <typename T, typename Add>
-static inline FLEXVAR_INLINE void for_pixels(const T* x, int64_t channels, int64_t pixels,
-                                             const Add& add) {
+// f(offset of the first one, count) for the pixels of a chunk, a constant number of them at a time.
+template <typename F>
+static inline FLEXVAR_INLINE void for_pixels(int64_t channels, int64_t pixels, const F& f) {
   int64_t pixel = 0;
   for (; pixel + kPixelsAtATime <= pixels; pixel += kPixelsAtATime) {
-    add(x + pixel * channels, kPixelsAtATime);
+    f(pixel * channels, kPixelsAtATime);
   }
-  for (; pixel < pixels; ++pixel) add(x + pixel * channels, 1);
+  for (; pixel < pixels; ++pixel) f(pixel * channels, 1);
 }
 
 // Of every channel, in two rows: means, and squared differences from them. `shift`: scratch, a row.
@@ -189,8 +226,9 @@ template <typename T>
 static void moments_of_channels(const T* x, int64_t channels, int64_t pixels, float* shift,
                                 float* means, float* squares) {
   for (int64_t c = 0; c < group_norm_row(channels); ++c) shift[c] = means[c] = squares[c] = 0;
-  const int64_t first = pixels < kShiftPixels ? pixels : kShiftPixels;
-  for_pixels(x, channels, first, [&](const T* rows, int64_t count) FLEXVAR_INLINE {
+  const int64_t first = (pixels + kMostPerShiftPixel - 1) / kMostPerShiftPixel;
+  for_pixels(channels, first, [&](int64_t offset, int64_t count) FLEXVAR_INLINE {
+    const T* const rows = x + offset;
     for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
       Vector<float> sum = load(shift + c);
       for (int64_t i = 0; i < count; ++i) sum += load_first(rows + i * channels + c, n);
@@ -199,11 +237,13 @@ static void moments_of_channels(const T* x, int64_t channels, int64_t pixels, fl
   });
   for (int64_t c = 0; c < channels; ++c) shift[c] /= static_cast<float>(first);
 
-  for_pixels(x, channels, pixels, [&](const T* rows, int64_t count) FLEXVAR_INLINE {
+  for_pixels(channels, pixels, [&](int64_t offset, int64_t count) FLEXVAR_INLINE {
+    const T* const rows = x + offset;
     for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
       const Vector<float> from = load(shift + c);
       Vector<float> difference_sum = load(means + c), square_sum = load(squares + c);
       for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(rows + (i + count) * channels + c);  // too many streams to guess
         const Vector<float> difference = load_first(rows + i * channels + c, n) - from;
         difference_sum += difference;
         square_sum += difference * difference;
@@ -213,9 +253,10 @@ static void moments_of_channels(const T* x, int64_t channels, int64_t pixels, fl
     });
   });
   const float count = static_cast<float>(pixels);
-  for (int64_t c = 0; c < channels; ++c) {
-    squares[c] = squares_about_mean(squares[c], means[c], count);
-    means[c] = shift[c] + means[c] / count;
+  for (int64_t c = 0; c < channels; c += kFloatLanes) {
+    const Vector<float> difference = load(means + c);
+    store(squares + c, squares_about_mean(load(squares + c), difference, count));
+    store(means + c, load(shift + c) + difference / count);
   }
 }
 
@@ -232,49 +273,56 @@ static inline Moments moments_of_group(const float* mean, const float* squares, 
   return {static_cast<float>(group_mean), static_cast<float>(square_sum)};
 }
 
-void group_norm_moments(const GroupNormSiluParams& params, float* scratch, int64_t begin,
-                        int64_t end) {
+template <typename T>
+static void moments_of_units(const GroupNormSiluParams& params, float* scratch, int64_t begin,
+                             int64_t end) {
   const GroupNormShape& shape = params.shape;
-  const int64_t channels = shape.channels, group_size = channels_per_group(shape);
-  const int64_t parts = parts_per_group(shape);
-  const auto write = [&](int64_t image, int64_t group, int64_t part, const Moments& moments) {
-    float* const place = params.parts + ((image * shape.groups + group) * parts + part) * 2;
-    place[0] = moments.mean;
-    place[1] = moments.squares;
+  const T* const x = static_cast<const T*>(params.x);
+  const auto write = [&](int64_t place, const Moments& moments) {
+    params.parts[2 * place] = moments.mean;
+    params.parts[2 * place + 1] = moments.squares;
   };
-  with_element(params.element, [&]<typename T>(T) {
+  if (!shape.channels_last) {
     for (int64_t index = begin; index < end; ++index) {
-      const Unit unit = unit_at(shape, index);
-      const T* const x = static_cast<const T*>(params.x) + unit.offset;
-      if (!shape.channels_last) {
-        write(unit.image, unit.channel / group_size,
-              unit.channel % group_size * shape.chunks + unit.chunk,
-              moments_of_run(x, unit.pixels));
-        continue;
-      }
-      float *const mean = scratch, *const squares = scratch + group_norm_row(channels);
-      moments_of_channels(x, channels, unit.pixels, squares + group_norm_row(channels), mean,
-                          squares);
-      for (int64_t group = 0; group < shape.groups; ++group) {
-        write(unit.image, group, unit.chunk,
-              moments_of_group(mean + group * group_size, squares + group * group_size, group_size,
-                               unit.pixels));
-      }
+      const int64_t group = index / shape.runs, run = index % shape.runs;
+      const T* const first = x + group * elements_per_group(shape) + run * shape.run_elements;
+      write(index, moments_of_run(first, elements_of_part(shape, run)));
+    }
+    return;
+  }
+  const int64_t row = group_norm_row(shape.channels), size = channels_per_group(shape);
+  float *const mean = scratch, *const squares = scratch + row;
+  for_each_unit(shape, begin, end, [&](const Unit& unit) {
+    moments_of_channels(x + unit.offset, shape.channels, unit.pixels, squares + row, mean, squares);
+    for (int64_t group = 0; group < shape.groups; ++group) {
+      write((unit.image * shape.groups + group) * shape.chunks + unit.chunk,
+            moments_of_group(mean + group * size, squares + group * size, size, unit.pixels));
     }
   });
 }
 
+void group_norm_moments(const GroupNormSiluParams& params, float* scratch, int64_t begin,
+                        int64_t end) {
+  with_element(params.element,
+               [&]<typename T>(T) { moments_of_units<T>(params, scratch, begin, end); });
+}
+
 // --- From statistics to the result ---------------------------------------------------------------
+
+// How far ahead of what is read its pixels are asked for.
+constexpr int64_t kBytesAhead = 8192;
 
 // What is done to the elements of a channel: (x - mean) * factor + bias, then the activation.
 // Functions of their own, so that the constants of the loop stay in registers.
 template <typename T, bool kSilu>
 static __attribute__((noinline)) void apply_run(const T* x, T* out, int64_t count, float mean,
-                                                float factor, float bias) {
-  for_each_vector(count, [&](int64_t i, int64_t n) FLEXVAR_INLINE {
-    const Vector<float> y = (load_first(x + i, n) - mean) * factor + bias;
-    store_result(out + i, activation<T, kSilu>(y), n);
-  });
+                                                float factor, float bias, int64_t ahead) {
+  for_each_line<T>(
+      count, [&](int64_t i) FLEXVAR_INLINE { __builtin_prefetch(x + i + ahead, 0, 2); },
+      [&](int64_t i, int64_t n) FLEXVAR_INLINE {
+        const Vector<float> y = (load_first(x + i, n) - mean) * factor + bias;
+        store_result(out + i, activation<T, kSilu>(y), n);
+      });
 }
 
 template <typename T, bool kSilu>
@@ -282,47 +330,54 @@ static __attribute__((noinline)) void apply_pixels(const T* x, T* out, int64_t p
                                                    int64_t channels, const float* mean,
                                                    const float* factor, const float* bias) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
-    for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
-      const Vector<float> v = load_first(x + c, n);
-      const Vector<float> y = (v - load(mean + c)) * load(factor + c) + load(bias + c);
-      store_result(out + c, activation<T, kSilu>(y), n);
-    });
+    for_each_line<T>(
+        channels,
+        [&](int64_t c) FLEXVAR_INLINE { __builtin_prefetch(x + c + kBytesAhead / sizeof(T)); },
+        [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+          const Vector<float> v = load_first(x + c, n);
+          const Vector<float> y = (v - load(mean + c)) * load(factor + c) + load(bias + c);
+          store_result(out + c, activation<T, kSilu>(y), n);
+        });
   }
 }
 
 template <typename T, bool kSilu>
 static void apply_units(const GroupNormSiluParams& params, float* scratch, int64_t begin,
-                        int64_t end) {
+                        int64_t end, bool has_next) {
   const GroupNormShape& shape = params.shape;
-  const int64_t channels = shape.channels, group_size = channels_per_group(shape);
-  const int64_t row = group_norm_row(channels);
+  const int64_t size = channels_per_group(shape), row = group_norm_row(shape.channels);
+  const int64_t ahead = has_next ? elements_per_group(shape) : 0;
   float *const mean = scratch, *const factor = scratch + row, *const bias = scratch + 2 * row;
-  for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(shape, index);
+  int64_t image_of_rows = -1;
+  for_each_unit(shape, begin, end, [&](const Unit& unit) {
     const float* const statistics = params.statistics + unit.image * shape.groups * 2;
     const T* const x = static_cast<const T*>(params.x) + unit.offset;
     T* const out = static_cast<T*>(params.out) + unit.offset;
     if (!shape.channels_last) {
-      const float* const group = statistics + unit.channel / group_size * 2;
+      const float* const group = statistics + unit.group * 2;
       apply_run<T, kSilu>(x, out, unit.pixels, group[0], group[1] * params.weight[unit.channel],
-                          params.bias[unit.channel]);
-      continue;
+                          params.bias[unit.channel], ahead);
+      return;
     }
-    for (int64_t group = 0, c = 0; group < shape.groups; ++group) {
-      for (const int64_t end_of_group = c + group_size; c < end_of_group; ++c) {
-        mean[c] = statistics[2 * group];
-        factor[c] = statistics[2 * group + 1] * params.weight[c];
-        bias[c] = params.bias[c];
+    if (unit.image != image_of_rows) {
+      image_of_rows = unit.image;
+      for (int64_t group = 0, c = 0; group < shape.groups; ++group) {
+        for (const int64_t end_of_group = c + size; c < end_of_group; ++c) {
+          mean[c] = statistics[2 * group];
+          factor[c] = statistics[2 * group + 1] * params.weight[c];
+          bias[c] = params.bias[c];
+        }
       }
     }
-    apply_pixels<T, kSilu>(x, out, unit.pixels, channels, mean, factor, bias);
-  }
+    apply_pixels<T, kSilu>(x, out, unit.pixels, shape.channels, mean, factor, bias);
+  });
 }
 
 void group_norm_silu_apply(const GroupNormSiluParams& params, float* scratch, int64_t begin,
-                           int64_t end) {
+                           int64_t end, bool has_next) {
   with_element(params.element, [&]<typename T>(T) {
-    (params.silu ? apply_units<T, true> : apply_units<T, false>)(params, scratch, begin, end);
+    (params.silu ? apply_units<T, true> : apply_units<T, false>)(params, scratch, begin, end,
+                                                                 has_next);
   });
 }
 
@@ -366,6 +421,8 @@ class ChannelRows {
   ChannelRows(float* scratch, int64_t channels) : rows_(scratch), row_(group_norm_row(channels)) {}
 
   void fill(const GroupNormSiluBackwardParams& params, int64_t image) {
+    if (image == image_) return;
+    image_ = image;
     const int64_t group_size = channels_per_group(params.shape);
     for (int64_t group = 0, c = 0; group < params.shape.groups; ++group) {
       for (const int64_t end = c + group_size; c < end; ++c) {
@@ -389,7 +446,7 @@ class ChannelRows {
 
  private:
   float* rows_;
-  int64_t row_;
+  int64_t row_, image_ = -1;
 };
 
 // Elements whose sum is rounded on its own before it joins the others'.
@@ -404,11 +461,11 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
                           int64_t end) {
   const GroupNormShape& shape = params.shape;
   const int64_t channels = shape.channels, row = group_norm_row(channels);
-  for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(shape, index);
-    const T* x = static_cast<const T*>(params.x) + unit.offset;
-    const T* grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
-    T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
+  ChannelRows rows_of_image(scratch, channels);
+  for_each_unit(shape, begin, end, [&](const Unit& unit) {
+    const T* const x = static_cast<const T*>(params.x) + unit.offset;
+    const T* const grad_out = static_cast<const T*>(params.grad_out) + unit.offset;
+    T* const grad_x = static_cast<T*>(params.grad_x) + unit.offset;
     const auto grad_at = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
       const NormAndGrad at =
           norm_and_grad<T, kSilu>(load_first(x + i, n), load_first(grad_out + i, n), channel);
@@ -418,8 +475,7 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
     float* const product_sums = params.sums + (unit.image * shape.chunks + unit.chunk) * 2 * row;
     float* const grad_sums = product_sums + row;
     if (!shape.channels_last) {
-      const Channel<float> channel =
-          channel_at(params, unit.image, unit.channel / channels_per_group(shape), unit.channel);
+      const Channel<float> channel = channel_at(params, unit.image, unit.group, unit.channel);
       Vector<float> products[kUnroll] = {}, grads[kUnroll] = {};
       for (int64_t first = 0; first < unit.pixels; first += kSumElements) {
         const int64_t rest = unit.pixels - first;
@@ -435,22 +491,28 @@ static void backward_sums(const GroupNormSiluBackwardParams& params, float* scra
       }
       product_sums[unit.channel] = total(products);
       grad_sums[unit.channel] = total(grads);
-      continue;
+      return;
     }
-    ChannelRows rows(scratch, channels);
-    rows.fill(params, unit.image);
+    rows_of_image.fill(params, unit.image);
+    const ChannelRows rows = rows_of_image;  // which stores cannot change
     for (int64_t c = 0; c < row; ++c) product_sums[c] = grad_sums[c] = 0;
-    for (int64_t pixel = 0; pixel < unit.pixels; ++pixel) {
+    for_pixels(channels, unit.pixels, [&](int64_t offset, int64_t count) FLEXVAR_INLINE {
       for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
-        const NormAndGrad at = grad_at(c, n, rows.at(c));
-        store(product_sums + c, load(product_sums + c) + at.grad * at.norm);
-        store(grad_sums + c, load(grad_sums + c) + at.grad);
+        const Channel<Vector<float>> channel = rows.at(c);
+        Vector<float> product_sum = load(product_sums + c), grad_sum = load(grad_sums + c);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t place = offset + i * channels + c, in_next_rows = place + count * channels;
+          __builtin_prefetch(x + in_next_rows);  // so many streams are too many to guess
+          __builtin_prefetch(grad_out + in_next_rows);
+          const NormAndGrad at = grad_at(place, n, channel);
+          product_sum += at.grad * at.norm;
+          grad_sum += at.grad;
+        }
+        store(product_sums + c, product_sum);
+        store(grad_sums + c, grad_sum);
       });
-      x += channels;
-      grad_out += channels;
-      grad_x += channels;
-    }
-  }
+    });
+  });
 }
 
 template <typename T, bool kSilu>
@@ -458,34 +520,32 @@ static void backward_apply(const GroupNormSiluBackwardParams& params, float* scr
                            int64_t end) {
   const GroupNormShape& shape = params.shape;
   const int64_t channels = shape.channels;
-  for (int64_t index = begin; index < end; ++index) {
-    const Unit unit = unit_at(shape, index);
-    const T* x = static_cast<const T*>(params.x) + unit.offset;
-    T* grad_x = static_cast<T*>(params.grad_x) + unit.offset;
+  ChannelRows rows_of_image(scratch, channels);
+  for_each_unit(shape, begin, end, [&](const Unit& unit) {
+    const T* const x = static_cast<const T*>(params.x) + unit.offset;
+    T* const grad_x = static_cast<T*>(params.grad_x) + unit.offset;
     constexpr bool kept = kKeepsGrad<T, kSilu>;
-    const T* grad = kept ? grad_x : static_cast<const T*>(params.grad_out) + unit.offset;
+    const T* const grad = kept ? grad_x : static_cast<const T*>(params.grad_out) + unit.offset;
     const auto write = [&](int64_t i, int64_t n, const auto& channel) FLEXVAR_INLINE {
       const NormAndGrad at = norm_and_grad < T,
                         kSilu && !kept > (load_first(x + i, n), load_first(grad + i, n), channel);
       store_result(grad_x + i, grad_of_x(at, channel), n);
     };
     if (!shape.channels_last) {
-      const Channel<float> channel =
-          channel_at(params, unit.image, unit.channel / channels_per_group(shape), unit.channel);
+      const Channel<float> channel = channel_at(params, unit.image, unit.group, unit.channel);
       for_each_vector(unit.pixels,
                       [&](int64_t i, int64_t n) FLEXVAR_INLINE { write(i, n, channel); });
-      continue;
+      return;
     }
-    ChannelRows rows(scratch, channels);
-    rows.fill(params, unit.image);
-    for (int64_t pixel = 0; pixel < unit.pixels; ++pixel) {
-      for_each_vector(channels,
-                      [&](int64_t c, int64_t n) FLEXVAR_INLINE { write(c, n, rows.at(c)); });
-      x += channels;
-      grad += channels;
-      grad_x += channels;
-    }
-  }
+    rows_of_image.fill(params, unit.image);
+    const ChannelRows rows = rows_of_image;  // which stores cannot change
+    for_pixels(channels, unit.pixels, [&](int64_t offset, int64_t count) FLEXVAR_INLINE {
+      for_each_vector(channels, [&](int64_t c, int64_t n) FLEXVAR_INLINE {
+        const Channel<Vector<float>> channel = rows.at(c);
+        for (int64_t i = 0; i < count; ++i) write(offset + i * channels + c, n, channel);
+      });
+    });
+  });
 }
 
 void group_norm_silu_backward_sums(const GroupNormSiluBackwardParams& params, float* scratch,

@@ -10,9 +10,12 @@ namespace flexvar {
 // Pixels come in chunks, whose results are put together in their order: what comes out depends on
 // the shape of an image alone. A unit of work is a chunk of a channel, units being in the order
 // [image, channel, chunk]; with channels last it is a chunk of all channels: [image, chunk].
+// Moments need not tell channels of a group apart: without channels last their units are its runs
+// of elements, [image, group, run].
 struct GroupNormShape {
   int64_t images, channels, groups, pixels;
   int64_t chunk_pixels, chunks;  // of all chunks but the last, which may have fewer
+  int64_t run_elements, runs;    // likewise, of a group
   bool channels_last;            // [images, pixels, channels], else [images, channels, pixels]
 };
 
@@ -25,10 +28,21 @@ static inline int64_t pixels_of_chunk(const GroupNormShape& s, int64_t chunk) {
 static inline int64_t units_per_image(const GroupNormShape& s) {
   return s.chunks * (s.channels_last ? 1 : s.channels);
 }
-// A group of an image has so many parts, [chunk], or [channel, chunk].
-static inline int64_t parts_per_group(const GroupNormShape& s) {
-  return s.chunks * (s.channels_last ? 1 : channels_per_group(s));
+static inline int64_t elements_per_group(const GroupNormShape& s) {
+  return channels_per_group(s) * s.pixels;
 }
+// A group of an image has so many parts, its runs or, with channels last, chunks.
+static inline int64_t parts_per_group(const GroupNormShape& s) {
+  return s.channels_last ? s.chunks : s.runs;
+}
+static inline int64_t elements_of_part(const GroupNormShape& s, int64_t part) {
+  if (s.channels_last) return pixels_of_chunk(s, part) * channels_per_group(s);
+  return part + 1 < s.runs ? s.run_elements : elements_per_group(s) - part * s.run_elements;
+}
+static inline int64_t moment_units_per_image(const GroupNormShape& s) {
+  return s.channels_last ? s.chunks : s.groups * s.runs;
+}
+
 struct GroupNormSiluParams {
   GroupNormShape shape;
   const void* x;
@@ -61,12 +75,14 @@ static constexpr int64_t group_norm_scratch(int64_t channels) {
   return 6 * group_norm_row(channels);
 }
 
-// Units [begin, end): x to parts.
+// Units of moments [begin, end): x to parts.
 FLEXVAR_DECLARE_CPU_KERNEL(group_norm_moments, (const GroupNormSiluParams& params, float* scratch,
                                                 int64_t begin, int64_t end));
-// x and statistics to out.
-FLEXVAR_DECLARE_CPU_KERNEL(group_norm_silu_apply, (const GroupNormSiluParams& params,
-                                                   float* scratch, int64_t begin, int64_t end));
+// Units [begin, end): x and statistics to out. Where `has_next`, x of the group behind is needed
+// next, and asked for.
+FLEXVAR_DECLARE_CPU_KERNEL(group_norm_silu_apply,
+                           (const GroupNormSiluParams& params, float* scratch, int64_t begin,
+                            int64_t end, bool has_next));
 // x, statistics and grad_out to sums.
 FLEXVAR_DECLARE_CPU_KERNEL(group_norm_silu_backward_sums,
                            (const GroupNormSiluBackwardParams& params, float* scratch,
