@@ -33,13 +33,13 @@ def conv3x3(
 
     On CPUs from AVX2 on, float32 and bfloat16 run here, channels last, products being summed in float32. Upsampling
     costs 4 products a pixel instead of 9, since sums of taps stand for taps on equal pixels. So do float32 maps of 32
-    and more channels that keep their resolution, by Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308): the
-    error is about that of the definition, but small against the largest number and tap that a pixel sees, not against
-    each product; sums that are not finite are redone by the definition. The order of sums depends on C, N and resize
-    alone: an image's result is the same in any batch and on any number of threads, to the bit. On a tile unit (AMX) all
-    taps are multiplied, and a float32 number is the sum of three bfloat16 numbers: the error is about that of float32
-    arithmetic, smaller where the sums are long. Parts below 2^-126 are zero there, so factors and products below about
-    2e-31 keep fewer digits.
+    and more channels that keep their resolution, by Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308), and
+    bfloat16 ones cost 2.25, by F(4x4, 3x3) in float32: the error is about that of the definition, but small against the
+    largest number and tap that a square of as many pixels sees, not against each product; squares whose sums are not
+    finite are redone by the definition. The order of sums depends on C, N and resize alone: an image's result is the
+    same in any batch and on any number of threads, to the bit. On a tile unit (AMX) all taps are multiplied, and a
+    float32 number is the sum of three bfloat16 numbers: the error is about that of float32 arithmetic, smaller where
+    the sums are long. Parts below 2^-126 are zero there, so factors and products below about 2e-31 keep fewer digits.
 
     On CUDA, upsampling runs on tensor cores in float16 and bfloat16, channels last, with the same 4 products. They are
     summed in float32, bias and residual added to the sums, and the result is rounded once; so are the sums of taps.

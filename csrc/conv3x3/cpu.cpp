@@ -161,46 +161,35 @@ void run_on_vectors(const Conv3x3Params& params) {
 }
 
 bool suits_winograd(const Conv3x3Params& params) {
-  return params.resize == ConvResize::none && params.element == FloatElement::float32 &&
-         params.weight_element == FloatElement::float32 && params.in_channels >= 32 &&
-         params.out_channels >= 32;
+  return params.resize == ConvResize::none && params.in_channels >= 32 && params.out_channels >= 32;
 }
 
-// Blocks are the same for any number of threads and of images: where sums are not finite, a block
-// is redone by the definition, which rounds otherwise.
 void run_by_winograd(const Conv3x3Params& params) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t steps = divide_up(params.out_channels, kConvColumns);
-  Cut cut{divide_up(params.height, 2), divide_up(params.width, 2), 0, 0};  // of tiles
+  const Winograd& sizes = winograd_of(params);
+  Cut cut{divide_up(params.height, sizes.outputs), divide_up(params.width, sizes.outputs), 0, 0};
+  const int64_t wanted_blocks = divide_up(2 * threads, params.batch * steps);
+  const int64_t aim = std::min(kWinogradTiles, divide_up(cut.height * cut.width, wanted_blocks));
   cut.columns = divide_evenly(cut.width, 32);
-  cut.rows = divide_evenly(cut.height, std::max<int64_t>(kWinogradTiles / cut.columns, 1));
+  cut.rows = divide_evenly(cut.height, std::max<int64_t>(aim / cut.columns, 1));
   const int64_t places = params.batch * cut.blocks(), runs = std::min(places * steps, threads);
-  const int64_t winograd_size = winograd_scratch_size(params.in_channels);
-  const int64_t scratch_size =
-      winograd_size + conv3x3_scratch_size(params, 2 * cut.rows, 2 * cut.columns);
+  const int64_t scratch_size = sizes.scratch_size(params);
   Scratch<float> scratch(runs * scratch_size);
-  // Where a thread would transform a panel of the weight more than once, all are before.
-  const bool packs_weight = places > threads;
-  Scratch<float> panels(packs_weight ? steps * kConvColumns * params.in_channels * 16 : 0);
+  // A panel of the weight that is met more than once is transformed before.
+  const bool packs_weight = places > 1;
+  const int64_t panel_count = steps * sizes.channel_steps(params.in_channels);
+  Scratch<float> panels(packs_weight ? panel_count * sizes.panel_size() : 0);
   if (packs_weight) {
     pack_weight(params, FLEXVAR_SELECT_CPU_KERNEL(winograd_pack), kWinogradChannels, panels.data(),
                 scratch.data(), scratch_size, runs);
   }
   const auto kernel = FLEXVAR_SELECT_CPU_KERNEL(winograd_block);
-  const auto plain_kernel = FLEXVAR_SELECT_CPU_KERNEL(conv3x3_block);
   share_out(places, steps, runs, [&](int64_t run, int64_t block, int64_t step, bool is_packed) {
     const Place at = cut.place(block);
-    const int64_t channel = step * kConvColumns;
-    float* const memory = scratch.data() + run * scratch_size;
-    bool is_finite;
-    kernel(params, {at.image, at.row, at.column, at.rows * at.columns, at.columns, channel},
-           packs_weight ? panels.data() : nullptr, is_packed, memory, is_finite);
-    if (is_finite) return;
-    const int64_t row = 2 * at.row, column = 2 * at.column;
-    plain_kernel(params,
-                 {at.image, row, column, std::min(2 * at.rows, params.height - row),
-                  std::min(2 * at.columns, params.width - column), channel},
-                 nullptr, false, memory + winograd_size);
+    kernel(params,
+           {at.image, at.row, at.column, at.rows * at.columns, at.columns, step * kConvColumns},
+           packs_weight ? panels.data() : nullptr, is_packed, scratch.data() + run * scratch_size);
   });
 }
 

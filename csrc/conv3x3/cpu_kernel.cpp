@@ -220,14 +220,30 @@ void conv3x3_block(const Conv3x3Params& params, const Conv3x3Block& block, const
 
 void winograd_pack(const Conv3x3Params& params, int64_t channel, int64_t begin, int64_t end,
                    float* panels, float* taps) {
-  const int64_t place = channel / kConvColumns * params.in_channels + begin;
-  winograd::transform_weight(params, channel, begin, end - begin,
-                             panels + place * 16 * kConvColumns, taps);
+  const Winograd& sizes = winograd_of(params);
+  const int64_t step =
+      channel / kConvColumns * sizes.channel_steps(params.in_channels) + begin / kWinogradChannels;
+  with_elements(params, [&](auto x, auto weight) {
+    winograd::transform_weight<decltype(x), decltype(weight)>(
+        params, channel, begin, end - begin, panels + step * sizes.panel_size(), taps);
+  });
 }
 
 void winograd_block(const Conv3x3Params& params, const WinogradBlock& block, const float* panels,
-                    bool is_packed, float* scratch, bool& is_finite) {
-  is_finite = winograd::convolve(params, block, panels, is_packed, scratch);
+                    bool is_packed, float* scratch) {
+  with_elements(params, [&](auto x, auto weight) {
+    const int64_t outputs = winograd_of(params).outputs;
+    const auto redo = [&](int64_t row, int64_t column, float* rest) {
+      const int64_t rows = params.height - row, columns = params.width - column;
+      convolve_block<decltype(x), decltype(weight)>(
+          params,
+          {block.image, row, column, rows < outputs ? rows : outputs,
+           columns < outputs ? columns : outputs, block.channel},
+          nullptr, false, rest);
+    };
+    winograd::convolve<decltype(x), decltype(weight)>(params, block, panels, is_packed, scratch,
+                                                      redo);
+  });
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

@@ -82,41 +82,57 @@ FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_pack, (const Conv3x3Params& params, int64_t c
 FLEXVAR_DECLARE_CPU_KERNEL(conv3x3_block, (const Conv3x3Params& params, const Conv3x3Block& block,
                                            const float* panels, bool is_packed, float* scratch));
 
-// Winograd's way (cpu_winograd.h), for float32 maps that keep their size. What one call computes:
-// at most kWinogradTiles tiles of 2x2 pixels, for at most kConvColumns output channels from
+// Winograd's way (cpu_winograd.h), for maps that keep their size. What one call computes: at most
+// kWinogradTiles tiles of outputs x outputs pixels, for at most kConvColumns output channels from
 // `channel` on.
 struct WinogradBlock {
   int64_t image, tile_row, tile_column, tiles, tile_columns, channel;  // tile_columns in a row
 };
 constexpr int64_t kWinogradTiles = 64;
-// Input channels that are transformed together, and what a sum adds up before the next such chain
-// begins: a quarter of an output's products, all in one chain, would err 1.6 times as much as
-// torch's convolution.
-constexpr int64_t kWinogradChannels = 128, kWinogradChain = 64;
+// Input channels that are transformed together.
+constexpr int64_t kWinogradChannels = 128;
 
-// What a call needs besides, in floats: the transformed map, sums, a panel of the transformed
-// weight and its taps. What belongs to each of the 16 products starts a little off a multiple of
-// 4 KiB: at one, all of them would take the same few lines of the L1 cache.
+// What belongs to each of the products starts a little off a multiple of 4 KiB: at one, all of them
+// would take the same few lines of the L1 cache.
 constexpr int64_t kWinogradMapStride = kWinogradTiles * kWinogradChannels + kConvLanes;
 constexpr int64_t kWinogradSumsStride = kWinogradTiles * kConvColumns + kConvLanes;
-constexpr int64_t kWinogradSumsSize = 16 * kWinogradSumsStride;
-constexpr int64_t kWinogradPanelSize = 16 * kWinogradChannels * kConvColumns;
-static inline int64_t winograd_map_size(int64_t in_channels) {
-  return (in_channels + kWinogradChannels - 1) / kWinogradChannels * 16 * kWinogradMapStride;
-}
-static inline int64_t winograd_scratch_size(int64_t in_channels) {
-  return winograd_map_size(in_channels) + kWinogradSumsSize + kWinogradPanelSize +
-         9 * kWinogradChannels * kConvLanes;
+constexpr int64_t kWinogradPanelStride = kWinogradChannels * kConvColumns + kConvLanes;
+
+struct Winograd {
+  int64_t outputs;  // of a tile in a row
+  int64_t chain;    // input channels that a sum adds up before the next such chain begins
+
+  constexpr int64_t side() const { return outputs + 2; }  // of what a tile sees
+  constexpr int64_t products() const { return side() * side(); }
+  // Where the weight is transformed beforehand: panels [steps of kConvColumns][steps of channels].
+  static int64_t channel_steps(int64_t in_channels) {
+    return (in_channels + kWinogradChannels - 1) / kWinogradChannels;
+  }
+  constexpr int64_t panel_size() const { return products() * kWinogradPanelStride; }
+
+  // What a call needs besides, in floats: the transformed map, sums, a panel and its taps, and what
+  // redoes a tile.
+  int64_t map_size(int64_t in_channels) const {
+    return channel_steps(in_channels) * products() * kWinogradMapStride;
+  }
+  constexpr int64_t sums_size() const { return products() * kWinogradSumsStride; }
+  static constexpr int64_t taps_size() { return 9 * kWinogradChannels * kConvLanes; }
+  int64_t scratch_size(const Conv3x3Params& params) const {
+    return map_size(params.in_channels) + sums_size() + panel_size() + taps_size() +
+           conv3x3_scratch_size(params, outputs, outputs);
+  }
+};
+// In float32 a quarter of an output's products, all in one chain, would err 1.6 times as much as
+// torch's convolution, and larger tiles ten times; rounded to bfloat16, neither shows.
+constexpr Winograd kWinogradFloat32{2, 64}, kWinogradBfloat16{4, kWinogradChannels};
+static inline const Winograd& winograd_of(const Conv3x3Params& params) {
+  return params.element == FloatElement::float32 ? kWinogradFloat32 : kWinogradBfloat16;
 }
 
-// Packs channels [begin, end), at most kWinogradChannels, for the output channels from `channel`
-// on. Panels are [steps of kConvColumns][in_channels][16 * kConvColumns].
+// Transforms channels [begin, end), a step of them, for the output channels from `channel` on.
 FLEXVAR_DECLARE_CPU_KERNEL(winograd_pack, (const Conv3x3Params& params, int64_t channel,
                                            int64_t begin, int64_t end, float* panels, float* taps));
-// Says whether all sums are finite: where they aren't, they may be so by the definition, or another
-// infinity.
-FLEXVAR_DECLARE_CPU_KERNEL(winograd_block,
-                           (const Conv3x3Params& params, const WinogradBlock& block,
-                            const float* panels, bool is_packed, float* scratch, bool& is_finite));
+FLEXVAR_DECLARE_CPU_KERNEL(winograd_block, (const Conv3x3Params& params, const WinogradBlock& block,
+                                            const float* panels, bool is_packed, float* scratch));
 
 }  // namespace flexvar

@@ -157,8 +157,9 @@ def test_values_that_are_not_finite_stay_where_they_are_seen(device, resize, cha
 
 
 @needs_kernel
-def test_winograd_is_the_same_in_any_batch_and_on_any_number_of_threads():
-    tensors = without(arguments((3, 130, 64, 37, 70), "none"), "residual")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_winograd_is_the_same_in_any_batch_and_on_any_number_of_threads(dtype, tolerance):
+    tensors = without(arguments((3, 130, 64, 37, 70), "none", dtype), "residual")
     tensors["x"][1, 5, 20, 30], tensors["x"][2] = float("inf"), float("nan")
     threads = torch.get_num_threads()
     try:
@@ -169,12 +170,13 @@ def test_winograd_is_the_same_in_any_batch_and_on_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     expected = reference.conv3x3(**doubled(tensors))
-    torch.testing.assert_close(torch.cat(alone).double(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(alone).double(), expected, equal_nan=True, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["positive", "mean 100", "pixels of all sizes", "channels of all sizes"])
-def test_winograd_of_values_that_are_not_alike(monkeypatch, kind, isa):
+def test_winograd_of_values_that_are_not_alike(monkeypatch, kind, dtype, isa):
     monkeypatch.setenv("FLEXVAR_CPU_ISA", isa)
     tensors = without(arguments((1, 128, 64, 20, 24), "none"), "bias", "residual")
     x = tensors["x"]
@@ -186,7 +188,7 @@ def test_winograd_of_values_that_are_not_alike(monkeypatch, kind, isa):
     }[kind]
     if kind == "positive":
         tensors["weight"] = tensors["weight"].abs()
-    assert_accurate(tensors, "none")
+    assert_accurate({name: tensor.to(dtype) for name, tensor in tensors.items()}, "none")
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])  # the first has torch's
