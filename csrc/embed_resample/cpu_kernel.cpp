@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/cpu_vector.h"
+#include "common/inverse_length.h"
 
 namespace flexvar::FLEXVAR_ISA {
 
@@ -110,7 +111,7 @@ static inline Vector<Real> squares(const T* code, int64_t dim) {
 
 template <typename Real>
 static inline Vector<Real> inverse_norms(Vector<Real> squared) {
-  return 1 / larger(square_roots(squared), Vector<Real>{} + Real(kMinCodeNorm));
+  return 1 / larger(Vector<Real>{} + kShortestLength<Real>, square_roots(squared));
 }
 
 // grid[i] = the code at indices[i], scaled to length 1 if asked for, for i < n. As many codes at a
@@ -199,8 +200,8 @@ static void adjoint_rows(const EmbedAdjointParams<Real>& params, Real* scratch, 
   }
 }
 
-// With e = c / n, n = max(|c|, kMinCodeNorm), the gradient g of e becomes (g - e (e . g)) / n, or
-// g / n where the norm is clamped.
+// With e = c / n, n = max(|c|, 1e-12), the gradient g of e becomes (g - e (e . g)) / n, or g / n
+// where the norm is clamped. Of e = c it stays g, whatever c is.
 template <typename T, typename Real>
 static void scatter_codes(const EmbedScatterParams<Real>& params, Real* scratch, int64_t begin,
                           int64_t end) {
@@ -214,7 +215,7 @@ static void scatter_codes(const EmbedScatterParams<Real>& params, Real* scratch,
         through_norm
             ? inverse_norms<Real>(Vector<Real>{} + sum_of_lanes(squares<T, Real>(code, dim)))[0]
             : Real(1);
-    const bool clamped = inverse >= Real(1 / kMinCodeNorm);
+    const bool clamped = inverse >= inverse_length(Real(0));
     Vector<Real> products = {};
     for (int64_t c = 0; c < dim; c += lanes) {
       Vector<Real> sum = {};
@@ -225,10 +226,10 @@ static void scatter_codes(const EmbedScatterParams<Real>& params, Real* scratch,
       store(scratch + c, sum);
       products += sum * load_first(code + c, dim - c);
     }
-    const Real along =
-        through_norm && !clamped ? sum_of_lanes(products) * inverse * inverse : Real(0);
+    const Real along = sum_of_lanes(products) * inverse * inverse;
     for (int64_t c = 0; c < dim; c += lanes) {
-      const Vector<Real> across = load(scratch + c) - along * load_first(code + c, dim - c);
+      Vector<Real> across = load(scratch + c);
+      if (through_norm && !clamped) across -= along * load_first(code + c, dim - c);
       store_first(out + c, inverse * across, dim - c);
     }
   }

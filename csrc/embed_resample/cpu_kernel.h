@@ -4,7 +4,6 @@
 
 #include "common/cpu_isa.h"
 #include "common/float_element.h"
-#include "embed_resample/norm.h"
 #include "resample/taps.h"
 
 namespace flexvar {

@@ -9,8 +9,8 @@
 #include "common/cuda.cuh"
 #include "common/divide_up.h"
 #include "common/fast_divisor.h"
+#include "common/inverse_length.h"
 #include "common/ptx.cuh"
-#include "embed_resample/norm.h"
 #include "resample/taps.cuh"
 
 namespace flexvar {
@@ -76,8 +76,7 @@ __device__ __forceinline__ unsigned channels_from(int64_t first, int64_t size) {
 
 template <class Real>
 __device__ __forceinline__ Real inverse_norm(Real squares) {
-  const Real norm = sqrt(squares);
-  return Real(1) / (norm > Real(kMinCodeNorm) ? norm : Real(kMinCodeNorm));
+  return inverse_length(sqrt(squares));
 }
 
 // Of a row (none: null) of which the lane's channels in the block are here; longer ones are read
@@ -344,7 +343,7 @@ __device__ Real inverse_norm_of_code(const T* code, int64_t dim) {
 }
 
 // A warp for each code, after the runs: the sum g of all its cells' gradients and, with e = c / n,
-// n = max(|c|, kMinCodeNorm), the gradient (g - e (e . g)) / n through the normalisation, or g / n
+// n = max(|c|, 1e-12), the gradient (g - e (e . g)) / n through the normalisation, or g / n
 // where the norm is clamped.
 template <class T, class Real>
 __global__ void __launch_bounds__(kEmbedSumThreads, 2)
@@ -374,7 +373,7 @@ __global__ void __launch_bounds__(kEmbedSumThreads, 2)
   }
   if (!params.normalize || first == end) return;
   const Real inverse = inverse_norm_of_code<T, Real>(code, dim);
-  const bool clamped = inverse >= Real(1 / kMinCodeNorm);
+  const bool clamped = inverse >= inverse_length(Real(0));
   const Real along = clamped ? Real(0) : sum_of_warp(product) * inverse * inverse;
   for (int64_t c = lane; c < dim; c += 32) {
     out[c] = inverse * (out[c] - along * load_real<Real>(code + c));

@@ -111,6 +111,22 @@ def test_one_image_is_the_same_in_any_batch(small: MultiScaleTokenizer) -> None:
 
 
 @torch.inference_mode()
+def test_small_maps_are_the_same_on_any_number_of_threads() -> None:
+    """torch's 1x1 convolution rounds otherwise on two threads than on one."""
+    tokenizer = MultiScaleTokenizer(TokenizerConfig()).eval()
+    codes = tokenizer.config.codebook_size
+    grid = torch.randint(codes, (2, 1, 2), generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = tokenizer.decode(grid)
+        torch.set_num_threads(2)
+        assert torch.equal(tokenizer.decode(grid), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
 def test_empty_batch(small: MultiScaleTokenizer) -> None:
     pyramid = small.quantize(small.encode(torch.zeros(0, 3, 8, 8)), ScaleSchedule([1, 4]))
     assert [tuple(indices.shape) for indices in pyramid] == [(0, 1, 1), (0, 4, 4)]

@@ -102,6 +102,22 @@ def test_zero_code(device):
     assert grad[3].eq(0).all()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_values_that_are_not_finite_stay_in_their_code(device, normalize):
+    """Normalised, such a code has a component that is no number, or all are; its gradient is what it is otherwise."""
+    codebook = randn(5, 19, device=device)
+    codebook[1, 3], codebook[2, 7], codebook[4, 0] = torch.nan, torch.inf, torch.nan  # nobody asks for the last one
+    indices = torch.arange(4, device=device).view(1, 1, 4)
+    arguments = (indices, codebook, (1, 4), randn(1, 4, 19, seed=1, device=device))
+    out, grad = forward_and_gradient(flexvar_ext.embed_resample, *arguments, mode="nearest", normalize=normalize)
+    expected, expected_grad = forward_and_gradient(
+        reference.embed_resample, *arguments, mode="nearest", normalize=normalize
+    )
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(grad[:4], expected_grad[:4], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert grad[4].eq(0).all()
+
+
 def test_layouts(device):
     indices, codebook = random_indices(3, 6, 5, codes=40, device=device), randn(40, 24, seed=1, device=device)
     expected = flexvar_ext.embed_resample(indices, codebook, (8, 9))

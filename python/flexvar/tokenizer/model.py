@@ -12,6 +12,7 @@ from flexvar._checks import check_float
 from flexvar.schedule import ScaleSchedule
 from flexvar.tokenizer.autoencoder import Decoder, Encoder
 from flexvar.tokenizer.config import TokenizerConfig
+from flexvar.tokenizer.convolution import Conv1x1
 from flexvar.tokenizer.initialization import initialize
 from flexvar.tokenizer.quantizer import QuantizedScale, VectorQuantizer, check_latent
 
@@ -36,8 +37,8 @@ class MultiScaleTokenizer(nn.Module):
         self.encoder = Encoder(config, backend=backend)
         self.decoder = Decoder(config, backend=backend)
         self.quantize = VectorQuantizer(config, backend=backend)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quant_conv = Conv1x1(config.z_channels, config.codebook_dim, backend=backend)
+        self.post_quant_conv = Conv1x1(config.codebook_dim, config.z_channels, backend=backend)
         initialize(self)
         self.arrange()
 
