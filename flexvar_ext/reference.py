@@ -171,8 +171,15 @@ def group_norm_silu(
     """[B, C, H, W], [C] twice -> [B, C, H, W]: SiLU(GroupNorm(x)), or GroupNorm(x); in float32, rounded once."""
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
     wide = torch.promote_types(wide, torch.float32)
-    out = torch.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
-    return (F.silu(out) if silu else out).to(result_dtype(x))
+    out = torch.group_norm(_for_group_norm(x, weight, bias).to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    out = (F.silu(out) if silu else out).to(result_dtype(x))
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return out.contiguous(memory_format=torch.channels_last) if is_channels_last else out
+
+
+def _for_group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Contiguous where weights learn: torch's gradients of channels-last maps crash without that of x (2.13)."""
+    return x.contiguous() if weight.requires_grad or bias.requires_grad else x
 
 
 def scale_attention(

@@ -307,6 +307,19 @@ def test_gradients_in_double(device, shape, groups, memory_format, silu):
     )
 
 
+@pytest.mark.parametrize("function", [flexvar_ext.group_norm_silu, reference.group_norm_silu])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradients_of_weights_alone_in_double(memory_format, function):
+    """torch's own crash on channels-last maps."""
+    x, weight, bias = doubled(arguments((2, 6, 3, 5), memory_format=memory_format)).values()
+    expected = gradients(torch_in_its_dtype, {"x": x.contiguous(), "weight": weight, "bias": bias}, 3)
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    out = function(x, 3, weight, bias)
+    weights = randn(*out.shape, seed=5).bfloat16().double()
+    assert out.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close([out.detach(), *torch.autograd.grad(out, leaves, weights)], [expected[0], *expected[2:]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("shape", "groups"), [((2, 6, 3, 5), 3), ((1, 1, 1, 1), 1), ((2, 4, 1, 1), 2)])
