@@ -178,8 +178,13 @@ def group_norm_silu(
 
 
 def _for_group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Contiguous where weights learn: torch's gradients of channels-last maps crash without that of x (2.13)."""
-    return x.contiguous() if weight.requires_grad or bias.requires_grad else x
+    """Contiguous where torch (2.13) may crash: its gradients of channels-last maps do where that of x is not asked for.
+
+    That is not known here, and copies are slow: in float32 only maps that need no gradient are taken for such.
+    """
+    if (weight.requires_grad or bias.requires_grad) and not (x.requires_grad and x.dtype != torch.float64):
+        return x.contiguous()
+    return x
 
 
 def scale_attention(
