@@ -16,12 +16,12 @@ from flexvar_ext._checks import (
     check_same_device,
     check_size,
     check_tensor,
+    left_to_the_kernel,
 )
 from flexvar_ext._registration import forbid_second_gradient, without_gradient
 from flexvar_ext.resample2d import MODES
 
 _INT64 = (torch.int64,)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _OVERLOAD = torch.ops.flexvar.embed_resample.default  # looked up once: a call takes but ten microseconds
 
 
@@ -55,13 +55,12 @@ def embed_resample(
     ValueError on a CPU (a RuntimeError where torch.compile made the call); on CUDA, where looking would mean waiting,
     the tokens that it reaches are NaN.
     """
-    is_compiling = torch.compiler.is_compiling()
-    if is_compiling or not _is_left_to_the_kernel(indices, codebook, size, normalize, mode):
+    if not _is_left_to_the_kernel(indices, codebook, size, normalize, mode):
         _check(indices, codebook, size, normalize, mode)
     height, width = size
     check_no_tangent("embed_resample", codebook)
     result: Tensor
-    if is_compiling:
+    if torch.compiler.is_compiling():
         result = _OVERLOAD(indices, codebook, height, width, normalize, mode)
         return result
     try:
@@ -79,10 +78,8 @@ def embed_resample(
 def _is_left_to_the_kernel(
     indices: Tensor, codebook: Tensor, size: tuple[int, int], normalize: bool, mode: str
 ) -> bool:
-    """Whether the kernel finds what may be wrong with them: looking here, too, is an eighth of a small call."""
-    for tensor in (indices, codebook):  # a fake one has no kernel
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
-            return False
+    if not left_to_the_kernel(indices, codebook):
+        return False
     if type(size) is not tuple or len(size) != 2 or type(normalize) is not bool or type(mode) is not str:
         return False
     return type(size[0]) is int and type(size[1]) is int

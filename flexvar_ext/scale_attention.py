@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import WITH_FLOAT64, alike, check_no_tangent, check_same_device, check_tensor
+from flexvar_ext._checks import (
+    WITH_FLOAT64,
+    alike,
+    check_no_tangent,
+    check_same_device,
+    check_tensor,
+    left_to_the_kernel,
+)
 from flexvar_ext._registration import forbid_second_gradient, register_autocast, without_gradient
 
 _ATTENTION = torch.ops.flexvar.scale_attention.default  # looked up once: a call takes but ten microseconds
@@ -104,7 +111,8 @@ def scale_attention_step(
     Raises: TypeError, ValueError for arguments that break the rules above, and when a gradient would be needed.
     """
     op = "scale_attention_step"
-    if not _caches_fit(q, k_cache, v_cache):
+    is_left_to_the_kernel = left_to_the_kernel(q, k_cache, v_cache) and q.dim() == k_cache.dim() == 4
+    if not is_left_to_the_kernel and not _caches_fit(q, k_cache, v_cache):
         _check_caches(op, q, k_cache, v_cache)
     if isinstance(kv_length, bool) or not isinstance(kv_length, (int, torch.SymInt)):
         raise TypeError(f"{op}: kv_length must be an integer, got {type(kv_length).__name__}")
@@ -115,14 +123,12 @@ def scale_attention_step(
             f"{op}: q, k_cache and v_cache must not require a gradient (use torch.no_grad), got one that does"
         )
     check_no_tangent(op, q, k_cache, v_cache)
-    out: Tensor = _STEP(
-        q,
-        k_cache,
-        v_cache,
-        kv_length,
-        _softmax_scale(op, q, softmax_scale),
-        _of_heads(op, "logit_bound", logit_bound, q),
-    )
+    factor, bound = _softmax_scale(op, q, softmax_scale), _of_heads(op, "logit_bound", logit_bound, q)
+    try:
+        out: Tensor = _STEP(q, k_cache, v_cache, kv_length, factor, bound)
+    except RuntimeError:
+        _check_caches(op, q, k_cache, v_cache)
+        raise
     return out
 
 

@@ -43,18 +43,12 @@ static inline void pack_column_pairs(float* packed, HeadRows<Bfloat16> rows, int
   }
 }
 
-// [count, dim / 2] pairs to [dim / 2, kTile], with the sign turned if asked for; columns up to a
-// whole vector are zeros.
+// Of pairs, with the sign turned if asked for.
 static inline void transpose_pairs(float* transposed, const float* packed, int64_t count,
                                    int64_t dim, bool negate) {
   const uint32_t sign = negate ? 0x80008000u : 0;
-  const int64_t padded = (count + kFloatLanes - 1) / kFloatLanes * kFloatLanes;
-  for (int64_t d = 0; d < dim / 2; ++d) {
-    for (int64_t i = 0; i < count; ++i) {
-      transposed[d * kTile + i] = float_from_bits(bits_of(packed[i * (dim / 2) + d]) ^ sign);
-    }
-    for (int64_t i = count; i < padded; ++i) transposed[d * kTile + i] = 0;
-  }
+  transpose_tile(transposed, packed, count, dim / 2,
+                 [&](Vector<float> v) { return (Vector<float>)((Bits32)v ^ sign); });
 }
 
 // In place: rows 2n and 2n + 1 of [keys, kTile], rounded, to row n of pairs. An odd last row is

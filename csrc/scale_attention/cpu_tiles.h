@@ -43,14 +43,41 @@ inline void load_rows(T* packed, HeadRows<E> rows, int64_t begin, int64_t end, i
   }
 }
 
-// [count, dim] packed to [dim, kTile], times `sign`; columns up to a whole vector are zeros.
+// [count, columns] to [columns, kTile], a vector at a time what `change` makes of it; columns up to
+// a whole vector are zeros.
+template <typename T, typename Change>
+inline void transpose_tile(T* transposed, const T* packed, int64_t count, int64_t columns,
+                           const Change& change) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t first = 0; first < count; first += lanes) {
+    const int64_t rows = count - first < lanes ? count - first : lanes;
+    for (int64_t c = 0; c < columns; c += lanes) {
+      if (rows == 1) {  // the first scale's, mostly: shuffles would take most of its time
+        const Vector<T> row = change(load(packed + first * columns + c));
+        T numbers[lanes];
+        store(numbers, row);
+        for (int64_t i = 0; i < lanes; ++i) {
+          Vector<T> alone{};
+          alone[0] = numbers[i];
+          store(transposed + (c + i) * kTile + first, alone);
+        }
+        continue;
+      }
+      Vector<T> square[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) {
+        square[i] = i < rows ? change(load(packed + (first + i) * columns + c)) : Vector<T>{};
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) store(transposed + (c + i) * kTile + first, square[i]);
+    }
+  }
+}
+
 template <typename T>
 inline void transpose_rows(T* transposed, const T* packed, int64_t count, int64_t dim, T sign) {
-  const int64_t padded = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  for (int64_t d = 0; d < dim; ++d) {
-    for (int64_t i = 0; i < count; ++i) transposed[d * kTile + i] = sign * packed[i * dim + d];
-    for (int64_t i = count; i < padded; ++i) transposed[d * kTile + i] = 0;
-  }
+  transpose_tile(transposed, packed, count, dim, [&](Vector<T> v) { return sign * v; });
 }
 
 // Row i of `packed` times factor[i * factor_step] to row begin + i of one head of a contiguous
