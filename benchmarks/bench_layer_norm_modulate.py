@@ -59,7 +59,6 @@ def test_layer_norm_modulate(compare, device, rows, tokens, residual, autocast):
         {"native": call(flexvar_ext), "reference": call(reference)},
         check=check,
         bytes_moved=moved * given["x"].numel(),
-        targets={"reference": 1.0},
         seconds=0.5,
     )
 
@@ -88,6 +87,5 @@ def test_forward_and_backward(compare, device, rows, tokens, residual):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(result, expected, strict=True)
         ],
         bytes_moved=(10 if residual else 5) * given["x"].nbytes,
-        targets={"reference": 1.0},
         seconds=1.0,
     )

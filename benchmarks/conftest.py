@@ -29,7 +29,7 @@ def compare(benchmark: Any, device: torch.device, request: pytest.FixtureRequest
     flops, bytes_moved: the work in the result's terms, for the share of the machine's own matrix product and copy rate;
         ``gemm`` names the dtype whose matrix product is the limit.
     images: how many a call makes or takes, for images a second.
-    targets: peer -> the ratio aimed at.
+    targets: peer -> the ratio that the project aims at; without one, a ratio below 1 is marked.
     seconds: time to spend on the rounds, at least five of them (three where one takes seconds).
 
     pytest-benchmark times the native call; its rounds run the other implementations in their set-up.

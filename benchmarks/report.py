@@ -160,8 +160,11 @@ def _ratios(case: dict[str, Any]) -> str:
     cells = []
     for name, ratio in case["ratios"].items():
         target = case["targets"].get(name)
-        aim = "" if target is None else f" (≥{target:g}{'' if ratio >= target else ', missed'})"
-        cells.append(f"{name} {ratio:.2f}×{aim}")
+        if target is None:
+            remark = " (native slower)" if ratio < 1 else ""
+        else:
+            remark = f" (≥{target:g}{'' if ratio >= target else ', missed'})"
+        cells.append(f"{name} {ratio:.2f}×{remark}")
     return " · ".join(cells)
 
 
