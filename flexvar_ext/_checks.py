@@ -38,14 +38,14 @@ def alike(
     return True
 
 
-def left_to_the_kernel(*tensors: object) -> bool:
-    """Whether these are CPU tensors whose op looks at them itself: what is wrong with them is then asked when it fails.
+def is_readable(*tensors: Tensor) -> bool:
+    """Whether an op's kernel can look at them without a wait: on a CPU, and no fake ones of torch.compile or export.
 
-    For ops of a few microseconds, of which ``alike`` would be an eighth. Fake tensors, and any while compiling, have no
-    kernel.
+    Ops of a few microseconds leave the checks to it then, and ask what is wrong when it fails: ``alike`` would be an
+    eighth of their time.
     """
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:  # type: ignore[attr-defined]
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
             return False
     return not torch.compiler.is_compiling()
 

@@ -16,7 +16,7 @@ from flexvar_ext._checks import (
     check_same_device,
     check_size,
     check_tensor,
-    left_to_the_kernel,
+    is_readable,
 )
 from flexvar_ext._registration import forbid_second_gradient, without_gradient
 from flexvar_ext.resample2d import MODES
@@ -78,7 +78,7 @@ def embed_resample(
 def _is_left_to_the_kernel(
     indices: Tensor, codebook: Tensor, size: tuple[int, int], normalize: bool, mode: str
 ) -> bool:
-    if not left_to_the_kernel(indices, codebook):
+    if not is_readable(indices, codebook):
         return False
     if type(size) is not tuple or len(size) != 2 or type(normalize) is not bool or type(mode) is not str:
         return False

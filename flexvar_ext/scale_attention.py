@@ -15,7 +15,7 @@ from flexvar_ext._checks import (
     check_no_tangent,
     check_same_device,
     check_tensor,
-    left_to_the_kernel,
+    is_readable,
 )
 from flexvar_ext._registration import forbid_second_gradient, register_autocast, without_gradient
 
@@ -111,7 +111,7 @@ def scale_attention_step(
     Raises: TypeError, ValueError for arguments that break the rules above, and when a gradient would be needed.
     """
     op = "scale_attention_step"
-    is_left_to_the_kernel = left_to_the_kernel(q, k_cache, v_cache) and q.dim() == k_cache.dim() == 4
+    is_left_to_the_kernel = is_readable(q, k_cache, v_cache) and q.dim() == k_cache.dim() == 4
     if not is_left_to_the_kernel and not _caches_fit(q, k_cache, v_cache):
         _check_caches(op, q, k_cache, v_cache)
     if isinstance(kv_length, bool) or not isinstance(kv_length, (int, torch.SymInt)):

@@ -7,9 +7,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import alike, check_bool, check_same_device, check_tensor
+from flexvar_ext._checks import alike, check_bool, check_same_device, check_tensor, is_readable
 from flexvar_ext._registration import register_autocast
 
+# Looked up once, and no cast of what is float32: both take a good part of a small call's time with cold caches.
 _CHECKED = torch.ops.flexvar.vq_lookup_checked.default
 
 
@@ -64,11 +65,6 @@ def check_lookup_arguments(op: str, name: str, layout: str, latents: Tensor, cod
 
 def in_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.float()
-
-
-def is_readable(codebook: Tensor) -> bool:
-    """Whether an op can look at the values without a wait: on a CPU, and no fake tensor of torch.compile or export."""
-    return codebook.is_cpu and type(codebook) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def raise_not_finite(op: str, codebook: Tensor) -> NoReturn:

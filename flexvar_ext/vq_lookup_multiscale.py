@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexvar_ext._checks import check_bool, check_choice, check_size
+from flexvar_ext._checks import check_bool, check_choice, check_size, is_readable
 from flexvar_ext._registration import register_autocast
 from flexvar_ext.resample2d import MODES
-from flexvar_ext.vq_lookup import check_lookup_arguments, in_float32, is_readable, raise_not_finite
+from flexvar_ext.vq_lookup import check_lookup_arguments, in_float32, raise_not_finite
 
 _OP = "vq_lookup_multiscale"
 _CHECKED = torch.ops.flexvar.vq_lookup_multiscale_checked.default

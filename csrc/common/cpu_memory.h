@@ -25,7 +25,7 @@ inline size_t bytes_of(torch::headeronly::IntHeaderOnlyArrayRef sizes,
 inline torch::stable::Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                        torch::headeronly::IntHeaderOnlyArrayRef strides,
                                        torch::headeronly::ScalarType dtype) {
-  constexpr size_t kFewestBytesKept = 32 << 10;
+  constexpr size_t kFewestBytesKept = 32 << 10;  // malloc may fetch pages anew every time from here
   constexpr int32_t kNoIndex = -1;
   const size_t bytes = bytes_of(sizes, dtype);
   if (bytes < kFewestBytesKept) return empty_strided(sizes, strides, dtype, {});

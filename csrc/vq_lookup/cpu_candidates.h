@@ -126,7 +126,7 @@ __attribute__((noinline)) void add_candidates(const Tiles& tiles, int64_t n, int
 template <int64_t kCodes>
 inline int64_t only_nearest(const VqLookupParams& params, const float* x, int64_t first) {
   constexpr int64_t lanes = kFloatLanes, parts = kCodes / lanes;
-  if constexpr (kCodes % lanes != 0) return -1;
+  static_assert(kCodes % lanes == 0);
   if (!params.normalize || first + kCodes > params.num_codes) return -1;
   // Twice a score's error: that of its dot product, of the code, and of |e|²/2 beside 1/2.
   const double error = unit_error(params.dim) + params.dim * (kFloatError / 2) + kFloatError;
@@ -211,9 +211,9 @@ void resolve(const Tiles& tiles, int64_t shares, int64_t query_begin, int64_t qu
     for (int64_t i = 0; i < count; ++i) {
       const int64_t n = first + i;
       int64_t code = -1;
-      if (first_codes[i] >= 0) {
+      if constexpr (Tiles::kBlockTiles % kFloatLanes == 0) {  // not the tile unit's
         const float* const x = params.queries + n * params.padded_dim();
-        code = only_nearest<Tiles::kBlockTiles>(params, x, first_codes[i]);
+        if (first_codes[i] >= 0) code = only_nearest<Tiles::kBlockTiles>(params, x, first_codes[i]);
       }
       params.indices[n] = code >= 0 ? code : settle_all(tiles, n, shares, thresholds[i]);
     }

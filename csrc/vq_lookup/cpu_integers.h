@@ -3,7 +3,8 @@
 //
 // A component x in [-1, 1] is the integer nearest to kVqUnit x. Sums of their products are exact in
 // 32 bits: by Cauchy and Schwarz they are hardly more than kVqUnit², and -|e|²/2 adds half of that.
-// So a score errs by the components' rounding alone, which has a bound.
+// So a score errs by the components' rounding and by that of the unit vectors (cpu_units.h) alone,
+// which have bounds.
 //
 // Pass 1 makes a block of codes where it scores it: the integers, 8 or 16 KiB at 32 components,
 // stay in the caches of its core.

@@ -28,6 +28,12 @@ def test_results_that_are_in_use_stay():
     assert [result.unique().item() for result in kept] == [float(i) for i in range(1, 20) for _ in range(3)]
 
 
+@pytest.mark.parametrize(("side", "is_kept"), [(22, False), (23, True)])  # 30,976 and 33,856 bytes
+def test_results_of_32_kib_are_kept(side, is_kept):
+    """Smaller ones are torch's own, which can be resized."""
+    assert doubled(0.0, side).untyped_storage().resizable() is not is_kept
+
+
 def test_threads_do_not_share_blocks():
     wrong: list[float] = []
 
