@@ -72,11 +72,14 @@ endif
 bench: setup
 	$(BIN)/python -m benchmarks.report
 
+# Every CUDA test, the sanitizers over those of the ops, every benchmark and the parts of a generation's time: an hour or two,
+# most of it the sanitizers'. What fails in one keeps nobody from the others.
 gpu: export FLEXVAR_CUDA = on
-gpu: setup  # what fails in the tests keeps nobody from measuring
-	status=0; FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
+gpu: setup
+	status=0; FLEXVAR_REQUIRE_CUDA=1 $(BIN)/python -m pytest -m cuda $(PYTEST_ARGS) || status=$$?; \
 	$(BIN)/python -m benchmarks.report --require-cuda || status=$$?; \
-	$(BIN)/python -m benchmarks.parts --depth 16 24 --batch 1 64 --out benchmarks/results || status=$$?; exit $$status
+	$(BIN)/python -m benchmarks.parts --depth 16 24 --batch 1 64 --out benchmarks/results || status=$$?; \
+	$(BIN)/python -m tests.sanitize || status=$$?; exit $$status
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.measure import yardsticks
 from flexvar_ext import _host
 
 FOLDER = Path(__file__).parent
+NO_CASES = 5  # pytest's exit status where no case was selected
 NO_BFLOAT16 = (
     " On this CPU torch multiplies bfloat16 in a loop of scalars, some hundred times slower than float32: rows that "
     "would compare with that are left out."
@@ -33,6 +35,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--require-cuda", action="store_true", help="fail where there is no usable NVIDIA GPU")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run bench_NAME.py only")
+    jobs = min(8, (os.cpu_count() or 1) // 2) if default_device().type == "cuda" else 0
+    parser.add_argument(
+        "--compile-jobs", type=int, default=jobs, metavar="N",
+        help="first compile the peers of N cases at once, into torch's cache on disk (needs pytest-xdist); 0: each "
+        f"before it is measured; default here: {jobs}",
+    )  # fmt: skip
+    parser.add_argument(
+        "-k", default="", dest="selected", metavar="EXPRESSION", help="of their cases those that pytest -k takes"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON and Markdown files")
     options = parser.parse_args()
     if options.require_cuda:
@@ -45,10 +56,13 @@ def main() -> int:
     if missing:
         parser.error(f"no benchmark named {', '.join(missing)}")
 
+    if options.compile_jobs:
+        print(f"compiling the peers, {options.compile_jobs} at once …", flush=True)
+        compile_peers(names, options.selected, options.compile_jobs)
     report = {**surroundings(), "yardsticks": yardsticks(default_device()), "cases": [], "failed": []}
     for name in names:
         print(f"bench_{name} …", flush=True)
-        cases, succeeded = run_file(name)
+        cases, succeeded = run_file(name, options.selected)
         report["cases"] += cases
         if not succeeded:
             report["failed"].append(f"bench_{name}.py")
@@ -93,20 +107,29 @@ def _cpu_name() -> str:
     return f"{name} with {_host.cpu_isa()}"  # a virtual machine's name often says no more than the maker's
 
 
-def run_file(name: str) -> tuple[list[dict[str, Any]], bool]:
+def compile_peers(names: Sequence[str], selected: str, jobs: int) -> None:
+    """What fails here, for want of memory beside the others, say, is compiled when it is measured."""
+    options = ["--compile-only", "-k", selected, "-n", str(jobs), "--maxschedchunk=1", "--tb=line", "-W", "ignore"]
+    run_pytest(names, options)
+
+
+def run_pytest(names: Sequence[str], options: Sequence[str]) -> int:
+    """On bench_NAME.py of all names, in one process; returns its exit status."""
+    files = [str(FOLDER / f"bench_{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", *options]
+    environment = {**os.environ, "PYTHONPATH": f"{FOLDER.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(command, cwd=FOLDER.parent, env=environment, check=False).returncode
+
+
+def run_file(name: str, selected: str = "") -> tuple[list[dict[str, Any]], bool]:
     """One process a file, so that a crash or an exhausted memory costs only its own rows."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [
-            sys.executable, "-m", "pytest", f"{FOLDER / f'bench_{name}.py'}", "-p", "no:cacheprovider",
-            "--benchmark-enable", "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={result}",
-        ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": f"{FOLDER.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        finished = subprocess.run(command, cwd=FOLDER.parent, env=environment, check=False)
+        options = ["--benchmark-enable", "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={result}"]
+        status = run_pytest([name], [*options, "-k", selected])
         benchmarks = json.loads(result.read_text())["benchmarks"] if result.is_file() else []
-    return [{"group": one["group"], "case": one["name"], **one["extra_info"]} for one in benchmarks], (
-        finished.returncode == 0
-    )
+    cases = [{"group": one["group"], "case": one["name"], **one["extra_info"]} for one in benchmarks]
+    return cases, status in (0, NO_CASES)
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -182,16 +182,30 @@ def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, branch, gate, scale, shift, ctx.eps, _ = inputs
     ctx.shift_dtype = shift.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], branch, gate, scale)
 
 
-def _residual_gradient(ctx: Any, grad_y: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _residual_gradient(ctx: Any, grad_y: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     y, branch, gate, scale = ctx.saved_tensors
+    if grad_out is None:  # the norm is not used: where it is NaN, gradients of 0 would come back as NaN
+        return *_sum_gradient(grad_y, branch, gate), None, None, None, None
+    if grad_y is None:
+        grad_y = torch.zeros_like(y)
     grad_x, grad_branch, grad_gate, grad_scale, grad_shift = torch.ops.flexvar.residual_layer_norm_modulate_backward(
         grad_y, grad_out, y, branch, gate, scale, ctx.eps
     )
     vectors = (grad_gate.to(gate.dtype), grad_scale.to(scale.dtype), grad_shift.to(ctx.shift_dtype))
     return grad_x, grad_branch, *vectors, None, None
+
+
+def _sum_gradient(grad_y: Tensor | None, branch: Tensor, gate: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, branch and gate in x + gate * branch."""
+    if grad_y is None:
+        return None, None, None
+    grad = grad_y.float()
+    grad_gate = (grad * branch).sum_to_size(gate.shape)
+    return grad_y, (grad * gate).to(branch.dtype), grad_gate.to(gate.dtype)
 
 
 torch.library.register_autograd("flexvar::layer_norm_modulate", _gradient, setup_context=_save)

@@ -144,6 +144,25 @@ def test_values_that_are_not_finite_stay_in_their_token(device):
         assert torch.equal(out[0, [0, 1, 2, 4]], expected[0, [0, 1, 2, 4]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_gradients_of_the_sum_alone_are_those_of_a_sum(device, vectors, dtype):
+    """A row whose norm is NaN does not spoil them, and the vectors of the norm that is not used get none."""
+    given = arguments(2, 5, 100, dtype, device, vectors=vectors)
+    given["x"][1, 3, 7] = float("inf")
+    weights = randn(2, 5, 100, seed=5, device=device).to(dtype)
+    results = []
+    for op, inputs in ((flexvar_ext, given), (reference, given), (reference, doubled(given))):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        y, _ = op.residual_layer_norm_modulate(**leaves)
+        y.backward(weights.to(y.dtype))
+        assert leaves["scale"].grad is None
+        assert leaves["shift"].grad is None
+        results.append([leaves[name].grad for name in ("x", "branch", "gate")])
+    for native, own, exact in zip(*results, strict=True):
+        assert_as_accurate_as_torch(native, own, exact, factor=GRADIENT_FACTOR)
+
+
 # dtypes
 
 
