@@ -18,11 +18,10 @@ from flexvar_ext._checks import (
     check_tensor,
     is_readable,
 )
-from flexvar_ext._registration import forbid_second_gradient, without_gradient
+from flexvar_ext._registration import differentiable, forbid_second_gradient
 from flexvar_ext.resample2d import MODES
 
 _INT64 = (torch.int64,)
-_OVERLOAD = torch.ops.flexvar.embed_resample.default  # looked up once: a call takes but ten microseconds
 
 
 def embed_resample(
@@ -61,11 +60,10 @@ def embed_resample(
     check_no_tangent("embed_resample", codebook)
     result: Tensor
     if torch.compiler.is_compiling():
-        result = _OVERLOAD(indices, codebook, height, width, normalize, mode)
+        result = _embed_resample(indices, codebook, height, width, normalize, mode)
         return result
     try:
-        with without_gradient(codebook):
-            result = _OVERLOAD(indices, codebook, height, width, normalize, mode)
+        result = _embed_resample(indices, codebook, height, width, normalize, mode)
     except RuntimeError as error:
         _check(indices, codebook, size, normalize, mode)
         _, found, rest = str(error).partition("embed_resample: indices must")  # only the kernel looks at every index
@@ -119,5 +117,5 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None, N
     return None, grad_codebook, None, None, None, None
 
 
-torch.library.register_autograd("flexvar::embed_resample", _gradient, setup_context=_save)
+_embed_resample = differentiable("embed_resample", _gradient, _save)
 forbid_second_gradient("embed_resample")

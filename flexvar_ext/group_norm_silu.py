@@ -19,7 +19,7 @@ from flexvar_ext._checks import (
     check_same_device,
     check_tensor,
 )
-from flexvar_ext._registration import forbid_second_gradient, without_gradient
+from flexvar_ext._registration import differentiable, forbid_second_gradient
 
 
 def group_norm_silu(
@@ -52,8 +52,7 @@ def group_norm_silu(
         if torch.float64 in (x.dtype, weight.dtype, bias.dtype):
             return reference.group_norm_silu(x, num_groups, weight, bias, eps=eps, silu=silu)
     check_no_tangent("group_norm_silu", x, weight, bias)
-    with without_gradient(x, weight, bias):
-        out, _ = torch.ops.flexvar.group_norm_silu(x, num_groups, weight, bias, eps, silu, reference.result_dtype(x))
+    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, silu, reference.result_dtype(x))[0]
     return out
 
 
@@ -117,10 +116,13 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.num_groups, weight, bias, _, ctx.silu, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of 0 for it
     ctx.save_for_backward(x, weight, bias, output[1])
 
 
-def _gradient(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
     x, weight, bias, statistics = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = torch.ops.flexvar.group_norm_silu_backward(
         grad_out, x, ctx.num_groups, weight, bias, statistics, ctx.silu
@@ -128,5 +130,5 @@ def _gradient(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | No
     return grad_x, None, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None
 
 
-torch.library.register_autograd("flexvar::group_norm_silu", _gradient, setup_context=_save)
+_group_norm_silu = differentiable("group_norm_silu", _gradient, _save)
 forbid_second_gradient("group_norm_silu")

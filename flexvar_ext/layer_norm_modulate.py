@@ -18,10 +18,8 @@ from flexvar_ext._checks import (
     check_same_device,
     check_tensor,
 )
-from flexvar_ext._registration import forbid_second_gradient, without_gradient
+from flexvar_ext._registration import differentiable, forbid_second_gradient
 
-_NORM = torch.ops.flexvar.layer_norm_modulate.default  # looked up once: a call takes but a few microseconds
-_RESIDUAL_NORM = torch.ops.flexvar.residual_layer_norm_modulate.default
 CUDA_MAX_CHANNELS = 4096  # of a row that the registers of a thread block hold
 
 
@@ -51,8 +49,7 @@ def layer_norm_modulate(
             return reference.layer_norm_modulate(x, scale, shift, eps=eps, dtype=dtype)
     dtype = dtype or reference.result_dtype(x)
     check_no_tangent("layer_norm_modulate", x, scale, shift)
-    with without_gradient(x, scale, shift):
-        out: Tensor = _NORM(x, scale, shift, eps, dtype)
+    out: Tensor = _layer_norm_modulate(x, scale, shift, eps, dtype)
     return out
 
 
@@ -87,8 +84,7 @@ def residual_layer_norm_modulate(
             return reference.residual_layer_norm_modulate(x, branch, gate, scale, shift, eps=eps, dtype=dtype)
     dtype = dtype or reference.result_dtype(x)
     check_no_tangent("residual_layer_norm_modulate", x, branch, gate, scale, shift)
-    with without_gradient(x, branch, gate, scale, shift):
-        y, out = _RESIDUAL_NORM(x, branch, gate, scale, shift, eps, dtype)
+    y, out = _residual_layer_norm_modulate(x, branch, gate, scale, shift, eps, dtype)
     return y, out
 
 
@@ -208,9 +204,7 @@ def _sum_gradient(grad_y: Tensor | None, branch: Tensor, gate: Tensor) -> tuple[
     return grad_y, (grad * gate).to(branch.dtype), grad_gate.to(gate.dtype)
 
 
-torch.library.register_autograd("flexvar::layer_norm_modulate", _gradient, setup_context=_save)
-torch.library.register_autograd(
-    "flexvar::residual_layer_norm_modulate", _residual_gradient, setup_context=_save_residual
-)
+_layer_norm_modulate = differentiable("layer_norm_modulate", _gradient, _save)
+_residual_layer_norm_modulate = differentiable("residual_layer_norm_modulate", _residual_gradient, _save_residual)
 forbid_second_gradient("layer_norm_modulate")
 forbid_second_gradient("residual_layer_norm_modulate")

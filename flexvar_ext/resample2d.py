@@ -16,7 +16,7 @@ from flexvar_ext._checks import (
     check_size,
     check_tensor,
 )
-from flexvar_ext._registration import without_gradient
+from flexvar_ext._registration import differentiable
 
 MODES = ("nearest", "bilinear", "bicubic", "area")
 
@@ -56,8 +56,7 @@ def resample2d(x: Tensor, size: tuple[int, int], *, mode: str, antialias: bool =
         raise ValueError(f"resample2d: x must have at least one pixel, got shape {tuple(x.shape)}")
     check_elements("resample2d", "size", size, x.shape[0] * x.shape[1] * height * width)
     check_no_tangent("resample2d", x)
-    with without_gradient(x):
-        result: Tensor = torch.ops.flexvar.resample2d(x, height, width, mode, antialias)
+    result: Tensor = _resample2d(x, height, width, mode, antialias)
     return result
 
 
@@ -81,5 +80,5 @@ def _gradient_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, N
     return torch.ops.flexvar.resample2d(grad, *ctx.input_size, *ctx.mode), None, None, None, None
 
 
-torch.library.register_autograd("flexvar::resample2d", _gradient, setup_context=_save)
+_resample2d = differentiable("resample2d", _gradient, _save)
 torch.library.register_autograd("flexvar::resample2d_backward", _gradient_of_gradient, setup_context=_save)

@@ -17,10 +17,9 @@ from flexvar_ext._checks import (
     check_tensor,
     is_readable,
 )
-from flexvar_ext._registration import forbid_second_gradient, register_autocast, without_gradient
+from flexvar_ext._registration import differentiable, forbid_second_gradient, register_autocast
 
-_ATTENTION = torch.ops.flexvar.scale_attention.default  # looked up once: a call takes but ten microseconds
-_STEP = torch.ops.flexvar.scale_attention_step.default
+_STEP = torch.ops.flexvar.scale_attention_step.default  # looked up once: a call takes but ten microseconds
 HEAD_DIMS = (32, 64, 96, 128)
 
 
@@ -70,8 +69,7 @@ def scale_attention(
     scale = _softmax_scale(op, q, softmax_scale)
     check_no_tangent(op, q, k, v, q_scale)
     q_scale = _of_heads(op, "q_scale", q_scale, q)
-    with without_gradient(q, k, v, q_scale):
-        out: Tensor = _ATTENTION(q, k, v, lengths, scale, q_scale)[0]
+    out: Tensor = _scale_attention(*_as_autocast_takes(q, k, v), lengths, scale, q_scale)[0]
     return out
 
 
@@ -130,6 +128,15 @@ def scale_attention_step(
         _check_caches(op, q, k_cache, v_cache)
         raise
     return out
+
+
+def _as_autocast_takes(*tokens: Tensor) -> tuple[Tensor, ...]:
+    """What register_autocast does, too, but only for calls that go through what is registered."""
+    device = tokens[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tokens
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tokens)
 
 
 def _tokens_fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -244,10 +251,13 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, ctx.scale_lengths, ctx.softmax_scale, q_scale = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of 0 for these
     ctx.save_for_backward(q, k, v, *output[:2], q_scale, output[2])
 
 
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
     q, k, v, out, logsumexp, q_scale, inverse_lengths = ctx.saved_tensors
     *grads, grad_q_scale = torch.ops.flexvar.scale_attention_backward(
         grad_out, q, k, v, out, logsumexp, ctx.scale_lengths, ctx.softmax_scale, q_scale, inverse_lengths
@@ -255,7 +265,7 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     return (*grads, None, None, None if q_scale is None else grad_q_scale)
 
 
-torch.library.register_autograd("flexvar::scale_attention", _backward, setup_context=_setup_context)
+_scale_attention = differentiable("scale_attention", _backward, _setup_context)
 forbid_second_gradient("scale_attention")
 register_autocast("scale_attention", only=("q", "k", "v"))
 register_autocast("scale_attention_step", only=("q", "k_cache", "v_cache"))

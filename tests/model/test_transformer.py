@@ -8,7 +8,7 @@ import pytest
 import torch
 from flexvar import FlexVARTransformer, KVCache, ScaleSchedule, TransformerConfig, next_scale_inputs
 from flexvar._backend import ops
-from flexvar.transformer.layers import Linear, Norm
+from flexvar.transformer.layers import Block, Linear, Norm
 from torch import Tensor
 
 from tests.golden.recipe import fill
@@ -270,9 +270,9 @@ class TestTraining:
         assert [block.drop_path for block in model.blocks] == [0, 0.25, 0.5]
         generator = torch.Generator().manual_seed(0)
         condition = model.class_emb(torch.full((20000,), 3))
-        for block, rate in zip(model.blocks, (0, 0.25, 0.5), strict=True):
-            modulation = block.modulation(condition, generator)
-            expected = block.eval().modulation(condition[:1])
+        modulations = Block.modulations(model.blocks, condition, generator)
+        whole_paths = Block.modulations(model.eval().blocks, condition[:1])
+        for modulation, expected, rate in zip(modulations, whole_paths, (0, 0.25, 0.5), strict=True):
             for gate, whole in ((modulation.gamma1, expected.gamma1), (modulation.gamma2, expected.gamma2)):
                 factor = gate[:, 0, 0] / whole[0, 0, 0]
                 assert abs((factor == 0).float().mean() - rate) < 0.02

@@ -127,14 +127,24 @@ class SelfAttention(nn.Module):
     def constants(self) -> tuple[Tensor, Tensor | None]:
         """``qkv_bias`` and ``q_scale`` of :class:`Modulation`."""
         parameters = [self.q_bias, self.v_bias, *([self.scale_mul_1H11] if self.qk_l2_norm else [])]
-        bias, q_scale = self._constants.get(None, parameters, self._make_constants)
+        bias, q_scale = self._constants.get(None, parameters, lambda: self._make_constants([self])[0])
         return self._casts.of("qkv_bias", bias), q_scale
 
-    def _make_constants(self) -> tuple[Tensor, Tensor | None]:
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        if not self.qk_l2_norm:
-            return bias, None
-        return bias, _wide(self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp().view(self.heads))
+    @staticmethod
+    def constants_of(layers: Sequence[SelfAttention]) -> list[tuple[Tensor, Tensor | None]]:
+        """Those of all: where gradients are recorded, which nothing is kept of, by ops on all layers at once."""
+        if torch.is_grad_enabled():
+            return SelfAttention._make_constants(layers)
+        return [layer.constants() for layer in layers]
+
+    @staticmethod
+    def _make_constants(layers: Sequence[SelfAttention]) -> list[tuple[Tensor, Tensor | None]]:
+        q_bias, v_bias = (torch.stack(biases) for biases in zip(*((a.q_bias, a.v_bias) for a in layers), strict=True))
+        biases = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias), dim=1).unbind()
+        if not layers[0].qk_l2_norm:
+            return [(bias, None) for bias in biases]
+        scales = torch.stack([layer.scale_mul_1H11.view(layer.heads) for layer in layers])
+        return list(zip(biases, _wide(scales.clamp_max(_MAX_LOG_SCALE).exp()).unbind(), strict=True))
 
     def project(self, x: Tensor, modulation: Modulation) -> Tensor:
         """[B, l, width] -> queries, keys and values [B, l, 3, heads, head_dim]."""
@@ -202,26 +212,27 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(_Activated(), Linear(config.width, 6 * config.width, backend))
 
-    def modulation(self, condition: Tensor, generator: torch.Generator | None = None) -> Modulation:
-        """The block's :class:`Modulation` for a batch of images.
+    @staticmethod
+    def modulations(
+        blocks: Sequence[Block], condition: Tensor, generator: torch.Generator | None = None
+    ) -> list[Modulation]:
+        """The :class:`Modulation` of every block for a batch of images, by ops on all blocks at once.
+
+        On a GPU each of these small ops takes as long for one block as for all.
 
         Args:
             condition: SiLU of class embeddings (:func:`activate`) [B, width]; with shared AdaLN their common projection
                 [B, 1, 6, width].
             generator: draws the dropped paths, in training mode.
         """
-        vectors = _wide(self._vectors(condition))
-        return self._modulation(vectors, vectors[:, :, 2:4] + 1, generator)
-
-    @staticmethod
-    def modulations(blocks: Sequence[Block], condition: Tensor) -> list[Modulation]:
-        """Those of all blocks, alike: on a GPU their products follow each other without a break."""
-        vectors = _wide(torch.stack([block._vectors(condition) for block in blocks]))
-        scales = vectors[:, :, :, 2:4] + 1
-        return [
-            block._modulation(own, own_scales, None)
-            for block, own, own_scales in zip(blocks, vectors, scales, strict=True)
-        ]
+        vectors = _wide(torch.stack([block._vectors(condition) for block in blocks]))  # [blocks, B, 1, 6, width]
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(3)
+        if any(block.training and block.drop_path > 0 for block in blocks):
+            kept1, kept2 = Block._kept_paths(blocks, gamma1, generator)
+            gamma1, gamma2 = gamma1 * kept1, gamma2 * kept2
+        constants = SelfAttention.constants_of([block.attn for block in blocks])
+        of_blocks = zip(*(v.unbind() for v in (gamma1, gamma2, scale1 + 1, scale2 + 1, shift1, shift2)), strict=True)
+        return [Modulation._make((*own, *constant)) for own, constant in zip(of_blocks, constants, strict=True)]
 
     def _vectors(self, condition: Tensor) -> Tensor:
         """[B, 1, 6, width]: gamma, scale and shift, each of attention and of the feed-forward network."""
@@ -230,20 +241,15 @@ class Block(nn.Module):
         vectors: Tensor = self.ada_lin(condition)
         return vectors.view(-1, 1, 6, self.width)
 
-    def _modulation(self, vectors: Tensor, scales: Tensor, generator: torch.Generator | None) -> Modulation:
-        gamma1, gamma2, _, _, shift1, shift2 = vectors.unbind(2)
-        scale1, scale2 = scales.unbind(2)
-        if self.training and self.drop_path > 0:
-            gamma1 = gamma1 * self._kept_paths(gamma1, generator)
-            gamma2 = gamma2 * self._kept_paths(gamma2, generator)
-        bias, q_scale = self.attn.constants()
-        return Modulation(gamma1, gamma2, scale1, scale2, shift1, shift2, bias, q_scale)
-
-    def _kept_paths(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """[B, 1, 1]: 0 where an image drops the branch, elsewhere what keeps its mean. On the gate it costs nothing."""
-        keep = 1 - self.drop_path
-        shape = (like.shape[0], 1, 1)
-        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator).div_(keep)
+    @staticmethod
+    def _kept_paths(blocks: Sequence[Block], gamma: Tensor, generator: torch.Generator | None) -> Tensor:
+        """[2, blocks, B, 1, 1] for gamma [blocks, B, 1, width]: 0 where an image drops the branch, elsewhere what keeps
+        its mean. On the gate it costs nothing."""
+        kept = gamma.new_empty(2, *gamma.shape[:3], 1)
+        for index, block in enumerate(blocks):
+            keep = 1 - block.drop_path if block.training else 1.0
+            kept[:, index].bernoulli_(keep, generator=generator).div_(keep)
+        return kept
 
     # Both take and return x, [B, L, width], together with its norm: this block's norm1, and `norm` of what follows.
     def forward(

@@ -136,7 +136,7 @@ class FlexVARTransformer(nn.Module):
         x = x + self._positions.get(self.pos_1LC, schedule, self.backend)
         activated = activate(condition)
         shared = self.shared_ada_lin(activated)
-        modulations = [block.modulation(shared, generator) for block in self._typed_blocks]
+        modulations = Block.modulations(self._typed_blocks, shared, generator)
         norms = [*(modulation.norm1 for modulation in modulations), self.head_nm.modulation(activated)]
         normed = norms[0](x, self.backend)
         for block, modulation, norm in zip(self._typed_blocks, modulations, norms[1:], strict=True):
