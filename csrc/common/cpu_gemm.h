@@ -43,42 +43,75 @@ struct Matrix {
   T* data;
   int64_t row;
   int64_t column = 1;
+
+  // As a left factor: the entry of row i where the walk along the depth is; steps to the next one,
+  // and, every line() of them, to the next line.
+  T& operator[](int64_t i) const { return data[i * row]; }
+  int64_t line() const { return INT64_MAX; }
+  void step() { data += column; }
+  void next_line() {}
 };
 
-// The left factor's depth may come in runs, so many entries apart; the right one's is whole.
+// A left factor whose depth comes in runs, so many entries apart.
+template <typename T>
 struct Runs {
-  int64_t count = 1, stride = 0;
+  T* data;
+  int64_t row, run, stride;
+
+  T& operator[](int64_t i) const { return data[i * row]; }
+  int64_t line() const { return run; }
+  void step() { ++data; }
+  void next_line() { data += stride - run; }
 };
 
-// What a product does beside every entry of the depth.
+// A left factor in groups of kRegisterRows rows: kLine entries of each row of the group side by
+// side, then the next ones of each. It is read from end to end, which the CPU sees coming; for rows
+// that lie apart it may wait for the L3 cache.
+template <typename T>
+struct Lines {
+  static constexpr int64_t kLine = 16;
+  T* data;
+  int64_t row;  // entries of one, a multiple of kLine
+
+  T& operator[](int64_t i) const { return data[i * kLine]; }
+  int64_t line() const { return kLine; }
+  void step() { ++data; }
+  void next_line() { data += (kRegisterRows - 1) * kLine; }
+};
+
+// What a product does beside every line of the depth.
 struct Nothing {
   void step() {}
 };
 
 // c (+)= a b for kRows rows and kColumns vectors. Every sum is one chain of fused (where the CPU
 // has them) multiply-adds in the order of k, whatever tile it is in.
-template <typename A, typename T, int kRows, int kColumns, typename Beside>
-static inline void multiply_registers(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
-                                      int64_t c_row, int64_t depth, bool accumulate,
-                                      const Runs& runs, Beside& beside) {
-  const A* first = a.data;
+template <int kRows, int kColumns, typename Left, typename T, typename Beside>
+static inline void multiply_registers(Left a, const T* b, int64_t b_row, T* c, int64_t c_row,
+                                      int64_t depth, bool accumulate, Beside& beside) {
   Vector<T> sum[kRows][kColumns] = {};
-  for (int64_t run = 0; run < runs.count; ++run, first += runs.stride) {
-    const A* entry = first;
-    for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t left = depth; left > 0; left -= a.line()) {
+    const int64_t steps = left < a.line() ? left : a.line();
+    for (int64_t k = 0; k < steps; ++k) {
       Vector<T> right[kColumns];
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes<T>);
+      for (int j = 0; j < kColumns; ++j) {
+        right[j] = load(b + j * kLanes<T>);
+#if FLEXVAR_VECTOR_BYTES == 64
+        if constexpr (kRows > 1) asm("" : "+v"(right[j]));  // or GCC loads it for each of few rows
+#endif
+      }
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
-        const A left = entry[i * a.row];
+        const auto entry = a[i];
 #pragma GCC unroll 4
-        for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(left, right[j], sum[i][j]);
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = multiply_add(entry, right[j], sum[i][j]);
       }
-      beside.step();
-      entry += a.column;
+      a.step();
       b += b_row;
     }
+    beside.step();
+    a.next_line();
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
@@ -90,43 +123,33 @@ static inline void multiply_registers(const Matrix<const A>& a, const T* b, int6
   }
 }
 
-template <typename A, typename T, int kColumns, typename Beside>
-static void multiply_columns(const Matrix<const A>& a, const T* b, int64_t b_row, T* c,
-                             int64_t c_row, int64_t rows, int64_t depth, bool accumulate,
-                             const Runs& runs, Beside& beside) {
-  const A* left = a.data;
+template <int kColumns, typename Left, typename T, typename Beside>
+static void multiply_columns(Left a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows,
+                             int64_t depth, bool accumulate, Beside& beside) {
   for (; rows >= kRegisterRows; rows -= kRegisterRows) {
-    multiply_registers<A, T, kRegisterRows, kColumns>({left, a.row, a.column}, b, b_row, c, c_row,
-                                                      depth, accumulate, runs, beside);
-    left += kRegisterRows * a.row;
+    multiply_registers<kRegisterRows, kColumns>(a, b, b_row, c, c_row, depth, accumulate, beside);
+    a.data += kRegisterRows * a.row;
     c += kRegisterRows * c_row;
   }
-  const Matrix<const A> rest{left, a.row, a.column};
   switch (rows) {
     case 5:
-      return multiply_registers<A, T, 5, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs, beside);
+      return multiply_registers<5, kColumns>(a, b, b_row, c, c_row, depth, accumulate, beside);
     case 4:
-      return multiply_registers<A, T, 4, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs, beside);
+      return multiply_registers<4, kColumns>(a, b, b_row, c, c_row, depth, accumulate, beside);
     case 3:
-      return multiply_registers<A, T, 3, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs, beside);
+      return multiply_registers<3, kColumns>(a, b, b_row, c, c_row, depth, accumulate, beside);
     case 2:
-      return multiply_registers<A, T, 2, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs, beside);
+      return multiply_registers<2, kColumns>(a, b, b_row, c, c_row, depth, accumulate, beside);
     case 1:
-      return multiply_registers<A, T, 1, kColumns>(rest, b, b_row, c, c_row, depth, accumulate,
-                                                   runs, beside);
+      return multiply_registers<1, kColumns>(a, b, b_row, c, c_row, depth, accumulate, beside);
   }
 }
 
-// c (+)= a b: a is rows x depth, b depth x (vectors * lanes) and c rows x (vectors * lanes), the
-// latter two with contiguous rows.
-template <typename T, typename A = T, typename Beside = Nothing>
-static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const Matrix<T>& c,
-                     int64_t rows, int64_t vectors, int64_t depth, bool accumulate,
-                     const Runs& runs = {}, Beside&& beside = {}) {
+// c (+)= a b: a, of one of the types above, is rows x depth, b depth x (vectors * lanes) and c rows
+// x (vectors * lanes), the latter two with contiguous rows.
+template <typename Left, typename T, typename Beside = Nothing>
+static void multiply_left(const Left& a, const Matrix<const T>& b, const Matrix<T>& c, int64_t rows,
+                          int64_t vectors, int64_t depth, bool accumulate, Beside&& beside = {}) {
   const T* right = b.data;
   T* sums = c.data;
   while (vectors > 0) {
@@ -134,26 +157,28 @@ static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const M
     switch (columns) {
 #if FLEXVAR_VECTOR_BYTES == 64
       case 4:
-        multiply_columns<A, T, 4>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
-                                  beside);
+        multiply_columns<4>(a, right, b.row, sums, c.row, rows, depth, accumulate, beside);
         break;
       case 3:
-        multiply_columns<A, T, 3>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
-                                  beside);
+        multiply_columns<3>(a, right, b.row, sums, c.row, rows, depth, accumulate, beside);
         break;
 #endif
       case 2:
-        multiply_columns<A, T, 2>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
-                                  beside);
+        multiply_columns<2>(a, right, b.row, sums, c.row, rows, depth, accumulate, beside);
         break;
       default:
-        multiply_columns<A, T, 1>(a, right, b.row, sums, c.row, rows, depth, accumulate, runs,
-                                  beside);
+        multiply_columns<1>(a, right, b.row, sums, c.row, rows, depth, accumulate, beside);
     }
     right += columns * kLanes<T>;
     sums += columns * kLanes<T>;
     vectors -= columns;
   }
+}
+
+template <typename T, typename A = T>
+static void multiply(const Matrix<const A>& a, const Matrix<const T>& b, const Matrix<T>& c,
+                     int64_t rows, int64_t vectors, int64_t depth, bool accumulate) {
+  multiply_left(a, b, c, rows, vectors, depth, accumulate);
 }
 
 }  // namespace flexvar::FLEXVAR_ISA

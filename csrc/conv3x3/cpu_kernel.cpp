@@ -64,10 +64,13 @@ void sum_products(const Conv3x3Params& params, const Conv3x3Block& block,
       for (int64_t row = 0; row < product.rows; ++row) {
         const int64_t seen = row * product.stride + phase / 2;
         const float* const left = map + (seen * product.map_columns + phase % 2) * entries;
-        multiply<float, Entry>(
-            {reinterpret_cast<const Entry*>(left), product.stride * entries}, {right, kConvColumns},
+        const Runs<const Entry> pixels{reinterpret_cast<const Entry*>(left),
+                                       product.stride * entries, depth,
+                                       product.map_columns * entries};
+        multiply_left<Runs<const Entry>, float>(
+            pixels, {right, kConvColumns},
             {phase_sums + row * product.columns * kConvColumns, kConvColumns}, product.columns,
-            vectors, depth, first > 0, {product.side, product.map_columns * entries});
+            vectors, product.side * depth, first > 0);
       }
       right += product.side * depth * kConvColumns;
     }

@@ -73,8 +73,11 @@ void multiply_rows(const LinearParams& params, const LinearRows& rows) {
   const int64_t panels = divide_up(params.columns, kLinearColumns);
   // Few panels are shared out by rows.
   const int64_t tasks = std::clamp<int64_t>(work, 1, 2 * threads);
-  const int64_t row_blocks = std::clamp<int64_t>(divide_up(tasks, panels), 1, rows.count);
-  const int64_t block_rows = divide_up(rows.count, row_blocks);
+  const int64_t groups = divide_up(rows.count, kLinearGroup);
+  const int64_t block_groups =
+      divide_up(groups, std::clamp<int64_t>(divide_up(tasks, panels), 1, groups));
+  const int64_t block_rows = block_groups * kLinearGroup,
+                row_blocks = divide_up(groups, block_groups);
   const int64_t blocks = row_blocks * panels;
   const int64_t runs = std::clamp<int64_t>(work, 1, std::min(blocks, threads));
 
@@ -101,7 +104,7 @@ void run(const LinearParams& params) {
 #endif
   const int64_t chunks = divide_up(params.rows, kLinearRows);
   const int64_t most_rows = divide_up(params.rows, chunks);
-  Scratch<float> entries(most_rows * linear_packed_size(params));
+  Scratch<float> entries(LinearRows::packed_size(most_rows, params.depth));
   for (int64_t first = 0; first < params.rows; first += most_rows) {
     const LinearRows rows{first, std::min(most_rows, params.rows - first), entries.data()};
     const auto pack = FLEXVAR_SELECT_CPU_KERNEL(linear_pack);

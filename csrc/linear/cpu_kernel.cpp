@@ -32,17 +32,23 @@ template <typename X>
 static void pack_rows(const LinearParams& params, const LinearRows& rows, int64_t begin,
                       int64_t end) {
   using Entry = typename EntryOf<X>::Type;
+  using Packed = Lines<float>;
   constexpr int64_t of_entry = kElementsPerEntry<Entry>, elements = kLinearChain * of_entry;
+  static_assert(kLinearGroup == kRegisterRows && kLinearChain % Packed::kLine == 0 &&
+                Packed::kLine % kFloatLanes == 0);
   const X* const x = static_cast<const X*>(params.x) + rows.first * params.depth;
   for (int64_t i = begin; i < end; ++i) {
-    float* chain = rows.entries + i * kLinearChain;
+    float* chain = rows.entries + i / kLinearGroup * kLinearGroup * kLinearChain +
+                   i % kLinearGroup * Packed::kLine;
     for (int64_t first = 0; first < params.depth; first += elements) {
       const X* const x_chain = x + i * params.depth + first;
       const int64_t left = params.depth - first, count = left < elements ? left : elements;
       for (int64_t k = 0; k < count; k += kFloatLanes * of_entry) {
-        store(chain + k / of_entry, load_entries<Entry>(x_chain + k, count - k));
+        const int64_t entry = k / of_entry, line = entry / Packed::kLine;
+        store(chain + line * kLinearGroup * Packed::kLine + entry % Packed::kLine,
+              load_entries<Entry>(x_chain + k, count - k));
       }
-      chain += rows.count * kLinearChain;
+      chain += rows.entries_in_chain();
     }
   }
 }
@@ -83,8 +89,8 @@ static void multiply_panels(const LinearParams& params, const LinearRows& rows,
       }
       const int64_t next_columns =
           next_column < params.columns ? columns_of(next_column, params.columns) : 0;
-      const int64_t steps =
-          (block.row_end - block.row_begin + kRegisterRows - 1) / kRegisterRows * entries;
+      const int64_t steps = (block.row_end - block.row_begin + kRegisterRows - 1) / kRegisterRows *
+                            ((entries + Lines<float>::kLine - 1) / Lines<float>::kLine);
       LinesAhead ahead(weights + next_column * depth + next_first, next_columns,
                        elements_of(next_first) * sizeof(W), depth * sizeof(W), steps);
       for (int64_t row = block.row_begin; row < block.row_end; row += kRegisterRows) {
@@ -92,14 +98,15 @@ static void multiply_panels(const LinearParams& params, const LinearRows& rows,
         const int64_t group = rows_left < kRegisterRows ? rows_left : kRegisterRows;
         float* const group_sums = sums + (row - block.row_begin) * kPanelColumns;
         if (is_last) prefetch_group(params, rows.first + row, group, column, columns);
-        multiply<float, Entry>(
-            {reinterpret_cast<const Entry*>(chains + row * kLinearChain), kLinearChain},
-            {panel, kPanelColumns}, {group_sums, kPanelColumns}, group, vectors, entries, first > 0,
-            {}, ahead);
+        const Lines<const Entry> x{reinterpret_cast<const Entry*>(chains + row * kLinearChain),
+                                   kLinearChain};
+        multiply_left<Lines<const Entry>, float>(x, {panel, kPanelColumns},
+                                                 {group_sums, kPanelColumns}, group, vectors,
+                                                 entries, first > 0, ahead);
         if (is_last) finish_group(params, rows.first + row, group, column, columns, group_sums);
       }
     }
-    chains += rows.count * kLinearChain;
+    chains += rows.entries_in_chain();
   }
 }
 
@@ -109,7 +116,8 @@ static void multiply_block(const LinearParams& params, const LinearRows& rows,
   // Rows that stay in the L2 cache with all of their chains meet one panel at a time: the weight's
   // rows are then read from end to end.
   constexpr int64_t kFew = 1 << 16;  // entries, 256 KiB
-  const bool are_few = (block.row_end - block.row_begin) * linear_packed_size(params) <= kFew;
+  const bool are_few =
+      LinearRows::packed_size(block.row_end - block.row_begin, params.depth) <= kFew;
   const int64_t step = are_few ? kPanelColumns : kLinearColumns;
   LinearBlock part = block;
   for (; part.column_begin < block.column_end; part.column_begin += step) {

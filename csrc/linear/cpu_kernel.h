@@ -28,19 +28,28 @@ constexpr int64_t kLinearColumns = 64;
 // panel holds, which then stays in the L1 cache.
 constexpr int64_t kLinearChain = 128;
 
+// Rows that are packed together (Lines in common/cpu_gemm.h); blocks begin at multiples of it.
+constexpr int64_t kLinearGroup = 6;
+
 // What one call computes: a block of the output. Rows count from the first that is packed.
 struct LinearBlock {
   int64_t row_begin, row_end, column_begin, column_end;
 };
-// Packed rows: entries [chains of the depth][rows][kLinearChain].
+// Packed rows: entries [chains of the depth][groups][kLinearChain, as Lines of kLinearGroup rows].
 struct LinearRows {
   int64_t first, count;  // of params.rows
   float* entries;
+
+  // Of one chain.
+  int64_t entries_in_chain() const {
+    return (count + kLinearGroup - 1) / kLinearGroup * kLinearGroup * kLinearChain;
+  }
+  // Of all: enough for any number of elements in one.
+  static int64_t packed_size(int64_t rows, int64_t depth) {
+    const int64_t chains = (depth + kLinearChain - 1) / kLinearChain;
+    return chains * LinearRows{0, rows, nullptr}.entries_in_chain();
+  }
 };
-// Of every row, in 32-bit entries: enough for any number of elements in one.
-static inline int64_t linear_packed_size(const LinearParams& params) {
-  return (params.depth + kLinearChain - 1) / kLinearChain * kLinearChain;
-}
 
 // What linear_block needs besides, in floats: sums [kLinearRows, kLinearColumns] and a panel.
 constexpr int64_t kLinearScratchSize = (kLinearRows + kLinearChain) * kLinearColumns;

@@ -84,44 +84,66 @@ static inline void transpose_groups(Vector<float> (&v)[4]) {
   v[3] = high(b, d);
 }
 
-// Rows of the weight, `count` elements each, to columns of the panel [entries, kPanelColumns]. In
-// place of rows behind the last one, that row again: columns that nobody reads.
+constexpr int kSquares = 4;  // side by side: a row's cache line is read at one go
+template <typename Entry>
+constexpr int64_t kPackStep = kSquares * 4 * kElementsPerEntry<Entry>;  // elements of a row
+
+// As many rows as a vector has entries, kPackStep elements of each, to as many columns at `place`.
+// `quads[g]` is where row 4 g is, and rows lie `stride` apart within such a quad.
+template <typename Entry, typename W>
+static inline __attribute__((always_inline)) void pack_squares(float* place,
+                                                               const W* const (&quads)[kGroups],
+                                                               int64_t stride) {
+  constexpr int64_t group = 4 * kElementsPerEntry<Entry>;
+  Vector<float> square[kSquares][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSquares; ++s) {
+      const W* rows[kGroups];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) rows[g] = quads[g] + j * stride + s * group;
+      square[s][j] = load_groups<Entry>(rows);
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kSquares; ++s) {
+    transpose_groups(square[s]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(place + j * kPanelColumns, square[s][j]);
+    place += 4 * kPanelColumns;
+  }
+}
+
+// Rows of the weight, `count` elements each, to columns of the panel [entries, kPanelColumns].
+// Columns behind the last row are zero, and nobody reads them.
 template <typename Entry, typename W>
 static void pack_panel(float* panel, const W* weight, int64_t stride, int64_t rows, int64_t count) {
-  constexpr int kSquares = 4;  // side by side: a row's cache line is read at one go
-  constexpr int64_t group = 4 * kElementsPerEntry<Entry>, step = kSquares * group;
+  constexpr int64_t step = kPackStep<Entry>;
   for (int64_t first = 0; first < rows; first += kFloatLanes) {
-    const W* row[kFloatLanes];
-    for (int64_t i = 0; i < kFloatLanes; ++i) {
-      row[i] = weight + (first + i < rows ? first + i : rows - 1) * stride;
-    }
-    W tail[kFloatLanes][step];
+    const int64_t rows_left = rows - first;
     float* place = panel + first;
-    for (int64_t k = 0; k < count; k += step) {
-      if (count - k < step) {
-        for (int64_t i = 0; i < kFloatLanes; ++i) {
-          for (int64_t j = 0; j < step; ++j) tail[i][j] = j < count - k ? row[i][k + j] : W{};
-          row[i] = tail[i] - k;
-        }
+    int64_t k = 0;
+    const W* quads[kGroups];
+    if (rows_left >= kFloatLanes) {
+      for (int g = 0; g < kGroups; ++g) quads[g] = weight + (first + 4 * g) * stride;
+      for (; k + step <= count; k += step) {
+        pack_squares<Entry, W>(place, quads, stride);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) quads[g] += step;
+        place += kSquares * 4 * kPanelColumns;
       }
-      Vector<float> square[kSquares][4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 4
-        for (int s = 0; s < kSquares; ++s) {
-          const W* rows_of_groups[kGroups];
-#pragma GCC unroll 4
-          for (int g = 0; g < kGroups; ++g) rows_of_groups[g] = row[4 * g + j] + k + s * group;
-          square[s][j] = load_groups<Entry>(rows_of_groups);
-        }
+    }
+    for (; k < count; k += step) {  // through a copy, filled up with zeros
+      W copy[kFloatLanes][step];
+      for (int64_t i = 0; i < kFloatLanes; ++i) {
+        const W* const row = weight + (first + i) * stride;
+        for (int64_t j = 0; j < step; ++j)
+          copy[i][j] = i < rows_left && j < count - k ? row[k + j] : W{};
       }
-#pragma GCC unroll 4
-      for (int s = 0; s < kSquares; ++s) {
-        transpose_groups(square[s]);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) store(place + j * kPanelColumns, square[s][j]);
-        place += 4 * kPanelColumns;
-      }
+      for (int g = 0; g < kGroups; ++g) quads[g] = copy[4 * g];
+      pack_squares<Entry, W>(place, quads, step);
+      place += kSquares * 4 * kPanelColumns;
     }
   }
 }
