@@ -134,14 +134,15 @@ static void pack_panel(float* panel, const W* weight, int64_t stride, int64_t ro
         place += kSquares * 4 * kPanelColumns;
       }
     }
-    for (; k < count; k += step) {  // through a copy, filled up with zeros
-      W copy[kFloatLanes][step];
-      for (int64_t i = 0; i < kFloatLanes; ++i) {
-        const W* const row = weight + (first + i) * stride;
-        for (int64_t j = 0; j < step; ++j)
-          copy[i][j] = i < rows_left && j < count - k ? row[k + j] : W{};
+    if (k >= count) continue;
+    const int64_t copied = rows_left < kFloatLanes ? rows_left : kFloatLanes;
+    W copy[kFloatLanes][step] = {};  // filled up with zeros
+    for (int g = 0; g < kGroups; ++g) quads[g] = copy[4 * g];
+    for (; k < count; k += step) {
+      for (int64_t i = 0; i < copied; ++i) {
+        const W* const row = weight + (first + i) * stride + k;
+        for (int64_t j = 0; j < step; ++j) copy[i][j] = j < count - k ? row[j] : W{};
       }
-      for (int g = 0; g < kGroups; ++g) quads[g] = copy[4 * g];
       pack_squares<Entry, W>(place, quads, step);
       place += kSquares * 4 * kPanelColumns;
     }
