@@ -53,6 +53,17 @@ def test_long_rounds_are_repeated_less(one_round, rounds):
     assert measure.rounds_within(2.0, one_round) == rounds
 
 
+def test_a_file_of_which_no_case_is_selected_has_not_failed():
+    assert report.run_file("append_qkv", "no_such_case") == ([], True)
+
+
+def test_nothing_is_measured_where_peers_are_only_compiled(tmp_path):
+    result = tmp_path / "result.json"
+    options = ["--compile-only", "--benchmark-enable", f"--benchmark-json={result}", "-W", "ignore"]
+    assert report.run_pytest(["append_qkv"], options) == 0
+    assert not (result.exists() and result.read_text())
+
+
 def test_table():
     case = {
         "group": "vq_lookup", "case": "test_vq_lookup[680-32]", "seconds": {"native": 2e-3}, "bytes_moved": None,

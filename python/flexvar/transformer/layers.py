@@ -139,7 +139,7 @@ class SelfAttention(nn.Module):
 
     @staticmethod
     def _make_constants(layers: Sequence[SelfAttention]) -> list[tuple[Tensor, Tensor | None]]:
-        q_bias, v_bias = (torch.stack(biases) for biases in zip(*((a.q_bias, a.v_bias) for a in layers), strict=True))
+        q_bias, v_bias = torch.stack([a.q_bias for a in layers]), torch.stack([a.v_bias for a in layers])
         biases = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias), dim=1).unbind()
         if not layers[0].qk_l2_norm:
             return [(bias, None) for bias in biases]
